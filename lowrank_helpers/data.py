@@ -1,0 +1,245 @@
+"""Four sets of 28×28 images, each kept whole as one float tensor on the device.
+
+``mnist``, ``fashion_mnist`` and ``kmnist`` come through torchvision; ``digits`` is scikit-learn's bundled
+8×8 set, resampled, and needs no network. ``auto`` is MNIST where it can be had and ``digits`` elsewhere.
+"""
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IMAGE_SIDE = 28
+N_PIXELS = IMAGE_SIDE**2
+N_CLASSES = 10
+TORCHVISION_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+DATASETS = ("auto", *TORCHVISION_SETS, "digits")
+PROJECT = Path(__file__).resolve().parent.parent
+AUTO_VARIABLE = "LOWRANK_AUTO_DATASET"  # a runner's word of what auto stands for, so that each kernel need not try
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+
+# MD5 of the uncompressed files as published. torchvision checks the downloaded archives of all its sets,
+# but opens files that are already on disk unseen: here a truncated or altered MNIST is refused.
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be had, or its files are not what they should be."""
+
+
+class DatasetMissingError(DatasetError):
+    """A dataset is not on this machine and could not be downloaded."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Standardised images and their labels, train and test.
+
+    Attributes
+    ----------
+    name : str
+        One of ``DATASETS`` but ``auto``.
+    train_images, test_images : Tensor of float32, shape (n, 784)
+        Pixels with the mean of all training pixels taken off, over their standard deviation.
+    train_labels, test_labels : Tensor of int64, shape (n,)
+        Classes 0 to 9.
+    fingerprint : str
+        SHA-256 of the raw pixels and labels: what a stored network was trained on.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    fingerprint: str
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """Return the same data on another device."""
+        tensors = ("train_images", "train_labels", "test_images", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+    def select(self, train: Tensor, test: Tensor) -> "Dataset":
+        """Return the part of the data at the given indices (int64) or where the given masks (bool) hold."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for index in (train, test):
+            digest.update(index.cpu().contiguous().numpy().tobytes())
+        return replace(
+            self,
+            train_images=self.train_images[train],
+            train_labels=self.train_labels[train],
+            test_images=self.test_images[test],
+            test_labels=self.test_labels[test],
+            fingerprint=digest.hexdigest(),
+        )
+
+    def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return ``{"train": (images, labels), "test": (images, labels)}``."""
+        return {
+            "train": (self.train_images, self.train_labels),
+            "test": (self.test_images, self.test_labels),
+        }
+
+
+def load(name: str = "auto", data_dir: str | Path = "") -> Dataset:
+    """Load a dataset by name, in memory, on the CPU.
+
+    Parameters
+    ----------
+    name : {"auto", "mnist", "fashion_mnist", "kmnist", "digits"}
+        ``auto`` takes MNIST where it can be had and ``digits`` elsewhere; the result's ``name`` says which.
+    data_dir : str or Path, optional
+        The folder that holds torchvision's layout (``MNIST/raw/…``). Empty: ``LOWRANK_DATA_DIR``, then the
+        project's ``data/``. Where none of them has the set, it is downloaded into ``data_dir`` or ``data/``.
+
+    Raises
+    ------
+    DatasetError
+        The name is unknown, the set cannot be had, or a file of it is not the published one.
+    """
+    if name not in DATASETS:
+        raise DatasetError(f"dataset {name!r} is unknown; allowed: {', '.join(DATASETS)}")
+    name = resolve(name, data_dir) if name == "auto" else name
+    return _load_digits() if name == "digits" else _load_torchvision(name, data_dir)
+
+
+def resolve(name: str, data_dir: str | Path = "") -> str:
+    """Return what ``auto`` stands for here, and see that a set is at hand: download it if need be.
+
+    Raises
+    ------
+    DatasetError
+        As :func:`load` does.
+    """
+    if name == "auto" and (chosen := os.environ.get(AUTO_VARIABLE)):
+        return chosen
+    if name == "digits":
+        return name
+    try:
+        torchvision_set("mnist" if name == "auto" else name, data_dir, train=False)
+    except DatasetMissingError:
+        if name == "auto":
+            return "digits"
+        raise
+    return "mnist" if name == "auto" else name
+
+
+def torchvision_set(name: str, data_dir: str | Path = "", *, train: bool, transform: Any = None) -> Any:
+    """Open a set as torchvision's own ``Dataset``, for textbook loaders; see :func:`load` for the rest."""
+    from torchvision import datasets  # here, not above: the import costs a second that `digits` need not pay
+
+    dataset_class = getattr(datasets, TORCHVISION_SETS[name])
+    for folder in _data_folders(data_dir):
+        if name == "mnist":
+            _check_mnist_files(folder)
+        try:
+            return dataset_class(folder, train=train, transform=transform)
+        except RuntimeError:  # torchvision's word for "not in this folder"
+            continue
+    target = _data_folders(data_dir)[-1]
+    try:
+        with _network_timeout(DOWNLOAD_TIMEOUT):
+            return dataset_class(target, train=train, transform=transform, download=True)
+    except (RuntimeError, OSError) as error:
+        raise DatasetMissingError(
+            f"dataset {name!r} is not on this machine and could not be downloaded ({error}). Ways to provide it: "
+            f"set LOWRANK_DATA_DIR or the parameter data_dir to a folder that holds {TORCHVISION_SETS[name]}/raw/ "
+            "as torchvision lays it out; connect to a network for the download; or choose dataset 'digits', "
+            "which needs none"
+        ) from error
+
+
+def standardise(images: Tensor, mean: float, std: float) -> Tensor:
+    """Turn uint8 images (n, 28, 28) into float32 rows (n, 784) with the given mean and deviation taken out."""
+    return images.reshape(len(images), -1).float().div_(255).sub_(mean).div_(std)
+
+
+def batches(n: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
+    """Yield the index tensors of one epoch's shuffled batches; the last may be smaller.
+
+    The order depends on ``seed`` and ``epoch`` alone, so no epoch depends on what was drawn before it.
+    """
+    return iter(torch.randperm(n, generator=epoch_generator(seed, epoch)).split(batch_size))
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return the generator that shuffles one epoch: the same for the loader here and for a ``DataLoader``."""
+    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
+
+
+def _data_folders(data_dir: str | Path) -> list[Path]:
+    """List the folders to look in, in order; the last is where a download goes."""
+    if data_dir:
+        return [Path(data_dir)]
+    named = os.environ.get("LOWRANK_DATA_DIR")
+    return [*([Path(named)] if named else []), PROJECT / "data"]
+
+
+def _check_mnist_files(folder: Path) -> None:
+    for name, expected in MNIST_MD5.items():
+        file = folder / "MNIST" / "raw" / name
+        if file.is_file():
+            found = hashlib.md5(file.read_bytes()).hexdigest()
+            if found != expected:
+                raise DatasetError(
+                    f"{file} is not the published MNIST file: expected MD5 {expected}, found {found} "
+                    f"({file.stat().st_size:,} bytes). Replace or remove it"
+                )
+
+
+def _load_torchvision(name: str, data_dir: str | Path) -> Dataset:
+    train, test = (torchvision_set(name, data_dir, train=split) for split in (True, False))
+    return _from_raw(name, train.data, train.targets, test.data, test.targets)
+
+
+def _load_digits() -> Dataset:
+    """Scikit-learn's 1,797 digits of 8×8, resampled bilinearly to 28×28; a fifth of each class for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images).float()[:, None]  # grey levels 0 to 16
+    large = F.interpolate(small, size=(IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")[:, 0]
+    images = large.mul(255 / 16).round().to(torch.uint8)
+    labels = torch.from_numpy(bunch.target).long()
+    train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    return _from_raw("digits", images[train], labels[train], images[test], labels[test])
+
+
+def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Dataset:
+    digest = hashlib.sha256()
+    for raw in (train, train_labels, test, test_labels):
+        digest.update(raw.contiguous().numpy().tobytes())
+    std, mean = (moment.item() / 255 for moment in torch.std_mean(train.float()))
+    return Dataset(
+        name,
+        standardise(train, mean, std),
+        train_labels,
+        standardise(test, mean, std),
+        test_labels,
+        digest.hexdigest(),
+    )
+
+
+@contextmanager
+def _network_timeout(seconds: float) -> Iterator[None]:
+    """Give every socket opened inside a timeout: torchvision opens its own, without one."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

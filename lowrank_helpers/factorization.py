@@ -1,0 +1,207 @@
+"""Low-rank factors of a matrix, A ≈ B·C, and networks made of them.
+
+Three ways to the factors: the truncated SVD, which is the optimum (Eckart & Young 1936); gradient steps that
+alternate between B and C; and alternating least squares, which solves for each factor exactly in turn.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_helpers.models import FactorizedLinear, linear_layers
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors B (n, r) and C (r, m) of a matrix.
+
+    Attributes
+    ----------
+    errors : list of float
+        ‖A − B·C‖_F after each sweep of an iterative method, the start first; empty for a direct one.
+    """
+
+    B: Tensor
+    C: Tensor
+    errors: list[float]
+
+    @property
+    def product(self) -> Tensor:
+        """The matrix that the factors stand for."""
+        return self.B @ self.C
+
+
+def check_rank(rank: int, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` unless 1 ≤ rank ≤ min(n, m)."""
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"rank {rank} is impossible for a {shape[0]}×{shape[1]} matrix; allowed: 1 to {min(shape)}")
+
+
+def optimal_errors(s: Tensor) -> Tensor:
+    """Return the least ‖A − B·C‖_F at ranks 0 … len(s), √(Σ_{i>r} σᵢ²) (Eckart & Young 1936).
+
+    Parameters
+    ----------
+    s : Tensor, shape (k,)
+        The singular values of A, largest first.
+    """
+    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
+    return torch.cat([tails, tails.new_zeros(1)])
+
+
+def random_factors(A: Tensor, rank: int, *, seed: int) -> Factors:
+    """Draw Gaussian factors whose product has the expected squared norm of A."""
+    check_rank(rank, A.shape)
+    generator = torch.Generator().manual_seed(seed)
+    n, m = A.shape
+    scale = (A.norm().item() / (n * m * rank) ** 0.5) ** 0.5
+    B = torch.randn(n, rank, generator=generator) * scale
+    C = torch.randn(rank, m, generator=generator) * scale
+    return Factors(B.to(A), C.to(A), [])
+
+
+def alternating_gradient_descent(A: Tensor, rank: int, *, steps: int, seed: int = 0) -> Factors:
+    """Minimise ½‖A − B·C‖_F² by gradient steps on B and on C in turn.
+
+    For a fixed C the loss is quadratic in B with the Lipschitz constant ‖C·Cᵀ‖₂ for its gradient, so the step
+    1/‖C·Cᵀ‖₂ never raises it; likewise for C. (Proximal alternating minimisation without a prox:
+    Bolte, Sabach & Teboulle 2014, doi 10.1007/s10107-013-0701-9, algorithm PALM.)
+
+    Parameters
+    ----------
+    A : Tensor, shape (n, m)
+    rank : int
+        From 1 to min(n, m).
+    steps : int
+        Each is one gradient step on B and one on C.
+    seed : int
+        Draws the starting factors.
+    """
+    start = random_factors(A, rank, seed=seed)
+    B, C = start.B, start.C
+    errors = [(A - B @ C).norm().item()]
+    for _ in range(steps):
+        gram = C @ C.T
+        B = B - (B @ gram - A @ C.T) / torch.linalg.matrix_norm(gram, 2)
+        gram = B.T @ B
+        C = C - (gram @ C - B.T @ A) / torch.linalg.matrix_norm(gram, 2)
+        errors.append((A - B @ C).norm().item())
+    return Factors(B, C, errors)
+
+
+def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 0) -> Factors:
+    """Minimise ‖A − B·C‖_F by solving for B with C fixed, then for C with B fixed.
+
+    Each solution depends on the other factor only through the space it spans, so that factor is
+    orthonormalised first (QR) and least squares becomes one product: B = A·Qᵀ for C's row space Q, then
+    C = Pᵀ·A for B's column space P. This is subspace iteration on AᵀA: the error falls like (σ_{r+1}/σ_r)^{4k}
+    towards the optimum (Golub & Van Loan, section 8.2.4).
+
+    Parameters
+    ----------
+    A : Tensor, shape (n, m)
+    rank : int
+        From 1 to min(n, m).
+    sweeps : int
+        Each solves for B and for C once.
+    seed : int
+        Draws the starting factors.
+    """
+    start = random_factors(A, rank, seed=seed)
+    B, C = start.B, start.C
+    errors = [(A - B @ C).norm().item()]
+    for _ in range(sweeps):
+        row_space = torch.linalg.qr(C.T).Q.T
+        B = torch.linalg.qr(A @ row_space.T).Q
+        C = B.T @ A
+        errors.append((A - B @ C).norm().item())
+    return Factors(B, C, errors)
+
+
+class SVD(NamedTuple):
+    """A matrix's thin singular value decomposition, U·diag(s)·Vh, from which factors of any rank are cut."""
+
+    U: Tensor
+    s: Tensor
+    Vh: Tensor
+
+    @classmethod
+    def of(cls, A: Tensor) -> "SVD":
+        """Decompose A (n, m) into U (n, k), s (k,), Vh (k, m), k = min(n, m)."""
+        return cls(*torch.linalg.svd(A.detach(), full_matrices=False))
+
+    def factors(self, rank: int) -> Factors:
+        """Return the best factors of that rank, B = U·√S and C = √S·Vᵀ: balanced, ‖B‖_F = ‖C‖_F."""
+        check_rank(rank, (len(self.U), self.Vh.shape[1]))
+        root = self.s[:rank].sqrt()
+        return Factors(self.U[:, :rank] * root, root[:, None] * self.Vh[:rank], [])
+
+
+def truncated_svd(A: Tensor, rank: int) -> Factors:
+    """Return the best factors of A at that rank (Eckart & Young 1936)."""
+    return SVD.of(A).factors(rank)
+
+
+def decompose(model: nn.Module) -> dict[str, SVD]:
+    """Decompose the weight of every ``nn.Linear`` of a model."""
+    return {name: SVD.of(layer.weight) for name, layer in linear_layers(model).items()}
+
+
+def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, SVD] | None = None) -> nn.Module:
+    """Return a copy of a model with the named linear layers replaced by their best factors.
+
+    On a trained model this is truncation; on a fresh one it is spectral initialisation
+    (Kamalakara et al. 2022, arXiv 2209.13569, section 3).
+
+    Parameters
+    ----------
+    model : nn.Module
+    ranks : mapping of str to int
+        Rank by layer name, as in ``linear_layers(model)``; layers not named stay dense.
+    svds : mapping of str to SVD, optional
+        ``decompose(model)``, where many ranks of one model are wanted.
+
+    Raises
+    ------
+    ValueError
+        A name is no linear layer of the model, or a rank is impossible for it.
+    """
+    return _replace(
+        model, ranks, lambda name, layer, rank: (svds[name] if svds else SVD.of(layer.weight)).factors(rank)
+    )
+
+
+def factorize_standard(model: nn.Module, ranks: Mapping[str, int], *, seed: int) -> nn.Module:
+    """Return a copy of a model with the named linear layers replaced by freshly drawn factors.
+
+    Each factor gets PyTorch's standard initialisation for a layer of its shape, as two stacked ``nn.Linear``
+    would: uniform on ±1/√r for B and on ±1/√in_features for C.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, layer: nn.Linear, rank: int) -> Factors:
+        B, C = torch.empty(layer.out_features, rank), torch.empty(rank, layer.in_features)
+        for factor in (B, C):
+            bound = factor.shape[1] ** -0.5
+            nn.init.uniform_(factor, -bound, bound, generator=generator)
+        return Factors(B.to(layer.weight), C.to(layer.weight), [])
+
+    return _replace(model, ranks, draw)
+
+
+def _replace(
+    model: nn.Module, ranks: Mapping[str, int], factors_of: Callable[[str, nn.Linear, int], Factors]
+) -> nn.Module:
+    layers = linear_layers(model)
+    if unknown := ranks.keys() - layers.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer of the model; allowed: {', '.join(layers)}")
+    copy = deepcopy(model)
+    for name, rank in ranks.items():
+        check_rank(rank, layers[name].weight.shape)
+        factors = factors_of(name, layers[name], rank)
+        copy.set_submodule(name, FactorizedLinear(factors.B.clone(), factors.C.clone(), layers[name].bias))
+    return copy

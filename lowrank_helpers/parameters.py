@@ -1,0 +1,180 @@
+"""The notebooks' parameters: what each name allows, checked before anything runs.
+
+A name means the same in every notebook, so one table serves the command line and the notebooks themselves.
+"""
+
+import ast
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from lowrank_helpers.data import DATASETS, N_CLASSES, N_PIXELS
+from lowrank_helpers.models import ACTIVATIONS
+from lowrank_helpers.training import DEVICES, PRECISIONS, pick_device
+
+LAYER_CHOICES = ("all", "first", "last")
+
+
+class ParameterError(ValueError):
+    """A parameter's name or value is not allowed; the message names it, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a parameter allows: the test, and the same in words."""
+
+    accepts: Callable[[Any], bool]
+    allowed: str
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(*choices: str) -> Rule:
+    return Rule(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
+
+
+def _whole(least: int) -> Rule:
+    return Rule(lambda value: _is_whole(value, least), f"a whole number, at least {least}")
+
+
+def _list_of(rule: Rule) -> Rule:
+    def accepts(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(rule.accepts(item) for item in value)
+            and len(set(value)) == len(value)
+        )
+
+    return Rule(accepts, f"a list without repeats, each item {rule.allowed}")
+
+
+POSITIVE = Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
+SHARE = Rule(lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1, both excluded")
+WIDTHS = Rule(
+    lambda value: (
+        isinstance(value, list)
+        and len(value) >= 3
+        and all(_is_whole(width, 1) for width in value)
+        and (value[0], value[-1]) == (N_PIXELS, N_CLASSES)
+    ),
+    f"a list of whole numbers that starts with {N_PIXELS} pixels, ends with {N_CLASSES} classes "
+    "and has at least one hidden width between",
+)
+
+RULES: dict[str, Rule] = {
+    "dataset": _one_of(*DATASETS),
+    "data_dir": Rule(lambda value: isinstance(value, str), "a folder, or empty for LOWRANK_DATA_DIR and data/"),
+    "seed": _whole(0),
+    "device": _one_of(*DEVICES),
+    "precision": _one_of(*PRECISIONS),
+    "activation": _one_of(*ACTIVATIONS),
+    "activations": _list_of(_one_of(*ACTIVATIONS)),
+    "widths": WIDTHS,
+    "big_widths": WIDTHS,
+    "epochs": _whole(1),
+    "big_epochs": _whole(1),
+    "batch_size": _whole(1),
+    "learning_rate": POSITIVE,
+    "big_learning_rate": POSITIVE,
+    "n_seeds": _whole(1),
+    "rank_grid": _list_of(_whole(1)),
+    "ranks": Rule(
+        lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
+        "a list of whole numbers, each at least 1",
+    ),
+    "error_threshold": SHARE,
+    "accuracy_kept": SHARE,
+    "small_share": SHARE,
+    "held_out_digit": Rule(lambda value: _is_whole(value, 0) and value < N_CLASSES, "a whole number from 0 to 9"),
+    "rank": _whole(1),
+    "alpha": POSITIVE,
+    "layers": _one_of(*LAYER_CHOICES),
+}
+
+
+def check(parameters: Mapping[str, Any]) -> None:
+    """Check values by name, and against each other.
+
+    Raises
+    ------
+    ParameterError
+        A name is unknown, a value is not allowed, a rank is above min(n, m) of its layer, or the device is not
+        on this machine.
+    """
+    for name, value in parameters.items():
+        if name not in RULES:
+            raise ParameterError(f"parameter {name!r} is unknown; allowed: {', '.join(RULES)}")
+        if not RULES[name].accepts(value):
+            raise ParameterError(f"parameter {name} = {value!r} is not allowed; allowed: {RULES[name].allowed}")
+    if "device" in parameters:
+        try:
+            pick_device(parameters["device"])
+        except ValueError as error:
+            raise ParameterError(str(error)) from error
+    if "big_widths" in parameters:
+        _check_ranks(parameters)
+
+
+def _check_ranks(parameters: Mapping[str, Any]) -> None:
+    full = full_ranks(parameters["big_widths"])
+    if ranks := parameters.get("ranks"):
+        if len(ranks) != len(full):
+            raise ParameterError(
+                f"parameter ranks = {ranks} must have one rank for each of the {len(full)} hidden layers of big_widths"
+            )
+        for i, (rank, most) in enumerate(zip(ranks, full, strict=True), start=1):
+            if rank > most:
+                raise ParameterError(f"parameter ranks = {ranks}: layer {i} allows 1 to {most}, not {rank}")
+    if (grid := parameters.get("rank_grid")) and max(grid) > max(full):
+        raise ParameterError(f"parameter rank_grid = {grid}: the largest full rank is {max(full)}")
+
+
+def full_ranks(widths: list[int]) -> list[int]:
+    """Return min(n, m) of every weight matrix but the last, whose rows are the classes."""
+    return [min(pair) for pair in pairwise(widths[:-1])]
+
+
+def declared(notebook: Path) -> dict[str, Any]:
+    """Return the parameters of a notebook and their defaults, from its cell tagged ``parameters``.
+
+    Raises
+    ------
+    ParameterError
+        The notebook has no such cell.
+    """
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if not tagged:
+        raise ParameterError(f"{notebook.name} has no cell tagged 'parameters'")
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(tagged[0]).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+
+
+def parse(text: str) -> Any:
+    """Read a value from the command line as YAML: ``3``, ``1e-3``, ``relu``, ``[784, 64, 10]``."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{text!r} is no value that YAML can read") from error
+    if isinstance(value, str):  # YAML 1.1 takes 1e-3, without a dot, for text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

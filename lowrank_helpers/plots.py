@@ -1,0 +1,99 @@
+"""One style for every figure of the series, and the figures that more than one notebook draws.
+
+Train is dashed and test is solid, everywhere. Colours are Okabe & Ito's palette, which colour-blind readers
+tell apart.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from cycler import cycler
+from IPython.display import Image, display
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lowrank_helpers.training import History
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = {"train": "--", "test": "-"}
+PANEL = (4.2, 3.1)  # inches, width and height of one panel
+RESOLUTION = 180  # dots per inch: crisp at twice the size shown
+SHOWN_RESOLUTION = 90
+
+mpl.rcParams.update(
+    {
+        "axes.prop_cycle": cycler(color=PALETTE),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.titlesize": "medium",
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "legend.fontsize": "small",
+        "figure.constrained_layout.use": True,
+        "savefig.facecolor": "white",
+    }
+)
+
+
+def panels(n_columns: int = 1, n_rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure of equal panels and its axes, as ``plt.subplots`` does."""
+    width, height = PANEL
+    with plt.ioff():
+        return plt.subplots(n_rows, n_columns, figsize=(width * n_columns, height * n_rows), **options)
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure and close it.
+
+    Parameters
+    ----------
+    alt : str
+        Says what the figure shows, for readers who cannot see it.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=RESOLUTION, metadata={"Software": None})
+    plt.close(figure)
+    width, height = (round(inches * SHOWN_RESOLUTION) for inches in figure.get_size_inches())
+    display(Image(buffer.getvalue(), format="png", width=width, height=height, alt=alt))
+
+
+def learning_curves(histories: Mapping[str, History], *, against: str = "epoch", log_loss: bool = False) -> Figure:
+    """Plot loss and accuracy, train and test, of one or more trainings.
+
+    Parameters
+    ----------
+    histories : mapping of str to History
+        By label; one colour each.
+    against : {"epoch", "seconds"}
+        The horizontal axis: epochs, or seconds of training without evaluation.
+    log_loss : bool
+        Logarithmic loss axis, where the training loss gets tiny.
+    """
+    figure, (loss_axes, accuracy_axes) = panels(2)
+    for colour, (label, history) in zip(PALETTE, histories.items(), strict=False):
+        x: Sequence[float] = history.epochs if against == "epoch" else history.seconds
+        for split, style in LINE_STYLES.items():
+            name = f"{label}, {split}" if len(histories) > 1 else split
+            loss_axes.plot(x, history.loss[split], style, color=colour, label=name)
+            accuracy_axes.plot(x, [100 * share for share in history.accuracy[split]], style, color=colour, label=name)
+    x_label = "epoch" if against == "epoch" else "training time (s)"
+    loss_axes.set(xlabel=x_label, ylabel="cross-entropy (nats)", title="Loss", yscale="log" if log_loss else "linear")
+    accuracy_axes.set(xlabel=x_label, ylabel="accuracy (%)", title="Accuracy")
+    accuracy_axes.set_ylim(bottom=max(0, _floor_of_interest(histories)))
+    accuracy_axes.legend()
+    return figure
+
+
+def _floor_of_interest(histories: Mapping[str, History]) -> float:
+    """Return where the accuracy axis starts: below the first epoch's scores, not at the untrained network's."""
+    first = min(min(history.accuracy[split][1] for split in LINE_STYLES) for history in histories.values())
+    return 100 * first - 0.15 * (100 - 100 * first) - 0.5
+
+
+def label_last(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    """Write a label at the end of a curve, in its colour: easier to follow than a legend."""
+    axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", color=colour, va="center", fontsize="small")

@@ -1,0 +1,224 @@
+"""What a notebook works with: its checked parameters, the device, the data, trained networks, and its findings."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from IPython.display import Markdown, display
+from torch import nn
+
+from lowrank_helpers import data, parameters
+from lowrank_helpers.data import PROJECT, Dataset
+from lowrank_helpers.store import Store, write_atomically
+from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
+
+RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"
+FINDING_ID = re.compile(r"[1-7B]\.\d(/[a-z_]+)?")
+LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
+
+
+class Run:
+    """One notebook's work.
+
+    Parameters
+    ----------
+    notebook : str
+        Its name without the ending, such as ``03_rank``: where its findings are filed.
+    **values
+        The notebook's parameters. ``dataset``, ``data_dir``, ``seed``, ``device`` and ``precision`` are needed.
+
+    Raises
+    ------
+    ParameterError, DatasetError
+        A parameter is not allowed, or the dataset cannot be had.
+
+    Attributes
+    ----------
+    device : torch.device
+    precision : str
+        ``float32`` or ``bfloat16``, of the matrix products.
+    data : Dataset
+        On the device.
+    folder : Path
+        The run's folder: ``networks/`` and ``findings/`` are below it.
+    """
+
+    def __init__(self, notebook: str, **values: Any) -> None:
+        parameters.check(values)
+        self.notebook = notebook
+        self.parameters = values
+        self.device = pick_device(values["device"])
+        self.precision = pick_precision(values["precision"], self.device)
+        self.data = data.load(values["dataset"], values["data_dir"]).to(self.device)
+        self.folder = Path(os.environ.get(RUN_DIR_VARIABLE) or PROJECT / "reports" / "lab")
+        self._store = Store(self.folder / "networks")
+        self._findings: dict[str, dict[str, Any]] = {}
+        self._started = datetime.now(UTC)
+        display(Markdown(self._header()))
+
+    def _header(self) -> str:
+        lines = []
+        if self.parameters["dataset"] == "auto" and self.data.name != "mnist":
+            lines.append(
+                f"⚠ **MNIST could not be had: everything below is measured on `{self.data.name}`,** "
+                "scikit-learn's bundled 8×8 digits resampled to 28×28.\n"
+            )
+        lines.append(
+            f"Dataset **{self.data.name}** ({len(self.data.train_labels):,} training and "
+            f"{len(self.data.test_labels):,} test images) · seed **{self.parameters['seed']}** · "
+            f"device **{self.device.type}** · matrix products in **{self.precision}**, weights in float32"
+        )
+        return "\n".join(lines)
+
+    def recipe(self, epochs: int, batch_size: int, learning_rate: float, **options: Any) -> Recipe:
+        """Return a recipe with this run's seed (unless one is given) and precision."""
+        return Recipe(
+            epochs,
+            batch_size,
+            learning_rate,
+            **{"seed": self.parameters["seed"], "precision": self.precision} | options,
+        )
+
+    def train(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        data: Dataset | None = None,
+        others: Mapping[str, Dataset] | None = None,
+        label: str = "training",
+    ) -> tuple[nn.Module, History]:
+        """Move a network to the run's device and train it, or load it if this training has been done.
+
+        Parameters
+        ----------
+        model : nn.Module
+            Trained in place.
+        recipe : Recipe
+        data : Dataset, optional
+            By default the run's.
+        others : mapping of str to Dataset, optional
+            Further data to score on each epoch, as in :func:`lowrank_helpers.training.fit`.
+        label : str
+            Names the progress bar.
+
+        Returns
+        -------
+        nn.Module, History
+            The same network, trained, and how it went.
+        """
+        model = model.to(self.device)
+        return model, self._store.trained(model, data or self.data, recipe, others=others, label=label)
+
+    def finding(
+        self,
+        id: str,
+        sentence: str,
+        *,
+        met: bool | None = None,
+        timings: Mapping[str, Any] | None = None,
+        **values: Any,
+    ) -> None:
+        """Show a measured sentence and file its numbers under a stable id.
+
+        Parameters
+        ----------
+        id : str
+            An item of the assignment, ``"3.1"``, or a part of one, ``"3.1/stable_rank"``.
+        sentence : str
+            Markdown with the values in braces, formatted as by ``str.format``: ``"{accuracy:.2%} right"``.
+        met : bool, optional
+            For an item with a bar: whether it is reached.
+        timings : mapping, optional
+            Measured times and what follows from them; filed apart, as no two runs agree on them.
+        **values
+            Numbers, strings, lists and mappings of them.
+        """
+        if not FINDING_ID.fullmatch(id):
+            raise ValueError(
+                f"finding id {id!r} is not allowed; allowed: an item such as '3.1' or a part, '3.1/spread'"
+            )
+        values, timings = _plain(values), _plain(timings or {})
+        text = sentence.format(**values, **timings)
+        self._findings[id] = {"sentence": text, "met": met, "values": values, "timings": timings}
+        self._file_findings()
+        verdict = {True: " ✓ met", False: " ✗ **not met**", None: ""}[met]
+        display(Markdown(f"**{id}**{verdict} · {text}"), metadata={"lowrank": {"finding": id}})
+
+    def answers(self) -> None:
+        """Show this notebook's answers to the assignment's items: its findings without the parts."""
+        items = [f"- **{id}** {finding['sentence']}" for id, finding in self._findings.items() if "/" not in id]
+        display(Markdown("\n".join(items)))
+
+    def findings(self) -> dict[str, dict[str, Any]]:
+        """Return all findings filed in this run's folder for the run's dataset, by id, with their ``notebook``."""
+        found: dict[str, dict[str, Any]] = {}
+        for file in sorted((self.folder / "findings").glob("*.json")):
+            filed = json.loads(file.read_text())
+            if filed["environment"]["dataset"] == self.data.name:
+                found |= {id: finding | {"notebook": filed["notebook"]} for id, finding in filed["findings"].items()}
+        return found
+
+    def _file_findings(self) -> None:
+        filed = {
+            "notebook": self.notebook,
+            "parameters": self.parameters,
+            "environment": {
+                "dataset": self.data.name,
+                "started": self._started.isoformat(timespec="seconds"),
+                "device": _device_name(self.device),
+                "precision": self.precision,
+                "threads": torch.get_num_threads(),
+            }
+            | software(),
+            "findings": self._findings,
+        }
+        text = json.dumps(filed, indent=1, ensure_ascii=False)
+        write_atomically(self.folder / "findings" / f"{self.notebook}.json", text.encode())
+
+
+@cache
+def software() -> dict[str, Any]:
+    """Return what produced a result: the versions of Python and the libraries, and the project's git revision."""
+    return {
+        "python": platform.python_version(),
+        "versions": {library: version(library) for library in LIBRARIES},
+        "revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def _plain(value: Any) -> Any:
+    """Turn NumPy's and PyTorch's numbers and arrays into Python's, for JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return value.tolist()
+    return value

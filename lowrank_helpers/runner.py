@@ -1,0 +1,244 @@
+"""Executes notebooks through papermill into a run folder, in order, and gathers what they found."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from filelock import FileLock, Timeout
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from lowrank_helpers import data, parameters
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.parameters import ParameterError
+from lowrank_helpers.run import RUN_DIR_VARIABLE
+from lowrank_helpers.store import write_atomically
+
+NOTEBOOK_FOLDER = PROJECT / "notebooks"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook's execution ended: ``done``, ``kept`` (done in an earlier run) or ``failed``."""
+
+    notebook: str
+    status: str
+    seconds: float
+    error: str = ""
+
+
+class RunFolderError(Exception):
+    """The run folder cannot be used; the message says why and what to do."""
+
+
+def notebook_names() -> list[str]:
+    """Return the series' notebooks in order, without their endings."""
+    return sorted(path.stem for path in NOTEBOOK_FOLDER.glob("*.ipynb"))
+
+
+def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Decide which parameters each notebook gets, and check them all before anything runs.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Notebooks to run; empty for all.
+    given : mapping
+        Parameters by name; each goes to the notebooks that declare it.
+
+    Returns
+    -------
+    dict
+        For every notebook to run, in the series' order, the given parameters that it declares.
+
+    Raises
+    ------
+    ParameterError
+        A notebook is unknown, no chosen notebook declares a parameter, or a value is not allowed.
+    """
+    known = notebook_names()
+    if unknown := [name for name in names if name not in known]:
+        raise ParameterError(f"notebook {unknown[0]!r} is unknown; allowed: {', '.join(known)}")
+    chosen = [name for name in known if name in names or not names]
+    declared = {name: parameters.declared(notebook_path(name)) for name in chosen}
+    for parameter in given:
+        if not any(parameter in defaults for defaults in declared.values()):
+            valid = "; ".join(f"{name}: {', '.join(defaults)}" for name, defaults in declared.items())
+            raise ParameterError(f"parameter {parameter!r} is unknown to the chosen notebooks; allowed: {valid}")
+    planned = {}
+    for name, defaults in declared.items():
+        planned[name] = {parameter: value for parameter, value in given.items() if parameter in defaults}
+        try:
+            parameters.check(defaults | planned[name])
+        except ParameterError as error:
+            raise ParameterError(f"{name}: {error}") from error
+    return planned
+
+
+def notebook_path(name: str) -> Path:
+    """Return where a notebook of the series lies."""
+    return NOTEBOOK_FOLDER / f"{name}.ipynb"
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[Path]:
+    """Make a run folder ready and hold it: no second run may write into it meanwhile.
+
+    Raises
+    ------
+    RunFolderError
+        The folder cannot be written, or another run holds it.
+    """
+    folder = folder.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
+            os.environ |= {RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}
+            yield folder
+    except Timeout as error:
+        raise RunFolderError(f"{folder} is in use by another run; wait for it or choose another --output") from error
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def execute(planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: bool = False) -> Iterator[Outcome]:
+    """Execute notebooks in order into a run folder, yielding how each ended.
+
+    An executed notebook appears under its own name only when all its cells ran. One that failed is left as
+    ``<name>.failed.ipynb``, and the rest still run.
+
+    Parameters
+    ----------
+    planned : mapping
+        As :func:`plan` returns it.
+    folder : Path
+        As :func:`run_folder` gives it; networks that it has are not trained again.
+    resume : bool
+        Keep notebooks that the folder has from the same source, parameters and package.
+    """
+    all_kept = True
+    for name, given in planned.items():
+        fingerprint = _fingerprint(name, given)
+        target = folder / f"{name}.ipynb"
+        kept = _kept(target, fingerprint) if resume else None
+        if kept and (all_kept or not kept.get("reads_findings")):
+            outcome = Outcome(name, "kept", kept["seconds"])
+        else:
+            all_kept = False
+            target.unlink(missing_ok=True)
+            outcome = _execute_one(name, given, fingerprint, folder)
+        yield outcome
+
+
+def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
+    """Find out once, for all kernels, what the run's dataset is; download it if need be.
+
+    Raises
+    ------
+    DatasetError
+        The dataset cannot be had or is damaged.
+    """
+    name, given = next(iter(planned.items()))
+    values = parameters.declared(notebook_path(name)) | dict(given)
+    resolved = data.resolve(values["dataset"], values["data_dir"])
+    if values["dataset"] == "auto":
+        os.environ[data.AUTO_VARIABLE] = resolved
+    return resolved
+
+
+def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: Path) -> Outcome:
+    partial, failed = folder / f".{name}.partial.ipynb", folder / f"{name}.failed.ipynb"
+    start = time.perf_counter()
+    error = ""
+    try:
+        papermill.execute_notebook(
+            notebook_path(name),
+            partial,
+            parameters=dict(given),
+            cwd=NOTEBOOK_FOLDER,
+            kernel_name="python3",
+            progress_bar={"desc": name, "unit": "cell"},
+        )
+    except PapermillExecutionError as failure:
+        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+    except DeadKernelError:
+        error = "the kernel died (out of memory?)"
+    seconds = round(time.perf_counter() - start, 2)
+    _finish(partial, failed if error else folder / f"{name}.ipynb", fingerprint, seconds)
+    if not error:
+        failed.unlink(missing_ok=True)
+    return Outcome(name, "failed" if error else "done", seconds, error)
+
+
+def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> None:
+    """Give an executed notebook its final name, with what made it and without this machine's paths."""
+    notebook = nbformat.read(partial, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+    notebook.metadata.setdefault("lowrank", {}).update(fingerprint=fingerprint, seconds=seconds)
+    write_atomically(target, nbformat.writes(notebook).encode())
+    partial.unlink()
+
+
+def _kept(executed: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return what made an executed notebook, if it is what would be made now."""
+    try:
+        made_by = nbformat.read(executed, as_version=4).metadata["lowrank"]
+    except (OSError, ValueError, KeyError, nbformat.ValidationError):
+        return None
+    return dict(made_by) if made_by.get("fingerprint") == fingerprint else None
+
+
+def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
+    """Hash what determines an executed notebook: its source, its parameters, and the package."""
+    cells = nbformat.read(notebook_path(name), as_version=4).cells
+    package = sorted((PROJECT / "lowrank_helpers").glob("*.py"))
+    parts = [cell.source for cell in cells] + [path.read_text() for path in package]
+    return hashlib.sha256(json.dumps([parts, dict(given)], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def gather(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Join the findings of a run folder into ``results.json`` and return them.
+
+    Returns
+    -------
+    dict
+        ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on what.
+        ``findings``: by id, the sentence, the values, the timings, and whether a bar was met.
+    """
+    notebooks: dict[str, Any] = {
+        outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}
+        for outcome in outcomes
+    }
+    findings: dict[str, Any] = {}
+    for file in sorted((folder / "findings").glob("*.json")):
+        filed = json.loads(file.read_text())
+        notebooks.setdefault(filed["notebook"], {"status": "earlier"}).update(
+            parameters=filed["parameters"], environment=filed["environment"]
+        )
+        findings |= {id: {"notebook": filed["notebook"]} | finding for id, finding in filed["findings"].items()}
+    results = {"format": 1, "notebooks": notebooks, "findings": dict(sorted(findings.items()))}
+    write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
+    return results
+
+
+def record(folder: Path) -> None:
+    """Write the outputs of a run of the whole series back into ``notebooks/``."""
+    for name in notebook_names():
+        recorded = nbformat.read(notebook_path(name), as_version=4)
+        executed = {cell.id: cell for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells}
+        for cell in recorded.cells:
+            if cell.cell_type == "code":
+                cell.outputs = executed[cell.id].outputs
+                cell.execution_count = executed[cell.id].execution_count
+        write_atomically(notebook_path(name), (nbformat.writes(recorded) + "\n").encode())

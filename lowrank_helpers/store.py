@@ -1,0 +1,151 @@
+"""Trained networks on disk: each made once, under a key of everything that determines it.
+
+One safetensors file a network: its weights, and in the file's header its history, the format's version and a
+checksum. Nothing is ever unpickled.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lowrank_helpers import data, models, training
+from lowrank_helpers.data import Dataset
+from lowrank_helpers.training import History, Recipe, fit
+
+FORMAT = "1"
+
+
+class Store:
+    """A folder of trained networks.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when the first network is saved.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def trained(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        recipe: Recipe,
+        *,
+        others: Mapping[str, Dataset] | None = None,
+        label: str = "training",
+    ) -> History:
+        """Train a network in place as :func:`fit` does, or load what that training gave if it has been done.
+
+        The key is made of the network's structure and weights before training, the data, the recipe, the code
+        that trains, PyTorch's version and the kind of device. So whatever start a network was given (random,
+        spectral, another network's factors), the same training happens once.
+
+        Returns
+        -------
+        History
+            Of the training, whenever it ran.
+        """
+        key = _key(model, data, recipe, others or {})
+        file = self.folder / f"{key}.safetensors"
+        if file.exists():
+            try:
+                return _load(file, key, model)
+            except _UnusableError as error:
+                warnings.warn(f"{file.name} in the store of networks {error}; trained again", stacklevel=2)
+        history = fit(model, data, recipe, others=others, label=label)
+        _save(file, key, model, history)
+        return history
+
+
+class _UnusableError(Exception):
+    """A file of the store is damaged or not this project's; the message says how."""
+
+
+def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, Dataset]) -> str:
+    digest = hashlib.sha256()
+    parts = {
+        "structure": repr(model),
+        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "data": data.fingerprint,
+        "others": {name: other.fingerprint for name, other in others.items()},
+        "recipe": asdict(recipe),
+        "code": _code_version(),
+        "torch": torch.__version__,
+        "device": data.train_images.device.type,
+    }
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    digest.update(_checksum(model.state_dict()).encode())
+    return digest.hexdigest()[:32]
+
+
+@cache
+def _code_version() -> str:
+    """Hash the modules that decide what a training gives."""
+    sources = "".join(inspect.getsource(module) for module in (data, models, training))
+    return hashlib.sha256(sources.encode()).hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(file: Path, key: str, model: nn.Module, history: History) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    header = {"format": FORMAT, "key": key, "history": json.dumps(asdict(history)), "checksum": _checksum(tensors)}
+    write_atomically(file, save(tensors, metadata=header))
+
+
+def _load(file: Path, key: str, model: nn.Module) -> History:
+    """Put a stored network's weights into the model and return its history."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            header = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise _UnusableError(f"cannot be read ({error})") from error
+    if header.get("format") != FORMAT:
+        raise _UnusableError(f"has format {header.get('format')!r}, not {FORMAT!r}")
+    if header.get("key") != key or header.get("checksum") != _checksum(tensors):
+        raise _UnusableError("does not match its key and checksum")
+    model.load_state_dict(tensors)
+    return History(**json.loads(header["history"]))
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that its name never shows half of it, whatever stops the writing.
+
+    Raises
+    ------
+    OSError
+        The folder is write-protected or the disk is full; nothing is left behind.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(file)
+    except BaseException:
+        Path(temporary).unlink()
+        raise

@@ -1,0 +1,234 @@
+"""Training and evaluation: the whole set on the device, shuffled by index, Adam, one pass an epoch."""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from lowrank_helpers.data import Dataset, batches
+from lowrank_helpers.models import squared_norm
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "float32", "bfloat16")
+EVALUATION_BATCH = 4096  # rows: large enough for full speed, small enough to stay in cache
+
+# Late in training most gradients underflow; arithmetic on denormal numbers is many times slower.
+torch.set_flush_denormal(True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: everything but the network and the data.
+
+    Adam (Kingma & Ba 2014, arXiv 1412.6980) with its rate falling linearly to zero over the whole training.
+
+    Attributes
+    ----------
+    epochs, batch_size : int
+        Passes over the training set and samples a step.
+    learning_rate : float
+        Of the first step.
+    seed : int
+        Shuffles the samples; initialisation has its own.
+    frobenius_decay : float
+        λ of the penalty λ/2·‖W‖_F² a layer, on the *product* W = B·C for a factorised layer
+        (Kamalakara et al. 2022, arXiv 2209.13569, section 3).
+    weight_decay : float
+        λ of the penalty λ/2·‖θ‖² on every parameter, for a factorised layer on B and C each.
+    precision : {"float32", "bfloat16"}
+        Of the matrix products; weights, gradients and Adam's state are float32 in both.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+    frobenius_decay: float = 0.0
+    weight_decay: float = 0.0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"epochs {self.epochs} and batch_size {self.batch_size} must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate {self.learning_rate} must be a positive number")
+        if self.precision not in PRECISIONS[1:]:
+            raise ValueError(f"precision {self.precision!r} is unknown; allowed: float32, bfloat16")
+
+
+@dataclass
+class History:
+    """What a training did, epoch by epoch; entry 0 is the network before it.
+
+    Attributes
+    ----------
+    loss : dict of str to list of float
+        Mean cross-entropy in nats, by split (``train``, ``test``, …).
+    accuracy : dict of str to list of float
+        Share of samples classified rightly, 0 to 1, by split.
+    seconds : list of float
+        Time spent training since the start, evaluation excluded.
+    evaluation_seconds : float
+        Time spent evaluating, all epochs together.
+    """
+
+    loss: dict[str, list[float]] = field(default_factory=dict)
+    accuracy: dict[str, list[float]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    evaluation_seconds: float = 0.0
+
+    @property
+    def epochs(self) -> range:
+        """The epochs behind the entries, 0 first."""
+        return range(len(self.seconds))
+
+    def final(self, split: str) -> "Score":
+        """Return the score after the last epoch."""
+        return Score(self.loss[split][-1], self.accuracy[split][-1])
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy in nats and share of right answers, 0 to 1, of a network on one split."""
+
+    loss: float
+    accuracy: float
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device of that name; ``auto`` is CUDA, then Apple's MPS, then the CPU.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown or this machine has no such device.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device, there in here.items() if there]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise ValueError(f"device {name!r} is not on this machine; allowed: auto, {', '.join(available)}")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the hardware multiplies it natively."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return "bfloat16" if native else "float32"
+
+
+def products_in(precision: str, device: torch.device) -> AbstractContextManager:
+    """Return the context in which matrix products run in that precision."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    others: Mapping[str, Dataset] | None = None,
+    label: str = "training",
+) -> History:
+    """Train a network in place on ``data``'s training set, with its scores before and after each epoch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On the device of the data; maps (n, 784) to logits (n, 10). Frozen parameters stay as they are.
+    data : Dataset
+    recipe : Recipe
+    others : mapping of str to Dataset, optional
+        Further data to score the network on, as splits ``"<name> train"`` and ``"<name> test"``.
+    label : str
+        Names the progress bar.
+
+    Returns
+    -------
+    History
+    """
+    device = data.train_images.device
+    images, labels = data.train_images.to(getattr(torch, recipe.precision)), data.train_labels
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(
+        trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
+    )
+    n_steps = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
+    splits = data.splits()
+    for name, other in (others or {}).items():
+        splits |= {f"{name} {split}": pair for split, pair in other.splits().items()}
+    step = 0
+    history = History()
+    _record(history, model, splits, recipe.precision, seconds=0.0)
+    with tqdm(total=n_steps, desc=label, unit="step", leave=False) as bar:
+        for epoch in range(1, recipe.epochs + 1):
+            start = time.perf_counter()
+            for index in batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch):
+                optimiser.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / n_steps)
+                index = index.to(device)
+                _step(model, optimiser, images[index], labels[index], recipe)
+                step += 1
+            _synchronise(device)
+            seconds = history.seconds[-1] + time.perf_counter() - start
+            _record(history, model, splits, recipe.precision, seconds=seconds)
+            bar.update(step - bar.n)
+            bar.set_postfix(test_accuracy=f"{history.accuracy['test'][-1]:.2%}")
+    return history
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
+    """Return float32 logits (n, n_classes) for images (n, 784), in batches."""
+    with products_in(precision, images.device):
+        return torch.cat([model(batch).float() for batch in images.split(EVALUATION_BATCH)])
+
+
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Score:
+    """Score a network on images (n, 784) and labels (n,)."""
+    logits = predict(model, images, precision)
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    return Score(F.cross_entropy(logits, labels).item(), accuracy.item())
+
+
+def _step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
+    with products_in(recipe.precision, images.device):
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    if recipe.frobenius_decay:
+        loss = loss + recipe.frobenius_decay / 2 * squared_norm(model)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def _record(history: History, model: nn.Module, splits: dict, precision: str, *, seconds: float) -> None:
+    start = time.perf_counter()
+    for name, (images, labels) in splits.items():
+        score = evaluate(model, images, labels, precision)
+        history.loss.setdefault(name, []).append(score.loss)
+        history.accuracy.setdefault(name, []).append(score.accuracy)
+    history.seconds.append(seconds)
+    history.evaluation_seconds += time.perf_counter() - start
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for queued work, so that a clock read next tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
