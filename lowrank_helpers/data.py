@@ -56,6 +56,8 @@ class Dataset:
         Pixels with the mean of all training pixels taken off, over their standard deviation.
     train_labels, test_labels : Tensor of int64, shape (n,)
         Classes 0 to 9.
+    mean, std : float
+        Those of all training pixels, on a scale from 0 to 1: pixel = image·std + mean.
     fingerprint : str
         SHA-256 of the raw pixels and labels: what a stored network was trained on.
     """
@@ -65,6 +67,8 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    mean: float
+    std: float
     fingerprint: str
 
     def to(self, device: torch.device | str) -> "Dataset":
@@ -230,6 +234,8 @@ def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test
         train_labels,
         standardise(test, mean, std),
         test_labels,
+        mean,
+        std,
         digest.hexdigest(),
     )
 
