@@ -19,6 +19,7 @@ from lowrank_helpers.training import History
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = {"train": "--", "test": "-"}
+SPLIT_COLOURS = {"train": PALETTE[5], "test": PALETTE[0]}  # for bars, which have no line style
 PANEL = (4.2, 3.1)  # inches, width and height of one panel
 RESOLUTION = 180  # dots per inch: crisp at twice the size shown
 SHOWN_RESOLUTION = 90
@@ -39,9 +40,11 @@ mpl.rcParams.update(
 )
 
 
-def panels(n_columns: int = 1, n_rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """Return a figure of equal panels and its axes, as ``plt.subplots`` does."""
-    width, height = PANEL
+def panels(
+    n_columns: int = 1, n_rows: int = 1, *, panel: tuple[float, float] = PANEL, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a figure of equal panels, each of a size in inches, and its axes as ``plt.subplots`` does."""
+    width, height = panel
     with plt.ioff():
         return plt.subplots(n_rows, n_columns, figsize=(width * n_columns, height * n_rows), **options)
 
