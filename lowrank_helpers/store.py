@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -18,10 +19,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_helpers import data, models, training
 from lowrank_helpers.data import Dataset
+from lowrank_helpers.models import checksum
 from lowrank_helpers.training import History, Recipe, fit
 
 FORMAT = "1"
@@ -83,33 +85,31 @@ def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, D
         "data": data.fingerprint,
         "others": {name: other.fingerprint for name, other in others.items()},
         "recipe": asdict(recipe),
-        "code": _code_version(),
+        "code": _code_version(model),
         "torch": torch.__version__,
         "device": data.train_images.device.type,
     }
     digest.update(json.dumps(parts, sort_keys=True).encode())
-    digest.update(_checksum(model.state_dict()).encode())
+    digest.update(checksum(model.state_dict()).encode())
     return digest.hexdigest()[:32]
 
 
-@cache
-def _code_version() -> str:
-    """Hash the modules that decide what a training gives."""
-    sources = "".join(inspect.getsource(module) for module in (data, models, training))
-    return hashlib.sha256(sources.encode()).hexdigest()
+def _code_version(model: nn.Module) -> str:
+    """Hash the modules that decide what a training gives; PyTorch's layers are covered by its version."""
+    defining = {type(layer).__module__ for layer in model.modules()}
+    ours = {name for name in defining if name.startswith(f"{__package__}.")}
+    names = sorted(ours | {module.__name__ for module in (data, models, training)})
+    return hashlib.sha256("".join(map(_source, names)).encode()).hexdigest()
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+@cache  # what was imported, even if the file changes under a running kernel
+def _source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
 
 
 def _save(file: Path, key: str, model: nn.Module, history: History) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"format": FORMAT, "key": key, "history": json.dumps(asdict(history)), "checksum": _checksum(tensors)}
+    header = {"format": FORMAT, "key": key, "history": json.dumps(asdict(history)), "checksum": checksum(tensors)}
     write_atomically(file, save(tensors, metadata=header))
 
 
@@ -123,7 +123,7 @@ def _load(file: Path, key: str, model: nn.Module) -> History:
         raise _UnusableError(f"cannot be read ({error})") from error
     if header.get("format") != FORMAT:
         raise _UnusableError(f"has format {header.get('format')!r}, not {FORMAT!r}")
-    if header.get("key") != key or header.get("checksum") != _checksum(tensors):
+    if header.get("key") != key or header.get("checksum") != checksum(tensors):
         raise _UnusableError("does not match its key and checksum")
     model.load_state_dict(tensors)
     return History(**json.loads(header["history"]))
