@@ -64,37 +64,43 @@ def show(figure: Figure, alt: str) -> None:
     display(Image(buffer.getvalue(), format="png", width=width, height=height, alt=alt))
 
 
-def learning_curves(histories: Mapping[str, History], *, against: str = "epoch", log_loss: bool = False) -> Figure:
+def learning_curves(
+    histories: Mapping[str, Sequence[History]], *, against: str = "epoch", log_loss: bool = False
+) -> Figure:
     """Plot loss and accuracy, train and test, of one or more trainings.
 
     Parameters
     ----------
-    histories : mapping of str to History
-        By label; one colour each.
+    histories : mapping of str to sequence of History
+        By label, one history a seed; each label has one colour.
     against : {"epoch", "seconds"}
         The horizontal axis: epochs, or seconds of training without evaluation.
     log_loss : bool
         Logarithmic loss axis, where the training loss gets tiny.
     """
     figure, (loss_axes, accuracy_axes) = panels(2)
-    for colour, (label, history) in zip(PALETTE, histories.items(), strict=False):
-        x: Sequence[float] = history.epochs if against == "epoch" else history.seconds
-        for split, style in LINE_STYLES.items():
-            name = f"{label}, {split}" if len(histories) > 1 else split
-            loss_axes.plot(x, history.loss[split], style, color=colour, label=name)
-            accuracy_axes.plot(x, [100 * share for share in history.accuracy[split]], style, color=colour, label=name)
+    for colour, (label, seeds) in zip(PALETTE, histories.items(), strict=False):
+        for history in seeds:
+            x: Sequence[float] = history.epochs if against == "epoch" else history.seconds
+            for split, style in LINE_STYLES.items():
+                accuracy = [100 * share for share in history.accuracy[split]]
+                loss_axes.plot(x, history.loss[split], style, color=colour, linewidth=1.2)
+                accuracy_axes.plot(x, accuracy, style, color=colour, linewidth=1.2)
+        accuracy_axes.plot([], [], color=colour, label=label)
+    for split, style in LINE_STYLES.items():
+        accuracy_axes.plot([], [], style, color="black", label=split)
     x_label = "epoch" if against == "epoch" else "training time (s)"
     loss_axes.set(xlabel=x_label, ylabel="cross-entropy (nats)", title="Loss", yscale="log" if log_loss else "linear")
     accuracy_axes.set(xlabel=x_label, ylabel="accuracy (%)", title="Accuracy")
-    accuracy_axes.set_ylim(bottom=max(0, _floor_of_interest(histories)))
+    accuracy_axes.set_ylim(_floor_of_interest(histories), 100.5)
     accuracy_axes.legend()
     return figure
 
 
-def _floor_of_interest(histories: Mapping[str, History]) -> float:
+def _floor_of_interest(histories: Mapping[str, Sequence[History]]) -> float:
     """Return where the accuracy axis starts: below the first epoch's scores, not at the untrained network's."""
-    first = min(min(history.accuracy[split][1] for split in LINE_STYLES) for history in histories.values())
-    return 100 * first - 0.15 * (100 - 100 * first) - 0.5
+    first = min(h.accuracy[split][1] for seeds in histories.values() for h in seeds for split in LINE_STYLES)
+    return max(0.0, 100 - 1.2 * (100 - 100 * first))
 
 
 def label_last(axes: Axes, x: float, y: float, text: str, colour: str) -> None:

@@ -23,7 +23,7 @@ from lowrank_helpers.store import Store, write_atomically
 from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
 RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"
-FINDING_ID = re.compile(r"[1-7B]\.\d(/[a-z_]+)?")
+FINDING_ID = re.compile(r"[1-7B]\.\d(/[a-z0-9_]+)?")
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
 
 

@@ -1,6 +1,7 @@
 """Training and evaluation: the whole set on the device, shuffled by index, Adam, one pass an epoch."""
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -58,6 +59,10 @@ class Recipe:
             raise ValueError(f"epochs {self.epochs} and batch_size {self.batch_size} must be at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate {self.learning_rate} must be a positive number")
+        if not (0 <= self.frobenius_decay < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError(
+                f"frobenius_decay {self.frobenius_decay} and weight_decay {self.weight_decay} must be at least 0"
+            )
         if self.precision not in PRECISIONS[1:]:
             raise ValueError(f"precision {self.precision!r} is unknown; allowed: float32, bfloat16")
 
@@ -175,7 +180,9 @@ def fit(
     step = 0
     history = History()
     _record(history, model, splits, recipe.precision, seconds=0.0)
-    with tqdm(total=n_steps, desc=label, unit="step", leave=False) as bar:
+    # tqdm reads TQDM_DISABLE by itself in a terminal, but not in a notebook.
+    hidden = "TQDM_DISABLE" in os.environ
+    with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
         for epoch in range(1, recipe.epochs + 1):
             start = time.perf_counter()
             for index in batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch):
