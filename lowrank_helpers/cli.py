@@ -1,4 +1,4 @@
-"""The command line: ``lowrank run``, ``lowrank record``."""
+"""The command line: ``lowrank run``, ``lowrank record``, ``lowrank check``."""
 
 import os
 import sys
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import yaml
 
 from lowrank_helpers import parameters, report, runner
 from lowrank_helpers.data import PROJECT, DatasetError
@@ -26,14 +25,11 @@ def main() -> None:
 def _parameters_from(pairs: tuple[tuple[str, str], ...], file: Path | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if file:
-        try:
-            content = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise ParameterError(f"{file} is not YAML: {error}") from error
+        content = parameters.parse(file.read_bytes(), str(file))
         if not isinstance(content, dict):
             raise ParameterError(f"{file} must hold one 'name: value' a line")
         given |= content
-    return given | {name: parameters.parse(value) for name, value in pairs}
+    return given | {name: parameters.parse(value, f"parameter {name}") for name, value in pairs}
 
 
 @main.command()
@@ -88,6 +84,20 @@ def record() -> None:
     runner.record(latest)
     report.publish(latest, PROJECT / "reports" / "reference")
     click.echo("Recorded in notebooks/ and reports/reference/.")
+
+
+@main.command()
+@click.argument("notebooks", nargs=-1)
+def check(notebooks: tuple[str, ...]) -> None:
+    """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones."""
+    try:
+        from lowrank_helpers import checking  # here, not above: pytest and nbval come with the extra `test` alone
+    except ModuleNotFoundError as error:
+        _fail(f"`lowrank check` needs {error.name}: pip install 'lowrank-helpers[test]'", code=1)
+    try:
+        sys.exit(checking.check(notebooks))
+    except (ParameterError, DatasetError) as error:
+        _fail(str(error))
 
 
 def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,13 @@ class Dataset:
 
     def select(self, train: Tensor, test: Tensor) -> "Dataset":
         """Return the part of the data at the given indices (int64) or where the given masks (bool) hold."""
-        digest = hashlib.sha256(self.fingerprint.encode())
-        for index in (train, test):
-            digest.update(index.cpu().contiguous().numpy().tobytes())
         return replace(
             self,
             train_images=self.train_images[train],
             train_labels=self.train_labels[train],
             test_images=self.test_images[test],
             test_labels=self.test_labels[test],
-            fingerprint=digest.hexdigest(),
+            fingerprint=_fingerprint(train, test, of=self.fingerprint),
         )
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -146,23 +144,26 @@ def torchvision_set(name: str, data_dir: str | Path = "", *, train: bool, transf
     from torchvision import datasets  # here, not above: the import costs a second that `digits` need not pay
 
     dataset_class = getattr(datasets, TORCHVISION_SETS[name])
-    for folder in _data_folders(data_dir):
+    file_names = [Path(archive).stem for archive, _ in dataset_class.resources]
+    folders = _data_folders(data_dir)
+    for folder in folders:
+        raw = folder / TORCHVISION_SETS[name] / "raw"
         if name == "mnist":
-            _check_mnist_files(folder)
-        try:
-            return dataset_class(folder, train=train, transform=transform)
-        except RuntimeError:  # torchvision's word for "not in this folder"
-            continue
-    target = _data_folders(data_dir)[-1]
+            _check_mnist_files(raw)
+        if all((raw / file).is_file() for file in file_names):
+            try:
+                return dataset_class(folder, train=train, transform=transform)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise DatasetError(f"the files in {raw} are damaged ({error}). Replace or remove them") from error
     try:
         with _network_timeout(DOWNLOAD_TIMEOUT):
-            return dataset_class(target, train=train, transform=transform, download=True)
-    except (RuntimeError, OSError) as error:
+            return dataset_class(folders[-1], train=train, transform=transform, download=True)
+    except (RuntimeError, OSError, HTTPException) as error:
         raise DatasetMissingError(
-            f"dataset {name!r} is not on this machine and could not be downloaded ({error}). Ways to provide it: "
-            f"set LOWRANK_DATA_DIR or the parameter data_dir to a folder that holds {TORCHVISION_SETS[name]}/raw/ "
-            "as torchvision lays it out; connect to a network for the download; or choose dataset 'digits', "
-            "which needs none"
+            f"dataset {name!r} is not on this machine and could not be downloaded ({' '.join(str(error).split())}). "
+            f"Looked in {' and '.join(map(str, folders))} for {TORCHVISION_SETS[name]}/raw/ with "
+            f"{', '.join(file_names)}. Ways to provide it: set LOWRANK_DATA_DIR or the parameter data_dir to a folder "
+            "that holds these files; connect to a network; or choose dataset 'digits', which needs none"
         ) from error
 
 
@@ -192,11 +193,11 @@ def _data_folders(data_dir: str | Path) -> list[Path]:
     return [*([Path(named)] if named else []), PROJECT / "data"]
 
 
-def _check_mnist_files(folder: Path) -> None:
+def _check_mnist_files(raw: Path) -> None:
     for name, expected in MNIST_MD5.items():
-        file = folder / "MNIST" / "raw" / name
+        file = raw / name
         if file.is_file():
-            found = hashlib.md5(file.read_bytes()).hexdigest()
+            found = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
             if found != expected:
                 raise DatasetError(
                     f"{file} is not the published MNIST file: expected MD5 {expected}, found {found} "
@@ -224,9 +225,6 @@ def _load_digits() -> Dataset:
 
 
 def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Dataset:
-    digest = hashlib.sha256()
-    for raw in (train, train_labels, test, test_labels):
-        digest.update(raw.contiguous().numpy().tobytes())
     std, mean = (moment.item() / 255 for moment in torch.std_mean(train.float()))
     return Dataset(
         name,
@@ -236,8 +234,17 @@ def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test
         test_labels,
         mean,
         std,
-        digest.hexdigest(),
+        _fingerprint(train, train_labels, test, test_labels),
     )
+
+
+def _fingerprint(*tensors: Tensor, of: str = "") -> str:
+    """Hash tensors with their shapes, so that no two lists of tensors run into the same bytes."""
+    digest = hashlib.sha256(of.encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

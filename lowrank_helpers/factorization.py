@@ -64,6 +64,7 @@ def random_factors(A: Tensor, rank: int, *, seed: int) -> Factors:
     return Factors(B.to(A), C.to(A), [])
 
 
+@torch.no_grad()
 def alternating_gradient_descent(A: Tensor, rank: int, *, steps: int, seed: int = 0) -> Factors:
     """Minimise ½‖A − B·C‖_F² by gradient steps on B and on C in turn.
 
@@ -86,13 +87,19 @@ def alternating_gradient_descent(A: Tensor, rank: int, *, steps: int, seed: int 
     errors = [(A - B @ C).norm().item()]
     for _ in range(steps):
         gram = C @ C.T
-        B = B - (B @ gram - A @ C.T) / torch.linalg.matrix_norm(gram, 2)
+        B = B - (B @ gram - A @ C.T) / _lipschitz(gram)
         gram = B.T @ B
-        C = C - (gram @ C - B.T @ A) / torch.linalg.matrix_norm(gram, 2)
+        C = C - (gram @ C - B.T @ A) / _lipschitz(gram)
         errors.append((A - B @ C).norm().item())
     return Factors(B, C, errors)
 
 
+def _lipschitz(gram: Tensor) -> Tensor:
+    """Return ‖gram‖₂, kept above 0: for a zero matrix the gradient is zero too, and so is the step."""
+    return torch.linalg.matrix_norm(gram, 2).clamp_min(torch.finfo(gram.dtype).tiny)
+
+
+@torch.no_grad()
 def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 0) -> Factors:
     """Minimise ‖A − B·C‖_F by solving for B with C fixed, then for C with B fixed.
 
@@ -200,8 +207,8 @@ def _replace(
     if unknown := ranks.keys() - layers.keys():
         raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer of the model; allowed: {', '.join(layers)}")
     copy = deepcopy(model)
-    for name, rank in ranks.items():
-        check_rank(rank, layers[name].weight.shape)
-        factors = factors_of(name, layers[name], rank)
-        copy.set_submodule(name, FactorizedLinear(factors.B.clone(), factors.C.clone(), layers[name].bias))
+    for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
+        check_rank(ranks[name], layers[name].weight.shape)
+        factors = factors_of(name, layers[name], ranks[name])
+        copy.set_submodule(name, FactorizedLinear(factors.B, factors.C, layers[name].bias))
     return copy

@@ -58,7 +58,7 @@ def mlp(widths: Sequence[int], activation: str = "relu", *, seed: int) -> nn.Seq
 
 
 class FactorizedLinear(nn.Module):
-    """A linear layer whose weight is the product of two thin factors, y = x·Cᵀ·Bᵀ (+ bias).
+    """A linear layer whose weight is the product of two thin factors, y = x·Cᵀ·Bᵀ (+ bias), copied from those given.
 
     Attributes
     ----------
@@ -71,8 +71,8 @@ class FactorizedLinear(nn.Module):
         super().__init__()
         if B.dim() != 2 or C.dim() != 2 or B.shape[1] != C.shape[0]:
             raise ValueError(f"B {tuple(B.shape)} and C {tuple(C.shape)} must be (n, r) and (r, m)")
-        self.B = nn.Parameter(B)
-        self.C = nn.Parameter(C)
+        self.B = nn.Parameter(B.detach().clone())
+        self.C = nn.Parameter(C.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.out_features, self.rank = B.shape
         self.in_features = C.shape[1]

@@ -5,6 +5,7 @@ A name means the same in every notebook, so one table serves the command line an
 
 import ast
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,6 +50,10 @@ def _whole(least: int) -> Rule:
     return Rule(lambda value: _is_whole(value, least), f"a whole number, at least {least}")
 
 
+def _whole_between(least: int, most: int) -> Rule:
+    return Rule(lambda value: _is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
+
+
 def _list_of(rule: Rule) -> Rule:
     def accepts(value: Any) -> bool:
         return (
@@ -77,7 +82,7 @@ WIDTHS = Rule(
 RULES: dict[str, Rule] = {
     "dataset": _one_of(*DATASETS),
     "data_dir": Rule(lambda value: isinstance(value, str), "a folder, or empty for LOWRANK_DATA_DIR and data/"),
-    "seed": _whole(0),
+    "seed": _whole_between(0, 2**32 - 1),  # what NumPy and scikit-learn take
     "device": _one_of(*DEVICES),
     "precision": _one_of(*PRECISIONS),
     "activation": _one_of(*ACTIVATIONS),
@@ -98,7 +103,7 @@ RULES: dict[str, Rule] = {
     "error_threshold": SHARE,
     "accuracy_kept": SHARE,
     "small_share": SHARE,
-    "held_out_digit": Rule(lambda value: _is_whole(value, 0) and value < N_CLASSES, "a whole number from 0 to 9"),
+    "held_out_digit": _whole_between(0, N_CLASSES - 1),
     "rank": _whole(1),
     "alpha": POSITIVE,
     "layers": _one_of(*LAYER_CHOICES),
@@ -166,15 +171,22 @@ def declared(notebook: Path) -> dict[str, Any]:
     }
 
 
-def parse(text: str) -> Any:
-    """Read a value from the command line as YAML: ``3``, ``1e-3``, ``relu``, ``[784, 64, 10]``."""
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but for one thing: 1e-3 is a number, as in YAML 1.2, though it has no dot."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse(text: str | bytes, source: str) -> Any:
+    """Read a value from the command line or a file as YAML: ``3``, ``1e-3``, ``relu``, ``[784, 64, 10]``.
+
+    Raises
+    ------
+    ParameterError
+        The text is not YAML; the message names its source.
+    """
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # a SafeLoader: plain values only
     except yaml.YAMLError as error:
-        raise ParameterError(f"{text!r} is no value that YAML can read") from error
-    if isinstance(value, str):  # YAML 1.1 takes 1e-3, without a dot, for text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+        raise ParameterError(f"{source} is not YAML: {' '.join(str(error).split())}") from error

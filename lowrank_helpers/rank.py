@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from scipy.special import entr
 from torch import Tensor, nn
 
 from lowrank_helpers.models import FactorizedLinear
@@ -25,12 +26,12 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
     ValueError
         The argument is no matrix, is empty, or holds NaN or infinity.
     """
-    array = torch.as_tensor(np.asarray(matrix) if not isinstance(matrix, Tensor) else matrix.detach()).double().cpu()
+    array = matrix.detach().cpu() if isinstance(matrix, Tensor) else torch.as_tensor(np.asarray(matrix))
     if array.dim() != 2 or array.numel() == 0:
         raise ValueError(f"a matrix is needed, not an array of shape {tuple(array.shape)}")
     if not array.isfinite().all():
         raise ValueError("the matrix holds NaN or infinite entries")
-    return torch.linalg.svdvals(array).numpy()
+    return torch.linalg.svdvals(array.double()).numpy()
 
 
 def numerical_rank(s: Array, tolerance: float) -> int:
@@ -45,15 +46,14 @@ def default_tolerance(shape: tuple[int, int], dtype: torch.dtype = torch.float32
 
 def stable_rank(s: Array) -> float:
     """Return ‖A‖_F² / σ₁² (Rudelson & Vershynin 2007, arXiv math/0503442); 0 for the zero matrix."""
-    return float((s**2).sum() / s[0] ** 2) if s[0] > 0 else 0.0
+    return float(((s / s[0]) ** 2).sum()) if s[0] > 0 else 0.0
 
 
 def effective_rank(s: Array) -> float:
     """Return exp(H) of the distribution σᵢ / Σσ (Roy & Vetterli 2007, definition 1); 0 for the zero matrix."""
     if s[0] == 0:
         return 0.0
-    p = s[s > 0] / s.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
+    return float(np.exp(entr(s / s.sum()).sum()))
 
 
 def energy_rank(s: Array, share: float) -> int:
@@ -63,9 +63,9 @@ def energy_rank(s: Array, share: float) -> int:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share {share} must be above 0 and at most 1")
-    energy = np.cumsum(s**2)
-    if energy[-1] == 0:
+    if s[0] == 0:
         return 0
+    energy = np.cumsum((s / s[0]) ** 2)
     # Relative slack: the sum of shares may fall short of 1 by rounding.
     return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
 
