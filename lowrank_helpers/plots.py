@@ -14,6 +14,7 @@ from IPython.display import Image, display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lowrank_helpers.training import History
 
@@ -67,7 +68,7 @@ def show(figure: Figure, alt: str) -> None:
 def learning_curves(
     histories: Mapping[str, Sequence[History]], *, against: str = "epoch", log_loss: bool = False
 ) -> Figure:
-    """Plot loss and accuracy, train and test, of one or more trainings.
+    """Plot loss and accuracy, train and test, of one or more trainings, from the end of the first epoch on.
 
     Parameters
     ----------
@@ -84,23 +85,19 @@ def learning_curves(
             x: Sequence[float] = history.epochs if against == "epoch" else history.seconds
             for split, style in LINE_STYLES.items():
                 accuracy = [100 * share for share in history.accuracy[split]]
-                loss_axes.plot(x, history.loss[split], style, color=colour, linewidth=1.2)
-                accuracy_axes.plot(x, accuracy, style, color=colour, linewidth=1.2)
+                loss_axes.plot(x[1:], history.loss[split][1:], style, color=colour, linewidth=1.2)
+                accuracy_axes.plot(x[1:], accuracy[1:], style, color=colour, linewidth=1.2)
         accuracy_axes.plot([], [], color=colour, label=label)
     for split, style in LINE_STYLES.items():
         accuracy_axes.plot([], [], style, color="black", label=split)
     x_label = "epoch" if against == "epoch" else "training time (s)"
     loss_axes.set(xlabel=x_label, ylabel="cross-entropy (nats)", title="Loss", yscale="log" if log_loss else "linear")
     accuracy_axes.set(xlabel=x_label, ylabel="accuracy (%)", title="Accuracy")
-    accuracy_axes.set_ylim(_floor_of_interest(histories), 100.5)
+    if against == "epoch":
+        for axes in (loss_axes, accuracy_axes):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy_axes.legend()
     return figure
-
-
-def _floor_of_interest(histories: Mapping[str, Sequence[History]]) -> float:
-    """Return where the accuracy axis starts: below the first epoch's scores, not at the untrained network's."""
-    first = min(h.accuracy[split][1] for seeds in histories.values() for h in seeds for split in LINE_STYLES)
-    return max(0.0, 100 - 1.2 * (100 - 100 * first))
 
 
 def label_last(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
