@@ -15,6 +15,7 @@ import papermill
 from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from lowrank_helpers import data, parameters
 from lowrank_helpers.data import PROJECT
@@ -23,6 +24,9 @@ from lowrank_helpers.run import RUN_DIR_VARIABLE
 from lowrank_helpers.store import write_atomically
 
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
+
+# Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
+KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ def notebook_path(name: str) -> Path:
     return NOTEBOOK_FOLDER / f"{name}.ipynb"
 
 
+def reads_findings(name: str) -> bool:
+    """Say whether a notebook, by its metadata, shows what the others found."""
+    return bool(nbformat.read(notebook_path(name), as_version=4).metadata.get("lowrank", {}).get("reads_findings"))
+
+
 @contextmanager
 def run_folder(folder: Path) -> Iterator[Path]:
     """Make a run folder ready and hold it: no second run may write into it meanwhile.
@@ -130,7 +139,7 @@ def execute(planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: b
         fingerprint = _fingerprint(name, given)
         target = folder / f"{name}.ipynb"
         kept = _kept(target, fingerprint) if resume else None
-        if kept and (all_kept or not kept.get("reads_findings")):
+        if kept and (all_kept or not reads_findings(name)):
             outcome = Outcome(name, "kept", kept["seconds"])
         else:
             all_kept = False
@@ -167,6 +176,7 @@ def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: 
             cwd=NOTEBOOK_FOLDER,
             kernel_name="python3",
             progress_bar={"desc": name, "unit": "cell"},
+            config=KERNEL_CONFIG,
         )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"

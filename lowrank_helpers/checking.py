@@ -1,0 +1,136 @@
+"""Re-executes recorded notebooks and compares their outputs: a pytest plugin on nbval, and ``lowrank check``.
+
+``pytest -p lowrank_helpers.checking NOTEBOOK.ipynb …`` executes notebooks in the order given, sharing one fresh run
+folder, a test a cell. nbval runs the cells; what must agree is in :mod:`lowrank_helpers.comparison`, as nbval
+compares whole texts. The recorded files are only read.
+"""
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nbval.plugin import IPyNbCell, IPyNbFile
+
+from lowrank_helpers import data, runner
+from lowrank_helpers.comparison import (
+    CHECKED,
+    TEXT_ONLY,
+    UNCHECKED,
+    MetadataError,
+    Treatment,
+    differences,
+    treatment,
+)
+
+PRINTING = pytest.StashKey[list["RecordedCell"]]()
+
+
+def check(names: Sequence[str]) -> int:
+    """Re-execute recorded notebooks of the series and compare their outputs with the recorded ones.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Empty for all. With a notebook that reads the others' findings, all are executed.
+
+    Returns
+    -------
+    int
+        pytest's exit status: 0 where everything agrees.
+
+    Raises
+    ------
+    ParameterError
+        A notebook is unknown.
+    DatasetError
+        MNIST, on which the notebooks are recorded, is not at hand.
+    """
+    chosen = list(runner.plan(names, {}))
+    if any(runner.reads_findings(name) for name in chosen):
+        chosen = runner.notebook_names()
+    os.environ[data.AUTO_VARIABLE] = data.resolve("mnist")
+    paths = [str(runner.notebook_path(name)) for name in chosen]
+    return pytest.main(["-p", __name__, "--nbval-current-env", *paths])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the notebooks a run folder of their own, as `lowrank run` would."""
+    stack = ExitStack()
+    config.add_cleanup(stack.close)
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lowrank-check-"))
+    stack.enter_context(runner.run_folder(Path(folder)))
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "RecordedNotebook | None":
+    """Take every notebook named on the command line."""
+    return RecordedNotebook.from_parent(parent, path=file_path) if file_path.suffix == ".ipynb" else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note the cells that print, for the summary."""
+    cells = [item for item in session.items if isinstance(item, RecordedCell)]
+    session.config.stash[PRINTING] = [cell for cell in cells if cell.cell.outputs]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how much of what the notebooks print was compared, and why the rest was not."""
+    printing = config.stash.get(PRINTING, [])
+    extents = Counter(cell.treatment.extent for cell in printing)
+    counts = ", ".join(f"{extents[extent]} {extent}" for extent in (CHECKED, TEXT_ONLY, UNCHECKED))
+    terminalreporter.section("recorded outputs")
+    terminalreporter.line(f"{len(printing)} cells that print: {counts}")
+    for cell in printing:
+        if cell.treatment.reason:
+            terminalreporter.line(f"{cell.treatment.extent}: {cell.nodeid} ({cell.treatment.reason})")
+
+
+class RecordedNotebook(IPyNbFile):
+    """A recorded notebook, which nbval executes cell by cell."""
+
+    def collect(self) -> Iterator["RecordedCell"]:
+        """Yield the code cells under their ids."""
+        for item in super().collect():
+            try:
+                treated = treatment(item.cell, self.nb)
+            except MetadataError as error:
+                raise self.CollectError(f"{self.path.name}, cell {item.cell.id}: {error}") from error
+            cell = RecordedCell.from_parent(
+                self, name=item.cell.id, cell_num=item.cell_num, cell=item.cell, options=item.options
+            )
+            cell.treatment = treated
+            yield cell
+
+
+class RecordedCell(IPyNbCell):
+    """A cell whose outputs are compared as its metadata says."""
+
+    treatment: Treatment
+    differences: Sequence[str] = ()
+
+    def runtest(self) -> None:
+        """Execute the cell and compare; a cell that was never executed has nothing to compare with."""
+        if self.cell.source.strip() and self.cell.execution_count is None:
+            pytest.fail("no outputs are recorded; `lowrank record` records them", pytrace=False)
+        super().runtest()
+
+    def compare_outputs(self, test: Any, ref: Any, skip_compare: Any = None) -> bool:
+        """Put this module's comparison in the place of nbval's."""
+        if self.treatment.extent != UNCHECKED:
+            self.differences = differences(ref, test, self.treatment.tolerance)
+        self.comparison_traceback = list(self.differences)
+        return not self.differences
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """Head a failure with the cell's id; nbval's number is of no cell that a reader sees."""
+        return self.path, 0, f"{self.path.name}, cell {self.cell.id}"
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo) -> Any:
+        """Name the cell, and both values and the tolerance of each difference."""
+        if not self.differences:
+            return super().repr_failure(excinfo)
+        return "\n".join(["not as recorded:", *self.differences])
