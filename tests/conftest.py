@@ -1,0 +1,35 @@
+"""What tests share: the datasets, an environment that each test leaves as it was, and reproducible properties."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from lowrank_helpers import data
+
+settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def environment_kept():
+    """Undo what a run sets for its kernels."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder with MNIST, where this machine has one."""
+    for folder in (os.environ.get("LOWRANK_DATA_DIR"), data.PROJECT / "data"):
+        if folder and (Path(folder) / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
+            return Path(folder)
+    pytest.skip("MNIST is not on this machine: set LOWRANK_DATA_DIR")

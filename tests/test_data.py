@@ -1,0 +1,217 @@
+"""Data: where it comes from, what is refused, and that it is what textbooks load."""
+
+import hashlib
+import os
+import shutil
+import socket
+import struct
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from lowrank_helpers import data
+from lowrank_helpers.data import DatasetError, DatasetMissingError
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Send every download to a port where nothing listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        _use_proxy(monkeypatch, unused.getsockname()[1])
+        yield
+    urllib.request.install_opener(None)
+
+
+@pytest.fixture
+def empty_project(monkeypatch, tmp_path):
+    """Look for data in an empty place: neither the environment's folder nor the project's."""
+    monkeypatch.delenv("LOWRANK_DATA_DIR", raising=False)
+    monkeypatch.setattr(data, "PROJECT", tmp_path / "project")
+    return tmp_path / "project"
+
+
+def _use_proxy(monkeypatch, port):
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    urllib.request.install_opener(None)  # urllib reads the proxies once, when it makes its opener
+
+
+def _write_idx(folder, prefix, images, labels):
+    """Write images and labels in the format of the MNIST files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(">iiii", 2051, *images.shape)
+    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, len(labels)) + labels.tobytes())
+
+
+def _damaged_mnist(folder):
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01 cut off")
+    return raw / "t10k-labels-idx1-ubyte"
+
+
+def test_mnist_is_the_published_set(mnist_dir):
+    mnist = data.load("mnist", mnist_dir)
+    assert mnist.train_images.shape == (60_000, 784) and mnist.test_images.shape == (10_000, 784)
+    assert mnist.train_images.dtype == torch.float32 and mnist.train_labels.dtype == torch.int64
+    assert (mnist.mean, mnist.std) == pytest.approx((0.1307, 0.3081), abs=5e-5)  # the constants of every tutorial
+    assert torch.bincount(mnist.test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+def test_one_altered_byte_of_mnist_is_refused(mnist_dir, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in data.MNIST_MD5:
+        (raw / name).symlink_to(mnist_dir / "MNIST" / "raw" / name)
+    altered = raw / "train-labels-idx1-ubyte"
+    content = bytearray(altered.read_bytes())
+    content[-1] ^= 1
+    altered.unlink()
+    altered.write_bytes(content)
+    with pytest.raises(DatasetError, match="train-labels-idx1-ubyte.*expected MD5 a25bea7.*found [0-9a-f]{32}"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "auto"])
+def test_a_truncated_mnist_file_is_refused_even_where_others_are_missing(name, tmp_path):
+    damaged = _damaged_mnist(tmp_path)
+    with pytest.raises(DatasetError) as refusal:
+        data.load(name, tmp_path)
+    found = hashlib.md5(damaged.read_bytes()).hexdigest()
+    for part in (str(damaged), "expected MD5 27ae3e4e09519cfbb04c329615203637", f"found {found}", "12 bytes"):
+        assert part in str(refusal.value)
+
+
+def test_data_dir_goes_before_the_variable_and_the_variable_before_the_project(monkeypatch, empty_project, tmp_path):
+    places = [tmp_path / "parameter", tmp_path / "variable", empty_project / "data"]
+    for place in places:
+        _damaged_mnist(place)  # each folder's refusal tells that it was the first one looked at
+    monkeypatch.setenv("LOWRANK_DATA_DIR", str(places[1]))
+    for given, expected in ((places[0], places[0]), ("", places[1])):
+        with pytest.raises(DatasetError, match=str(expected)):
+            data.load("mnist", given)
+    monkeypatch.delenv("LOWRANK_DATA_DIR")
+    with pytest.raises(DatasetError, match=str(places[2])):
+        data.load("mnist")
+
+
+def test_auto_falls_back_to_digits_and_says_so(no_network, empty_project):
+    assert data.resolve("auto") == "digits"
+    assert data.load("auto").name == "digits"
+
+
+def test_a_named_set_that_cannot_be_had_lists_the_ways_to_provide_it(no_network, empty_project, capfd):
+    with pytest.raises(DatasetMissingError) as refusal:
+        data.load("kmnist")
+    for part in ("kmnist", "LOWRANK_DATA_DIR", "data_dir", "digits", str(empty_project / "data"), "t10k-labels"):
+        assert part in str(refusal.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch, empty_project):
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        _use_proxy(monkeypatch, silent.getsockname()[1])
+        start = time.monotonic()
+        with pytest.raises(DatasetMissingError, match="timed out"):
+            data.load("mnist")
+        assert time.monotonic() - start < 5
+    urllib.request.install_opener(None)
+    assert socket.getdefaulttimeout() is None
+
+
+def test_the_runners_word_decides_what_auto_is(monkeypatch, mnist_dir):
+    monkeypatch.setenv(data.AUTO_VARIABLE, "digits")
+    assert data.load("auto", mnist_dir).name == "digits"
+
+
+def test_an_unknown_name_is_refused_with_those_allowed():
+    with pytest.raises(DatasetError, match=r"'cifar' is unknown; allowed: auto, mnist, fashion_mnist, kmnist, digits"):
+        data.load("cifar")
+
+
+def test_files_of_other_sets_are_read_as_they_lie(tmp_path):
+    rng = np.random.default_rng(0)
+    raw = tmp_path / "FashionMNIST" / "raw"
+    images = {split: rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for split, n in (("train", 20), ("t10k", 5))}
+    labels = {split: rng.integers(0, 10, len(images[split]), dtype=np.uint8) for split in images}
+    for split in images:
+        _write_idx(raw, split, images[split], labels[split])
+    fashion = data.load("fashion_mnist", tmp_path)
+    assert fashion.test_labels.tolist() == labels["t10k"].tolist()
+    pixels = images["train"] / 255
+    np.testing.assert_allclose(fashion.mean, pixels.mean(), rtol=1e-6)
+    expected = (images["t10k"].reshape(5, 784) / 255 - pixels.mean()) / pixels.std(ddof=1)
+    np.testing.assert_allclose(fashion.test_images.numpy(), expected, atol=1e-5)
+    _write_idx(raw, "t10k", images["t10k"], labels["t10k"])
+    os.truncate(raw / "t10k-images-idx3-ubyte", 1000)
+    with pytest.raises(DatasetError, match=r"FashionMNIST/raw are damaged"):
+        data.load("fashion_mnist", tmp_path)
+    shutil.copyfile(raw / "t10k-labels-idx1-ubyte", raw / "t10k-images-idx3-ubyte")
+    with pytest.raises(DatasetError, match=r"FashionMNIST/raw are damaged"):
+        data.load("fashion_mnist", tmp_path)
+
+
+def test_digits_are_standardised_stratified_and_always_the_same(digits):
+    assert (len(digits.train_images), len(digits.test_images)) == (1437, 360)
+    std, mean = torch.std_mean(digits.train_images)
+    assert (mean.item(), std.item()) == pytest.approx((0, 1), abs=1e-4)
+    for labels in (digits.train_labels, digits.test_labels):
+        shares = torch.bincount(labels) / len(labels)
+        assert shares.sub(0.1).abs().max() < 0.01
+    again = data.load("digits")
+    assert again.fingerprint == digits.fingerprint and torch.equal(again.train_images, digits.train_images)
+    rows = {row.numpy().tobytes() for row in digits.train_images}
+    assert not any(row.numpy().tobytes() in rows for row in digits.test_images)
+
+
+def test_digits_show_scikit_learns_images_enlarged(digits):
+    from sklearn.datasets import load_digits
+
+    def small(images):
+        """Average each image, back in grey levels 0 to 1: resampling keeps the mean of what it enlarges."""
+        return np.sort((images * digits.std + digits.mean).mean(dim=1).numpy())
+
+    together = small(torch.cat([digits.train_images, digits.test_images]))
+    np.testing.assert_allclose(together, np.sort(load_digits().images.mean(axis=(1, 2)) / 16), atol=0.02)
+
+
+def test_a_part_of_a_set_has_its_own_fingerprint(digits):
+    one, two = torch.tensor([1]), torch.tensor([1, 2])
+    part = digits.select(two, one)
+    assert torch.equal(part.train_labels, digits.train_labels[1:3])
+    assert torch.equal(part.test_images, digits.test_images[1:2])
+    assert part.fingerprint != digits.fingerprint
+    assert part.fingerprint == digits.select(two, one).fingerprint
+    # The same numbers in the same order, but cut elsewhere.
+    cut = digits.select(torch.tensor([1]), torch.tensor([2, 1])).fingerprint
+    assert cut != part.fingerprint
+    mask = digits.train_labels != 7
+    assert 7 not in digits.select(mask, one).train_labels
+
+
+def test_batches_are_those_of_a_textbook_loader():
+    images, labels = torch.arange(103.0)[:, None], torch.arange(103)
+    for epoch in (1, 2):
+        sampler = RandomSampler(images, generator=data.epoch_generator(seed=5, epoch=epoch))
+        loader = DataLoader(TensorDataset(images, labels), batch_size=10, sampler=sampler)
+        ours = list(data.batches(103, 10, seed=5, epoch=epoch))
+        assert [len(index) for index in ours] == [10] * 10 + [3]
+        for (image, label), index in zip(loader, ours, strict=True):
+            assert torch.equal(image, images[index]) and torch.equal(label, labels[index])
+
+
+def test_each_seed_and_epoch_has_its_own_order():
+    orders = [torch.cat(list(data.batches(50, 7, seed=s, epoch=e))) for s in range(3) for e in range(1, 4)]
+    assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == len(orders)
+    torch.rand(3)  # what was drawn elsewhere does not matter
+    assert torch.equal(orders[0], torch.cat(list(data.batches(50, 7, seed=0, epoch=1))))
