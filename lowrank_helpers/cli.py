@@ -7,10 +7,11 @@ from typing import Any, NoReturn
 
 import click
 
-from lowrank_helpers import parameters, report, runner
+from lowrank_helpers import parameters, report, results, runner
 from lowrank_helpers.data import PROJECT, DatasetError
 from lowrank_helpers.parameters import ParameterError
-from lowrank_helpers.runner import Outcome, RunFolderError
+from lowrank_helpers.results import Outcome
+from lowrank_helpers.runner import RunFolderError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -114,7 +115,7 @@ def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None
                     outcomes.append(outcome)
             finally:
                 if outcomes:
-                    report.render(folder, runner.gather(folder, outcomes))
+                    report.render(folder, results.gather(folder, outcomes))
     except DatasetError as error:
         _fail(str(error))
     except RunFolderError as error:

@@ -1,6 +1,5 @@
 """What a notebook works with: its checked parameters, the device, the data, trained networks, and its findings."""
 
-import json
 import os
 import platform
 import re
@@ -19,7 +18,8 @@ from torch import nn
 
 from lowrank_helpers import data, parameters
 from lowrank_helpers.data import PROJECT, Dataset
-from lowrank_helpers.store import Store, write_atomically
+from lowrank_helpers.results import file_findings, read_findings
+from lowrank_helpers.store import Store
 from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
 RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"
@@ -163,10 +163,9 @@ class Run:
     def findings(self) -> dict[str, dict[str, Any]]:
         """Return all findings filed in this run's folder for the run's dataset, by id, with their ``notebook``."""
         found: dict[str, dict[str, Any]] = {}
-        for file in sorted((self.folder / "findings").glob("*.json")):
-            filed = json.loads(file.read_text())
+        for notebook, filed in read_findings(self.folder).items():
             if filed["environment"]["dataset"] == self.data.name:
-                found |= {id: finding | {"notebook": filed["notebook"]} for id, finding in filed["findings"].items()}
+                found |= {id: finding | {"notebook": notebook} for id, finding in filed["findings"].items()}
         return found
 
     def _file_findings(self) -> None:
@@ -183,8 +182,7 @@ class Run:
             | software(),
             "findings": self._findings,
         }
-        text = json.dumps(filed, indent=1, ensure_ascii=False)
-        write_atomically(self.folder / "findings" / f"{self.notebook}.json", text.encode())
+        file_findings(self.folder, filed)
 
 
 @cache

@@ -1,12 +1,12 @@
-"""Executes notebooks through papermill into a run folder, in order, and gathers what they found."""
+"""Executes notebooks through papermill into a run folder, in order."""
 
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,14 @@ from traitlets.config import Config
 from lowrank_helpers import data, parameters
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.parameters import ParameterError
-from lowrank_helpers.run import RUN_DIR_VARIABLE
-from lowrank_helpers.store import write_atomically
+from lowrank_helpers.results import Outcome, findings_file, read_findings
+from lowrank_helpers.run import RUN_DIR_VARIABLE, software
+from lowrank_helpers.store import TEMPORARY, write_atomically
 
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
 
 # Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
 KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one notebook's execution ended: ``done``, ``kept`` (done in an earlier run) or ``failed``."""
-
-    notebook: str
-    status: str
-    seconds: float
-    error: str = ""
 
 
 class RunFolderError(Exception):
@@ -107,14 +98,19 @@ def run_folder(folder: Path) -> Iterator[Path]:
         The folder cannot be written, or another run holds it.
     """
     folder = folder.resolve()
+    lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(lock, timeout=0):
+            lock.write_text(f"process {os.getpid()} on {platform.node()}")
+            for leftover in folder.rglob(f".*{TEMPORARY}*"):
+                leftover.unlink()
             # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
             os.environ |= {RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}
             yield folder
     except Timeout as error:
-        raise RunFolderError(f"{folder} is in use by another run; wait for it or choose another --output") from error
+        holder = lock.read_text() or "another run"
+        raise RunFolderError(f"{folder} is in use by {holder}; wait for it or choose another --output") from error
     except OSError as error:
         raise RunFolderError(f"cannot write to {folder}: {error.strerror or error}") from error
 
@@ -137,13 +133,12 @@ def execute(planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: b
     all_kept = True
     for name, given in planned.items():
         fingerprint = _fingerprint(name, given)
-        target = folder / f"{name}.ipynb"
-        kept = _kept(target, fingerprint) if resume else None
+        kept = _kept(name, folder, fingerprint) if resume else None
         if kept and (all_kept or not reads_findings(name)):
             outcome = Outcome(name, "kept", kept["seconds"])
         else:
             all_kept = False
-            target.unlink(missing_ok=True)
+            _forget(name, folder)
             outcome = _execute_one(name, given, fingerprint, folder)
         yield outcome
 
@@ -165,7 +160,7 @@ def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: Path) -> Outcome:
-    partial, failed = folder / f".{name}.partial.ipynb", folder / f"{name}.failed.ipynb"
+    partial = folder / f".{name}{TEMPORARY}.ipynb"
     start = time.perf_counter()
     error = ""
     try:
@@ -177,15 +172,17 @@ def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: 
             kernel_name="python3",
             progress_bar={"desc": name, "unit": "cell"},
             config=KERNEL_CONFIG,
+            shutdown_kernel="immediate",  # all that it keeps is written by then
         )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
     except DeadKernelError:
         error = "the kernel died (out of memory?)"
+    except KeyboardInterrupt:
+        partial.unlink(missing_ok=True)
+        raise
     seconds = round(time.perf_counter() - start, 2)
-    _finish(partial, failed if error else folder / f"{name}.ipynb", fingerprint, seconds)
-    if not error:
-        failed.unlink(missing_ok=True)
+    _finish(partial, folder / (f"{name}.failed.ipynb" if error else f"{name}.ipynb"), fingerprint, seconds)
     return Outcome(name, "failed" if error else "done", seconds, error)
 
 
@@ -200,46 +197,37 @@ def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> No
     partial.unlink()
 
 
-def _kept(executed: Path, fingerprint: str) -> dict[str, Any] | None:
-    """Return what made an executed notebook, if it is what would be made now."""
+def _forget(name: str, folder: Path) -> None:
+    """Remove what an earlier run left of a notebook, lest it be taken for this run's."""
+    for file in (f"{name}.ipynb", f"{name}.html", f"{name}.failed.ipynb", f"{name}.failed.html"):
+        (folder / file).unlink(missing_ok=True)
+    findings_file(folder, name).unlink(missing_ok=True)
+
+
+def _kept(name: str, folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return what made an executed notebook, if it and its findings are there and would be the same now."""
     try:
-        made_by = nbformat.read(executed, as_version=4).metadata["lowrank"]
+        executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+        made_by = executed.metadata["lowrank"]
     except (OSError, ValueError, KeyError, nbformat.ValidationError):
         return None
-    return dict(made_by) if made_by.get("fingerprint") == fingerprint else None
+    shown = {
+        output.metadata["lowrank"]["finding"]
+        for cell in executed.cells
+        for output in cell.get("outputs", [])
+        if "finding" in output.get("metadata", {}).get("lowrank", {})
+    }
+    filed = read_findings(folder).get(name, {"findings": {}})["findings"]
+    return dict(made_by) if made_by.get("fingerprint") == fingerprint and shown <= filed.keys() else None
 
 
 def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
-    """Hash what determines an executed notebook: its source, its parameters, and the package."""
+    """Hash what determines an executed notebook: its source and parameters, the package, and the libraries."""
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     package = sorted((PROJECT / "lowrank_helpers").glob("*.py"))
     parts = [cell.source for cell in cells] + [path.read_text() for path in package]
-    return hashlib.sha256(json.dumps([parts, dict(given)], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def gather(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Join the findings of a run folder into ``results.json`` and return them.
-
-    Returns
-    -------
-    dict
-        ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on what.
-        ``findings``: by id, the sentence, the values, the timings, and whether a bar was met.
-    """
-    notebooks: dict[str, Any] = {
-        outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}
-        for outcome in outcomes
-    }
-    findings: dict[str, Any] = {}
-    for file in sorted((folder / "findings").glob("*.json")):
-        filed = json.loads(file.read_text())
-        notebooks.setdefault(filed["notebook"], {"status": "earlier"}).update(
-            parameters=filed["parameters"], environment=filed["environment"]
-        )
-        findings |= {id: {"notebook": filed["notebook"]} | finding for id, finding in filed["findings"].items()}
-    results = {"format": 1, "notebooks": notebooks, "findings": dict(sorted(findings.items()))}
-    write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
-    return results
+    made_with = [parts, dict(given), os.environ.get(data.AUTO_VARIABLE), software()["versions"]]
+    return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def record(folder: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank_helpers import data, models, training
 from lowrank_helpers.data import Dataset
@@ -27,6 +27,7 @@ from lowrank_helpers.models import checksum
 from lowrank_helpers.training import History, Recipe, fit
 
 FORMAT = "1"
+TEMPORARY = ".tmp"  # ending of files being written; a killed process leaves them behind
 
 
 class Store:
@@ -66,15 +67,15 @@ class Store:
         if file.exists():
             try:
                 return _load(file, key, model)
-            except _UnusableError as error:
+            except UnusableError as error:
                 warnings.warn(f"{file.name} in the store of networks {error}; trained again", stacklevel=2)
         history = fit(model, data, recipe, others=others, label=label)
         _save(file, key, model, history)
         return history
 
 
-class _UnusableError(Exception):
-    """A file of the store is damaged or not this project's; the message says how."""
+class UnusableError(Exception):
+    """A stored file is damaged or not this project's; the message says how, to be read after the file's name."""
 
 
 def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, Dataset]) -> str:
@@ -109,8 +110,14 @@ def _source(module: str) -> str:
 
 def _save(file: Path, key: str, model: nn.Module, history: History) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"format": FORMAT, "key": key, "history": json.dumps(asdict(history)), "checksum": checksum(tensors)}
-    write_atomically(file, save(tensors, metadata=header))
+    header = {"format": FORMAT, "key": key, "history": json.dumps(asdict(history))}
+    write_atomically(file, save(tensors, metadata=header | {"seal": _seal(header, tensors)}))
+
+
+def _seal(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Hash all that a file says, so that no part of it can change unseen."""
+    said = json.dumps({**header, "weights": checksum(tensors)}, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _load(file: Path, key: str, model: nn.Module) -> History:
@@ -120,11 +127,11 @@ def _load(file: Path, key: str, model: nn.Module) -> History:
             header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise _UnusableError(f"cannot be read ({error})") from error
+        raise UnusableError(f"cannot be read ({error})") from error
     if header.get("format") != FORMAT:
-        raise _UnusableError(f"has format {header.get('format')!r}, not {FORMAT!r}")
-    if header.get("key") != key or header.get("checksum") != checksum(tensors):
-        raise _UnusableError("does not match its key and checksum")
+        raise UnusableError(f"has format {header.get('format')!r}, not {FORMAT!r}")
+    if header.get("key") != key or header.pop("seal", None) != _seal(header, tensors):
+        raise UnusableError("does not match its key and checksum")
     model.load_state_dict(tensors)
     return History(**json.loads(header["history"]))
 
@@ -138,7 +145,7 @@ def write_atomically(file: Path, content: bytes) -> None:
         The folder is write-protected or the disk is full; nothing is left behind.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)

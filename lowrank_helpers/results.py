@@ -1,0 +1,108 @@
+"""What notebooks found, on disk: a sealed JSON file a notebook, joined into ``results.json``."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_helpers.store import UnusableError, write_atomically
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook's execution ended: ``done``, ``kept`` (done in an earlier run) or ``failed``."""
+
+    notebook: str
+    status: str
+    seconds: float
+    error: str = ""
+
+
+def findings_file(folder: Path, notebook: str) -> Path:
+    """Return where a notebook's findings lie in a run folder."""
+    return folder / "findings" / f"{notebook}.json"
+
+
+def file_findings(folder: Path, content: Mapping[str, Any]) -> None:
+    """File what a notebook found: ``notebook`` (its name), ``parameters``, ``environment`` and ``findings``."""
+    filed = {"format": FORMAT, "checksum": _checksum(content), **content}
+    text = json.dumps(filed, indent=1, ensure_ascii=False)
+    write_atomically(findings_file(folder, content["notebook"]), text.encode())
+
+
+def read_findings(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what :func:`file_findings` filed in a run folder, by notebook.
+
+    A damaged or foreign file is left out, with a warning that names it.
+    """
+    filed = {}
+    for file in sorted((folder / "findings").glob("*.json")):
+        try:
+            filed[file.stem] = _read(file)
+        except UnusableError as error:
+            warnings.warn(f"{file.name} among the findings {error}; left out", stacklevel=2)
+    return filed
+
+
+def gather(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Join the findings of a run folder into ``results.json`` and return them.
+
+    Returns
+    -------
+    dict
+        ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on what.
+        ``findings``: by id, the sentence, the values, the timings, and whether a bar was met.
+    """
+    notebooks: dict[str, Any] = {
+        outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}
+        for outcome in outcomes
+    }
+    findings: dict[str, Any] = {}
+    for name, filed in read_findings(folder).items():
+        notebooks.setdefault(name, {"status": "earlier"}).update(
+            parameters=filed["parameters"], environment=filed["environment"]
+        )
+        findings |= {id: {"notebook": name} | finding for id, finding in filed["findings"].items()}
+    results = {"format": FORMAT, "notebooks": notebooks, "findings": dict(sorted(findings.items()))}
+    write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
+    return results
+
+
+def apart_from_time(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of gathered results must be the same in every run of the same series on the same machine.
+
+    That is all but dates, durations, and what follows from them: a finding's timings and the sentence that tells them.
+    """
+    notebooks = {
+        name: notebook
+        | {"status": notebook["status"].replace("kept", "done"), "seconds": None}
+        | {"environment": notebook.get("environment", {}) | {"started": None}}
+        for name, notebook in results["notebooks"].items()
+    }
+    findings = {
+        id: finding | ({"timings": None, "sentence": None} if finding["timings"] else {})
+        for id, finding in results["findings"].items()
+    }
+    return {**results, "notebooks": notebooks, "findings": findings}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+        version, checksum = content.pop("format"), content.pop("checksum")
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise UnusableError(f"cannot be read ({error!r})") from error
+    if version != FORMAT:
+        raise UnusableError(f"has format {version!r}, not {FORMAT!r}")
+    if content.get("notebook") != file.stem or checksum != _checksum(content):
+        raise UnusableError("does not match its name and checksum")
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
