@@ -4,12 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from lowrank_helpers import data
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("reproducible")
+torch.set_num_threads(1)  # the matrices here are small; threads that wait for each other cost more than they bring
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def test_one_altered_byte_of_mnist_is_refused(mnist_dir, tmp_path):
     content[-1] ^= 1
     altered.unlink()
     altered.write_bytes(content)
-    with pytest.raises(DatasetError, match="train-labels-idx1-ubyte.*expected MD5 a25bea7.*found [0-9a-f]{32}"):
+    with pytest.raises(DatasetError, match=r"train-labels-idx1-ubyte.*expected MD5 a25bea7.*found [0-9a-f]{32}"):
         data.load("mnist", tmp_path)
 
 

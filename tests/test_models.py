@@ -1,0 +1,115 @@
+"""Networks: how they are built, and that a factorised layer is the product of its factors."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank_helpers.models import (
+    ACTIVATIONS,
+    FactorizedLinear,
+    linear_layers,
+    mlp,
+    n_parameters,
+    n_trainable,
+    squared_norm,
+)
+
+SIZE = st.integers(1, 12)
+
+
+def _factors(n, r, m, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, r), (r, m)))
+
+
+def test_an_mlp_is_matrices_with_activations_between():
+    model = mlp([784, 32, 16, 10], "tanh", seed=0)
+    assert [name for name, _ in model.named_children()] == ["fc1", "act1", "fc2", "act2", "fc3"]
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        "fc1.weight": (32, 784),
+        "fc2.weight": (16, 32),
+        "fc3.weight": (10, 16),
+    }
+    x = torch.randn(3, 784)
+    w1, w2, w3 = model.parameters()
+    torch.testing.assert_close(model(x), torch.tanh(torch.tanh(x @ w1.T) @ w2.T) @ w3.T)
+
+
+def test_the_start_is_pytorchs_own_and_drawn_from_the_seed_alone():
+    state = torch.get_rng_state()
+    one, again, other = (mlp([784, 256, 10], seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.fc1.weight, again.fc1.weight)
+    assert not torch.equal(one.fc1.weight, other.fc1.weight)
+    standard = nn.Linear(784, 256).weight
+    for statistic in (torch.std, torch.amin, torch.amax):
+        torch.testing.assert_close(statistic(one.fc1.weight), statistic(standard), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_trains(name):
+    model = mlp([6, 5, 4], name, seed=0)
+    model(torch.randn(2, 6)).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("widths", [[784], [784, 0, 10], [784, -5, 10], []])
+def test_impossible_widths_are_refused(widths):
+    with pytest.raises(ValueError, match="widths"):
+        mlp(widths, seed=0)
+
+
+def test_an_unknown_activation_is_refused_with_those_allowed():
+    with pytest.raises(ValueError, match="'swish' is unknown; allowed: relu, tanh, sigmoid, gelu, identity"):
+        mlp([784, 10], "swish", seed=0)
+
+
+@given(n=SIZE, r=SIZE, m=SIZE, bias=st.booleans())
+def test_a_factorised_layer_is_the_layer_of_its_product(n, r, m, bias):
+    B, C = _factors(n, r, m)
+    b = torch.linspace(-1, 1, n, dtype=torch.float64) if bias else None
+    layer = FactorizedLinear(B, C, b)
+    x = torch.randn(2, 3, m, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), F.linear(x, B @ C, b))
+    torch.testing.assert_close(layer.weight, B @ C)
+    assert n_parameters(layer) == r * (n + m) + (n if bias else 0)
+
+
+def test_a_factorised_layer_has_its_own_factors():
+    B, C = _factors(3, 2, 4)
+    layer = FactorizedLinear(B, C)
+    with torch.no_grad():
+        layer.B.zero_()
+    assert B.abs().sum() > 0
+
+
+def test_factors_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"B \(3, 2\) and C \(4, 5\)"):
+        FactorizedLinear(torch.zeros(3, 2), torch.zeros(4, 5))
+
+
+@given(n=SIZE, r=SIZE, m=SIZE)
+def test_the_squared_norm_of_factors_is_that_of_their_product_and_so_is_its_gradient(n, r, m):
+    B, C = _factors(n, r, m)
+    model = nn.Sequential(FactorizedLinear(B, C), nn.Linear(n, 3, bias=False).double())
+    dense = model[1].weight.detach().numpy()
+    total = squared_norm(model)
+    np.testing.assert_allclose(total.item(), np.linalg.norm((B @ C).numpy()) ** 2 + np.linalg.norm(dense) ** 2)
+    total.backward()
+    torch.testing.assert_close(model[0].B.grad, 2 * (B @ C) @ C.T)
+    torch.testing.assert_close(model[0].C.grad, 2 * B.T @ (B @ C))
+
+
+def test_linear_layers_are_found_by_dotted_name_in_order():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2))
+    assert list(linear_layers(model)) == ["1.0", "2"]
+
+
+def test_frozen_parameters_count_but_are_not_trainable():
+    model = mlp([6, 5, 4], seed=0)
+    model.fc1.requires_grad_(False)
+    assert (n_parameters(model), n_trainable(model)) == (50, 20)

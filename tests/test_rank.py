@@ -1,0 +1,177 @@
+"""Measures of rank against closed forms, NumPy, SciPy and the published constants."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import integrate, optimize, stats
+from torch import nn
+
+from lowrank_helpers import rank
+from lowrank_helpers.factorization import factorize
+from lowrank_helpers.models import mlp
+
+SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=8)
+ENTRIES = st.floats(-100, 100, width=32, allow_subnormal=False)  # training flushes them to zero
+MATRICES = hnp.arrays(np.float64, SHAPES, elements=ENTRIES)
+SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12).map(lambda s: np.sort(s)[::-1])
+
+
+def _random(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def _all_measures(matrix):
+    return rank.rank_table({"it": torch.from_numpy(matrix)}).loc["it", list(rank.MEASURES)].astype(float)
+
+
+@given(MATRICES)
+def test_singular_values_are_numpys(matrix):
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(rank.singular_values(matrix), expected, atol=1e-9 * max(1, expected[0]))
+
+
+def test_singular_values_of_a_trainable_weight_in_any_type():
+    layer = nn.Linear(5, 3)
+    exact = rank.singular_values(layer.weight)
+    assert exact.dtype == np.float64
+    np.testing.assert_allclose(rank.singular_values(layer.weight.bfloat16()), exact, rtol=0.02)
+    np.testing.assert_allclose(rank.singular_values(layer.weight.tolist()), exact)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(3), np.zeros((2, 2, 2)), np.zeros((0, 3)), [[1.0, np.nan]], [[np.inf, 1.0]]]
+)
+def test_what_is_no_finite_matrix_is_refused(array):
+    with pytest.raises(ValueError, match="matrix"):
+        rank.singular_values(array)
+
+
+@given(n=st.integers(1, 8), m=st.integers(1, 8), k=st.integers(0, 8))
+def test_numerical_rank_is_numpys(n, m, k):
+    matrix = _random((n, k)) @ _random((k, m), seed=1)
+    tolerance = rank.default_tolerance((n, m), torch.float64)
+    assert tolerance == max(n, m) * np.finfo(np.float64).eps
+    assert rank.numerical_rank(rank.singular_values(matrix), tolerance) == np.linalg.matrix_rank(matrix) == min(n, m, k)
+
+
+@given(k=st.integers(1, 9), extra=st.integers(0, 5), scale=st.floats(1e-3, 1e3))
+def test_k_equal_singular_values_count_as_k(k, extra, scale):
+    s = scale * np.r_[np.ones(k), np.zeros(extra)]
+    assert rank.stable_rank(s) == pytest.approx(k)
+    assert rank.effective_rank(s) == pytest.approx(k)
+    assert rank.numerical_rank(s, 1e-6) == k
+    assert rank.energy_rank(s, 1.0) == k
+    assert rank.energy_rank(s, 0.5) == -(-k // 2)
+
+
+def test_measures_of_a_known_spectrum():
+    s = np.array([4.0, 2.0, 2.0, 0.0])
+    assert rank.stable_rank(s) == 24 / 16
+    assert rank.effective_rank(s) == pytest.approx(2 * 2**0.5)  # entropy of ½, ¼, ¼ is 1.5 bits
+    assert [rank.energy_rank(s, share) for share in (0.5, 16 / 24, 0.67, 0.84, 1.0)] == [1, 1, 2, 3, 3]
+    assert [rank.numerical_rank(s, tolerance) for tolerance in (0.0, 0.4, 0.5, 1.0)] == [3, 3, 1, 0]
+
+
+@given(SPECTRA)
+def test_effective_rank_is_scipys_entropy(s):
+    assert rank.effective_rank(s) == pytest.approx(np.exp(stats.entropy(s)))
+
+
+@given(SPECTRA, st.floats(0.01, 1.0))
+def test_energy_rank_is_the_first_that_suffices(s, share):
+    r = rank.energy_rank(s, share)
+    energy = s**2 / (s**2).sum()
+    assert energy[:r].sum() >= share - 1e-9
+    assert energy[: r - 1].sum() < share
+
+
+@given(SPECTRA)
+def test_no_smooth_measure_exceeds_the_rank_and_stable_is_least(s):
+    # Rényi entropies fall with their order: ∞ of σ² bounds stable rank, and 1 of σ is above 2 of σ.
+    assert 1 <= rank.stable_rank(s) <= len(s) * (1 + 1e-12)
+    participation = s.sum() ** 2 / (s**2).sum()
+    assert rank.stable_rank(s) <= participation * (1 + 1e-9)
+    assert participation <= rank.effective_rank(s) * (1 + 1e-9)
+    assert rank.effective_rank(s) <= len(s) * (1 + 1e-9)
+    assert rank.energy_rank(s, 0.9) <= rank.energy_rank(s, 0.95) <= rank.energy_rank(s, 0.99) <= len(s)
+
+
+@given(seed=st.integers(0, 999), scale=st.sampled_from([1e-150, 1e-20, 1e-3, 1e3, 1e150]))
+def test_measures_do_not_depend_on_scale_rotation_or_transposition(seed, scale):
+    matrix = _random((9, 4), seed) * np.array([1, 0.5, 0.1, 0.01])
+    rotation = np.linalg.qr(_random((9, 9), seed + 1))[0]
+    for other in (scale * matrix, rotation @ matrix, matrix.T.copy()):
+        np.testing.assert_allclose(_all_measures(other), _all_measures(matrix), rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2)])
+def test_the_zero_matrix_has_rank_zero_by_every_measure(shape):
+    assert (_all_measures(np.zeros(shape)) == 0).all()
+
+
+def test_extreme_spectra_stay_finite():
+    for s in (np.array([1e300, 1e-300]), np.array([1e-300, 1e-300])):
+        for name, measure in rank.MEASURES.items():
+            assert np.isfinite(measure(s, (2, 2))), name
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
+def test_impossible_shares_are_refused(share):
+    with pytest.raises(ValueError, match=f"share {share}"):
+        rank.energy_rank(np.ones(3), share)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.25, 0.5, 0.75, 1.0])
+def test_the_hard_threshold_is_the_published_one(beta):
+    shape = (round(1000 * beta), 1000)
+    optimal = (2 * (beta + 1) + 8 * beta / (beta + 1 + (beta**2 + 14 * beta + 1) ** 0.5)) ** 0.5
+    edges = rank.marchenko_pastur_edges(shape, 1.0)
+
+    def below(x):
+        return integrate.quad(rank.marchenko_pastur_density, edges[0], x, args=(shape, 1.0))[0]
+
+    median = optimize.brentq(lambda x: below(x) - 0.5, *edges) / 1000**0.5
+    exact = optimal / median
+    if beta == 1:
+        assert exact == pytest.approx(2.858, abs=1e-3)  # table IV of the paper
+    # A spectrum with median 1 and a value just beside the threshold; the polynomial is within 0.02 of the exact one.
+    for value, counted in ((exact + 0.02, 1), (exact - 0.02, 0)):
+        assert rank.gavish_donoho_rank(np.array([value, 1.0, 0.5]), shape) == counted
+
+
+def test_gavish_donoho_finds_the_signal_in_noise():
+    signal = _random((300, 5)) @ _random((5, 200), seed=1)
+    noise = 0.5 * _random((300, 200), seed=2)
+    assert rank.gavish_donoho_rank(rank.singular_values(signal + noise), (300, 200)) == 5
+    assert rank.gavish_donoho_rank(rank.singular_values(noise), (300, 200)) == 0
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (200, 700), (700, 200)])
+def test_the_marchenko_pastur_law_is_that_of_a_random_matrix(shape):
+    std = 0.3
+    lower, upper = rank.marchenko_pastur_edges(shape, std)
+    s = rank.singular_values(std * _random(shape))
+    assert lower - 0.05 * upper < s[-1] and s[0] < 1.02 * upper
+    total = integrate.quad(rank.marchenko_pastur_density, lower, upper, args=(shape, std))[0]
+    assert total == pytest.approx(1, abs=1e-6)
+    grid = np.linspace(lower, upper, 4001)
+    density = rank.marchenko_pastur_density(grid, shape, std)
+    distribution = np.cumsum(density) * (grid[1] - grid[0])
+    distance = stats.kstest(s, lambda x: np.interp(x, grid, distribution)).statistic
+    assert distance < 0.02  # eigenvalues repel each other: far nearer than independent draws
+    outside = np.array([0.5 * lower, 1.01 * upper]) if lower else np.array([1.01 * upper])
+    assert (rank.marchenko_pastur_density(outside, shape, std) == 0).all()
+
+
+def test_the_table_has_every_layer_dense_or_factorised():
+    model = mlp([784, 20, 15, 10], seed=0)
+    table = rank.rank_table(rank.weight_matrices(factorize(model, {"fc2": 4})))
+    assert list(table.index) == ["fc1", "fc2", "fc3"] and table.index.name == "layer"
+    assert list(table["rows"]) == [20, 15, 10] and list(table["columns"]) == [784, 20, 15]
+    assert list(table["numerical rank"]) == [20, 4, 10]
+    assert table["numerical rank"].dtype == np.int64
+    s = np.linalg.svd(model.fc1.weight.detach().numpy(), compute_uv=False)
+    assert table.loc["fc1", "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-5)

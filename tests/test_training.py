@@ -1,0 +1,178 @@
+"""Training: the loop against a textbook one, and what it must leave alone."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from lowrank_helpers import training
+from lowrank_helpers.data import epoch_generator
+from lowrank_helpers.factorization import factorize
+from lowrank_helpers.models import mlp
+from lowrank_helpers.training import Recipe, evaluate, fit, pick_device, pick_precision, predict
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def _model(seed=0):
+    return mlp([784, 48, 32, 10], seed=seed)
+
+
+def _weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def _textbook(model, data, recipe, penalty):
+    """Train with a DataLoader, PyTorch's plain Adam and a scheduler, as tutorials do."""
+    dataset = TensorDataset(data.train_images, data.train_labels)
+    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
+    n_steps = recipe.epochs * -(-len(dataset) // recipe.batch_size)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / n_steps)
+    for epoch in range(1, recipe.epochs + 1):
+        sampler = RandomSampler(dataset, generator=epoch_generator(recipe.seed, epoch))
+        for images, labels in DataLoader(dataset, recipe.batch_size, sampler=sampler):
+            loss = F.cross_entropy(model(images), labels) + penalty(model)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            scheduler.step()
+
+
+def _no_penalty(model):
+    return 0.0
+
+
+def _on_each_factor(model):
+    return 0.05 / 2 * sum(parameter.square().sum() for parameter in model.parameters())
+
+
+def _on_the_product(model):
+    return 0.05 / 2 * sum(module.weight.square().sum() for module in model if hasattr(module, "weight"))
+
+
+@pytest.mark.parametrize(
+    ("decay", "penalty"),
+    [({}, _no_penalty), ({"weight_decay": 0.05}, _on_each_factor), ({"frobenius_decay": 0.05}, _on_the_product)],
+)
+def test_training_is_the_textbooks(digits, decay, penalty):
+    ours = factorize(_model(), {"fc1": 8, "fc2": 8})
+    theirs = copy.deepcopy(ours)
+    recipe = Recipe(2, 100, 1e-3, seed=4, **decay)
+    fit(ours, digits, recipe)
+    _textbook(theirs, digits, recipe, penalty)
+    torch.testing.assert_close(_weights(ours), _weights(theirs), rtol=0, atol=2e-5)
+
+
+def test_a_network_learns_in_either_precision_and_keeps_float32_weights(digits):
+    scores = {}
+    for precision in ("float32", "bfloat16"):
+        model = _model()
+        history = fit(model, digits, Recipe(12, 64, 3e-3, precision=precision))
+        scores[precision] = history.final("test").accuracy
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        assert history.loss["train"][-1] < 0.1 < history.loss["train"][0]
+    assert min(scores.values()) > 0.95
+    assert scores["float32"] == pytest.approx(scores["bfloat16"], abs=0.02)
+
+
+def test_bfloat16_is_really_used(digits):
+    model = _model()
+    exact, rounded = (predict(model, digits.test_images, precision) for precision in ("float32", "bfloat16"))
+    assert rounded.dtype == torch.float32
+    difference = (exact - rounded).abs().max() / exact.abs().max()
+    assert 1e-4 < difference < 0.05  # bfloat16 has 8 significant bits
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(digits):
+    weights = {}
+    for run, seed in (("one", 0), ("again", 0), ("other", 1)):
+        model = _model()
+        torch.rand(hash(run) % 7)  # the global generator must not matter
+        fit(model, digits, Recipe(1, 128, 1e-3, seed=seed))
+        weights[run] = _weights(model)
+    assert torch.equal(weights["one"], weights["again"])
+    assert not torch.equal(weights["one"], weights["other"])
+
+
+def test_frozen_parameters_stay(digits):
+    model = _model()
+    model.fc2.requires_grad_(False)
+    before = copy.deepcopy(model)
+    fit(model, digits, Recipe(1, 128, 1e-3, weight_decay=0.1))
+    assert torch.equal(model.fc2.weight, before.fc2.weight)
+    assert not torch.equal(model.fc1.weight, before.fc1.weight)
+
+
+def test_history_starts_at_the_untrained_network_and_ends_at_the_trained_one(digits):
+    model = _model()
+    untrained = evaluate(model, digits.test_images, digits.test_labels)
+    half = digits.select(digits.train_labels < 5, digits.test_labels < 5)
+    history = fit(model, digits, Recipe(3, 128, 1e-3), others={"low": half})
+    assert list(history.epochs) == [0, 1, 2, 3]
+    assert (history.loss["test"][0], history.accuracy["test"][0]) == (untrained.loss, untrained.accuracy)
+    assert history.final("train") == evaluate(model, digits.train_images, digits.train_labels)
+    assert history.final("low test") == evaluate(model, half.test_images, half.test_labels)
+    assert set(history.loss) == set(history.accuracy) == {"train", "test", "low train", "low test"}
+    assert history.seconds[0] == 0 and np.all(np.diff(history.seconds) > 0)
+    assert history.evaluation_seconds > 0
+
+
+def test_scores_are_scikit_learns(digits):
+    model = _model()
+    score = evaluate(model, digits.train_images, digits.train_labels)
+    probabilities = model(digits.train_images).softmax(dim=1).detach().double().numpy()
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    assert score.accuracy == pytest.approx(accuracy_score(digits.train_labels, probabilities.argmax(axis=1)), abs=1e-7)
+    assert score.loss == pytest.approx(log_loss(digits.train_labels, probabilities), rel=1e-5)
+
+
+def test_prediction_in_batches_is_prediction_at_once():
+    n = training.EVALUATION_BATCH + 5
+    images = torch.randn(n, 784, generator=torch.Generator().manual_seed(0))
+    model = _model()
+    torch.testing.assert_close(predict(model, images), model(images).detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 0}, "epochs 0"),
+        ({"epochs": -3}, "epochs -3"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"learning_rate": 0.0}, r"learning_rate 0\.0"),
+        ({"learning_rate": float("nan")}, "learning_rate nan"),
+        ({"learning_rate": float("inf")}, "learning_rate inf"),
+        ({"frobenius_decay": -0.1}, r"frobenius_decay -0\.1"),
+        ({"weight_decay": float("nan")}, "weight_decay nan"),
+        ({"precision": "float16"}, "'float16' is unknown; allowed: float32, bfloat16"),
+        ({"precision": "auto"}, "'auto' is unknown"),
+    ],
+)
+def test_impossible_recipes_are_refused(change, named):
+    with pytest.raises(ValueError, match=named):
+        Recipe(**{"epochs": 1, "batch_size": 1, "learning_rate": 1e-3} | change)
+
+
+def test_devices_that_are_not_here_are_refused_with_those_that_are():
+    assert pick_device("auto").type in ("cuda", "mps", "cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"'tpu' is not on this machine; allowed: auto, .*cpu"):
+        pick_device("tpu")
+
+
+def test_auto_takes_the_gpu_where_there_is_one():
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device("auto").type == expected
+
+
+@pytest.mark.skipif(not CPU_INFO.exists(), reason="only Linux tells what the processor has in /proc/cpuinfo")
+def test_auto_takes_bfloat16_only_where_the_processor_has_it():
+    flags = CPU_INFO.read_text()
+    native = "amx_bf16" in flags or "avx512_bf16" in flags
+    assert pick_precision("auto", torch.device("cpu")) == ("bfloat16" if native else "float32")
+    assert pick_precision("float32", torch.device("cpu")) == "float32"
