@@ -20,7 +20,13 @@ INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="lowrank-helpers")
 def main() -> None:
-    """Run the series on the rank of trained networks, with parameters of your choice, and render what it finds."""
+    """Run the series on the rank of trained networks, with parameters of your choice, and render what it finds.
+
+    \b
+    Start here:
+      lowrank run              the whole series, into reports/latest/
+      lowrank run --help       its notebooks, its parameters, examples
+    """  # noqa: D301 (\b is click's sign not to wrap)
 
 
 def _parameters_from(pairs: tuple[tuple[str, str], ...], file: Path | None) -> dict[str, Any]:
@@ -33,7 +39,14 @@ def _parameters_from(pairs: tuple[tuple[str, str], ...], file: Path | None) -> d
     return given | {name: parameters.parse(value, f"parameter {name}") for name, value in pairs}
 
 
-@main.command()
+def _choices() -> str:
+    """List what ``run`` can be given, for its help."""
+    notebooks = "".join(f"\n  {name}" for name in runner.notebook_names())
+    rules = "".join(f"\n  {name:18} {rule.allowed}" for name, rule in parameters.RULES.items())
+    return f"\b\nNotebooks:{notebooks}\n\n\b\nParameters, each for the notebooks that declare it:{rules}"
+
+
+@main.command(epilog=_choices())
 @click.argument("notebooks", nargs=-1)
 @click.option(
     "-p",
@@ -48,28 +61,29 @@ def _parameters_from(pairs: tuple[tuple[str, str], ...], file: Path | None) -> d
     "-f",
     "--file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Read parameters from a YAML file; -p goes over it.",
+    help="Read parameters from a YAML file, one 'name: value' a line; -p goes over it.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=PROJECT / "reports" / "latest",
-    show_default="reports/latest",
-    help="The run's folder: notebooks, pages, results.json, trained networks.",
+    help="The run's folder, reports/latest if not given: notebooks, pages, results.json, trained networks.",
 )
 @click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
 def run(
     notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...], file: Path | None, output: Path, resume: bool
 ) -> None:
-    r"""Execute NOTEBOOKS (all, if none is named) in order, then render pages, index.html and results.json.
+    """Execute NOTEBOOKS (all, if none is named) in order, then render pages, index.html and results.json.
 
     \b
     Examples:
       lowrank run
+      lowrank run --resume
       lowrank run 02_train 03_rank -p seed 3 -p activation tanh
-      lowrank run -p dataset fashion_mnist -o reports/fashion --resume
-    """
+      lowrank run -p dataset fashion_mnist -o reports/fashion
+      lowrank run -f mine.yaml -p seed 1
+    """  # noqa: D301
     try:
         planned = runner.plan(notebooks, _parameters_from(pairs, file))
     except ParameterError as error:
