@@ -1,0 +1,240 @@
+"""The check of recorded outputs must fail where an output is wrong, and only there."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from copy import deepcopy
+from pathlib import Path
+
+import nbformat
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from nbclient import NotebookClient
+
+from lowrank_helpers.comparison import MetadataError, Tolerance, compare_text, treatment
+
+FIGURE = """
+import io
+from IPython.display import Image, display
+from PIL import Image as Picture
+def figure(width):
+    buffer = io.BytesIO()
+    Picture.new("RGB", (width, 40)).save(buffer, "png")
+    display(Image(buffer.getvalue(), format="png", alt=f"A figure of {width} pixels"))
+"""
+TABLE = """
+import pandas as pd
+pd.DataFrame({"layer": ["fc1", "fc2"], "rank": [48, 7], "error": [0.125, 1.5]})
+"""
+SENTENCE = """
+from IPython.display import Markdown
+Markdown("After 3 epochs, **97.83 %** of 10,000 test images are right.")
+"""
+
+
+def notebook(cells: dict[str, tuple[str, dict]], default: dict | None = None) -> nbformat.NotebookNode:
+    """Build a notebook of code cells, by id their source and metadata, and record its outputs."""
+    built = nbformat.v4.new_notebook()
+    built.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    built.metadata["lowrank"] = default or {}
+    for id, (source, stated) in cells.items():
+        built.cells.append(nbformat.v4.new_code_cell(source, id=id, metadata={"lowrank": stated}))
+    NotebookClient(built).execute()
+    return built
+
+
+def check(recorded: nbformat.NotebookNode, folder: Path) -> tuple[dict[str, str], str]:
+    """Run the plugin on a notebook; return each cell's failure (empty where it passed) and the whole report."""
+    file, report = folder / "recorded.ipynb", folder / "report.xml"
+    nbformat.write(recorded, file)
+    before = file.read_bytes()
+    command = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking", f"--junitxml={report}", str(file)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert file.read_bytes() == before, "the recorded notebook was altered"
+    assert report.exists(), done.stdout + done.stderr
+    failures = {}
+    for case in ET.parse(report).iter("testcase"):
+        problem = next(iter([*case.iter("failure"), *case.iter("error")]), None)
+        failures[case.get("name", "")] = "" if problem is None else problem.text or ""
+    assert done.returncode == (1 if any(failures.values()) else 0)
+    return failures, done.stdout
+
+
+@pytest.fixture(scope="module")
+def recorded() -> nbformat.NotebookNode:
+    return notebook(
+        {
+            "sentence": (SENTENCE, {"tolerance": {"absolute": 0.3}}),
+            "exact-sentence": (SENTENCE, {}),
+            "table": (TABLE, {"tolerance": {"relative": 0.1, "integers": 2}}),
+            "print": ("print('loss', 0.25); print('done')", {}),
+            "define": (FIGURE, {}),
+            "figure": ("figure(60)", {}),
+            "wider": ("figure(61)", {}),
+            "stray": ("x = 1", {}),
+            "time": ("import time; print(f'took {time.perf_counter_ns()} ns')", {"unchecked_numbers": "a timing"}),
+            "machine": ("import uuid; print('machine', uuid.uuid4())", {"unchecked": "differs by machine"}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def untouched(recorded, tmp_path_factory) -> tuple[dict[str, str], str]:
+    return check(recorded, tmp_path_factory.mktemp("untouched"))
+
+
+def test_agreement_passes(untouched):
+    failures, _ = untouched
+    assert len(failures) == 10
+    assert not any(failures.values())
+
+
+def test_report_counts_what_was_compared_and_says_why_the_rest_was_not(untouched):
+    _, report = untouched
+    assert "8 cells that print: 6 checked, 1 text only, 1 unchecked" in report
+    assert "unchecked: recorded.ipynb::machine (differs by machine)" in report
+
+
+@pytest.fixture(scope="module")
+def altered(recorded, tmp_path_factory) -> dict[str, str]:
+    """One fault in each of several copies of the cells, all checked in one go."""
+    faulty = deepcopy(recorded)
+    cells = {cell.id: cell for cell in recorded.cells}
+    faulty.cells = [cells["define"], *(_with(cells, *fault) for fault in FAULTS.values())]
+    for name, cell in zip(FAULTS, faulty.cells[1:], strict=True):
+        cell.id = name
+    failures, _ = check(faulty, tmp_path_factory.mktemp("altered"))
+    return failures
+
+
+def _with(cells: dict, id: str, kind: str, old: str, new: str) -> nbformat.NotebookNode:
+    """Return a copy of a cell whose recorded output of that kind has one text replaced."""
+    cell = deepcopy(cells[id])
+    for output in cell.outputs:
+        if kind in output.get("data", {}):
+            assert old in output.data[kind]
+            output.data[kind] = output.data[kind].replace(old, new)
+        elif kind == "stdout":
+            assert old in output.text
+            output.text = output.text.replace(old, new)
+        elif kind == "alt":
+            output.metadata["image/png"]["alt"] = new
+    if kind == "outputs":
+        cell.outputs = cell.outputs[:-1] if new == "fewer" else [*cell.outputs, *cells["figure"].outputs]
+    if kind == "image":
+        cell.outputs[0].data["image/png"] = cells["wider"].outputs[0].data["image/png"]
+    if kind == "never run":
+        cell.outputs, cell.execution_count = [], None
+    return cell
+
+
+# Name of the fault: the cell, where in its outputs, what is there, what is put there.
+FAULTS = {
+    "number-within": ("sentence", "text/markdown", "97.83", "97.53"),
+    "number-beyond": ("sentence", "text/markdown", "97.83", "97.52"),
+    "number-exact": ("exact-sentence", "text/markdown", "97.83", "97.84"),
+    "integer": ("sentence", "text/markdown", "3 epochs", "4 epochs"),
+    "count": ("sentence", "text/markdown", "10,000", "10,001"),
+    "word": ("sentence", "text/markdown", "right", "wrong"),
+    "number-gone": ("sentence", "text/markdown", "10,000 ", ""),
+    "table-within": ("table", "text/html", "<td>48</td>", "<td>50</td>"),
+    "table-number": ("table", "text/html", "<td>1.500</td>", "<td>1.300</td>"),
+    "table-integer": ("table", "text/html", "<td>48</td>", "<td>51</td>"),
+    "table-name": ("table", "text/html", "fc2", "fc3"),
+    "text-table": ("table", "text/plain", "0.125", "0.225"),
+    "printed": ("print", "stdout", "0.25", "0.26"),
+    "output-gone": ("figure", "outputs", "", "fewer"),
+    "figure-new": ("print", "outputs", "", "more"),
+    "figure-in-silence": ("stray", "outputs", "", "more"),
+    "figure-size": ("figure", "image", "", ""),
+    "figure-text": ("figure", "alt", "", "A figure of 60 points"),
+    "timing-number": ("time", "stdout", "took ", "took 9"),
+    "timing-word": ("time", "stdout", "ns", "ms"),
+    "not-compared": ("machine", "stdout", "machine", "computer"),
+    "never-run": ("print", "never run", "", ""),
+}
+ALLOWED = {"number-within", "table-within", "timing-number", "not-compared"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_caught_and_nothing_else(altered, fault):
+    assert bool(altered[fault]) == (fault not in ALLOWED), altered[fault]
+
+
+def test_failure_names_both_numbers_and_the_tolerance(altered):
+    assert "recorded 97.52, now 97.83 (tolerance: absolute 0.3)" in altered["number-beyond"]
+    assert "recorded 51, now 48 (tolerance: relative 0.1, integers 2)" in altered["table-integer"]
+    assert "0 outputs recorded (nothing), now 1 (image/png, text/plain, metadata)" in altered["output-gone"]
+    assert "recorded 61×40 pixels, now 60×40" in altered["figure-size"]
+
+
+def test_cell_that_raises_fails_and_shows_the_error(tmp_path):
+    raising = notebook({"fine": ("print(1)", {}), "raises": ("print(2)", {})})
+    raising.cells[1].source = "1 / 0"
+    failures, _ = check(raising, tmp_path)
+    assert not failures["fine"]
+    assert "ZeroDivisionError" in failures["raises"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "complaint"),
+    [
+        ({"tolerance": {"relativ": 0.1}}, "relative, absolute, integers"),
+        ({"tolerance": {"relative": -0.1}}, "0 or more"),
+        ({"tolerance": 0.1}, "by name"),
+        ({"unchecked": ""}, "reason"),
+        ({"unchecked_numbers": True}, "reason"),
+        ({"unchecked": "why", "tolerance": {"absolute": 1}}, "exclude each other"),
+    ],
+)
+def test_metadata_outside_the_vocabulary_is_refused(stated, complaint):
+    cell = nbformat.v4.new_code_cell("", metadata={"lowrank": stated})
+    with pytest.raises(MetadataError, match=complaint):
+        treatment(cell, nbformat.v4.new_notebook())
+
+
+def test_cell_overrules_the_notebooks_tolerance():
+    book = nbformat.v4.new_notebook(metadata={"lowrank": {"tolerance": {"relative": 0.1}}})
+    plain, exact = (nbformat.v4.new_code_cell("", metadata=stated) for stated in ({}, {"lowrank": {"tolerance": {}}}))
+    assert str(treatment(plain, book).tolerance) == "relative 0.1"
+    assert str(treatment(exact, book).tolerance) == "none"
+
+
+numbers = st.decimals(min_value=-(10**6), max_value=10**6, places=3)
+words = st.text(st.characters(categories=["L", "P", "Zs"]))
+
+
+@given(words, numbers, words)
+def test_text_agrees_with_itself(before, number, after):
+    text = f"{before} {number} {after}"
+    assert compare_text(text, text, Tolerance()) == []
+
+
+@given(words, numbers, numbers, numbers.map(abs))
+def test_number_passes_exactly_within_its_tolerance(label, recorded, new, absolute):
+    found = compare_text(f"{label} = {recorded} s", f"{label} = {new} s", Tolerance(absolute=absolute))
+    assert bool(found) == (abs(new - recorded) > absolute)
+
+
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
+def test_integers_are_exact_whatever_else_is_stated(recorded, new):
+    assume(recorded != new)
+    assert compare_text(f"{recorded:,} of", f"{new:,} of", Tolerance(relative=10, absolute=10**12))
+
+
+@given(words, words, numbers)
+def test_changed_word_is_never_within_a_tolerance(recorded, new, number):
+    assume(" ".join(recorded.split()) != " ".join(new.split()))
+    assert compare_text(f"{number} {recorded}.", f"{number} {new}.", Tolerance(relative=10, absolute=10**12))
+
+
+def test_padding_of_columns_follows_the_numbers():
+    tolerance = Tolerance(absolute=1)
+    assert compare_text("a   9.95 -0.10\nb   1.00  0.10", "a  10.05  0.10\nb   1.00 -0.10", tolerance) == []
+
+
+def test_digits_in_names_are_text():
+    anything = Tolerance(relative=10**6, integers=10**6)
+    assert compare_text("fc1 has rank 7", "fc2 has rank 7", anything)
+    assert compare_text("torch v2.1.0", "torch v2.1.1", anything)
