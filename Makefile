@@ -3,7 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: report test lab record lint
+.PHONY: help report test lab record lint
+
+help:
+	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
+	@echo "make test     run the tests; with MNIST at hand, re-execute and check the recorded notebooks too"
+	@echo "make lab      open JupyterLab in notebooks/"
+	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
+	@echo "make lint     ruff and mypy"
+	@echo
+	@echo "Data: LOWRANK_DATA_DIR=folder make …   Another Python: make PYTHON=python3.12 …"
 
 report: $(VENV)/ready
 	$(BIN)/lowrank run

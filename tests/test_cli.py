@@ -1,0 +1,179 @@
+"""The command line: what it refuses before a kernel starts, and one run from end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+
+from lowrank_helpers import cli, runner
+
+LOWRANK = Path(sys.executable).with_name("lowrank")
+
+
+def _lowrank(*arguments):
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+
+
+def _notebook(folder, name, *cells):
+    """Write a notebook with a parameters cell and the given code cells."""
+    parameters = nbformat.v4.new_code_cell(
+        'dataset = "digits"\ndata_dir = ""\ndevice = "cpu"\nseed = 0', metadata={"tags": ["parameters"]}
+    )
+    written = nbformat.v4.new_notebook(
+        cells=[parameters, *map(nbformat.v4.new_code_cell, cells)],
+        metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}},
+    )
+    nbformat.write(written, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def own_notebooks(monkeypatch, tmp_path):
+    """A series of the test's own instead of the project's."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(runner, "NOTEBOOK_FOLDER", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["99_nothing"], ["'99_nothing'", "02_train"]),
+        (["-p", "epoch", "3"], ["'epoch'", "epochs", "02_train:"]),
+        (["-p", "epochs", "three"], ["epochs", "'three'", "whole number, at least 1"]),
+        (["-p", "epochs", "-1"], ["epochs", "-1", "at least 1"]),
+        (["-p", "epochs", "1.5"], ["epochs", "1.5", "whole number"]),
+        (["-p", "epochs", "true"], ["epochs", "True", "whole number"]),
+        (["-p", "epochs", "[1"], ["epochs", "not YAML"]),
+        (["-p", "learning_rate", "0"], ["learning_rate", "0", "above 0"]),
+        (["-p", "learning_rate", ".nan"], ["learning_rate", "nan", "above 0"]),
+        (["-p", "activation", "swish"], ["activation", "'swish'", "relu, tanh, sigmoid, gelu, identity"]),
+        (["-p", "dataset", "cifar"], ["dataset", "'cifar'", "auto, mnist, fashion_mnist, kmnist, digits"]),
+        (["-p", "device", "tpu"], ["device", "'tpu'", "cpu"]),
+        (["-p", "widths", "[784, 10]"], ["widths", "[784, 10]", "hidden width"]),
+        (["-p", "widths", "[100, 50, 10]"], ["widths", "[100, 50, 10]", "784"]),
+        (["-p", "seed", str(2**32)], ["seed", str(2**32), "4294967295"]),
+        (["-f", "/nonexistent.yaml"], ["/nonexistent.yaml"]),
+    ],
+)
+def test_bad_input_is_refused_with_its_name_its_value_and_what_is_allowed(arguments, named, tmp_path):
+    result = _lowrank("run", "02_train", *arguments, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    for part in named:
+        assert part in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()  # no kernel started, nothing made
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path):
+    import torch
+
+    missing = next(device for device in ("mps", "cuda") if not getattr(torch, device).is_available())
+    result = _lowrank("run", "02_train", "-p", "device", missing, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"'{missing}' is not on this machine; allowed: auto, " in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"- 1\n- 2\n", "name: value"),
+        (b"epochs: [", "not YAML"),
+        (b"\xff\x00", "not YAML"),
+        (b"epochs: 0\n", "epochs = 0"),
+    ],
+)
+def test_bad_parameter_files_are_refused_by_name(content, named, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    result = _lowrank("run", "02_train", "-f", file, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert named in result.output
+
+
+def test_a_dataset_that_cannot_be_had_is_refused_before_a_kernel_starts(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(b"altered")
+    result = _lowrank("run", "02_train", "-p", "data_dir", tmp_path, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "train-images-idx3-ubyte is not the published MNIST file" in result.output
+    assert not list((tmp_path / "out").glob("*.ipynb"))
+
+
+def test_an_output_folder_below_a_file_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = _lowrank("run", "02_train", "-p", "dataset", "digits", "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert f"cannot write to {tmp_path / 'file' / 'out'}: Not a directory" in result.output
+
+
+def test_a_write_protected_output_folder_is_a_clear_error(tmp_path):
+    tmp_path.chmod(0o555)
+    mounted = False
+    try:
+        if os.access(tmp_path, os.W_OK):  # an administrator may write all the same, but for a read-only file system
+            mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+            mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+            if not mounted:
+                pytest.skip("this user may write everywhere and may not mount a read-only file system")
+        result = _lowrank("run", "02_train", "-p", "dataset", "digits", "-o", tmp_path / "out")
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(tmp_path)], check=True)
+        tmp_path.chmod(0o755)
+    assert result.exit_code == 1
+    assert f"cannot write to {tmp_path / 'out'}" in result.output
+
+
+def test_a_failing_notebook_leaves_its_partial_output_and_the_rest_still_runs(own_notebooks, tmp_path):
+    _notebook(own_notebooks, "01_fails", "print('so far')", "1 / 0", "print('never')")
+    _notebook(own_notebooks, "02_works", "print('fine')")
+    result = _lowrank("run", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "ZeroDivisionError" in result.output
+    assert not (tmp_path / "out" / "01_fails.ipynb").exists()
+    partial = nbformat.read(tmp_path / "out" / "01_fails.failed.ipynb", as_version=4)
+    assert "so far" in str(partial.cells) and "ZeroDivisionError" in str(partial.cells)
+    assert (tmp_path / "out" / "02_works.ipynb").exists()
+    notebooks = json.loads((tmp_path / "out" / "results.json").read_text())["notebooks"]
+    assert {name: notebook["status"] for name, notebook in notebooks.items()} == {
+        "01_fails": "failed",
+        "02_works": "done",
+    }
+
+
+def test_command_line_goes_over_file_and_each_notebook_gets_what_it_declares(own_notebooks, tmp_path):
+    _notebook(own_notebooks, "01_seed", "print('seed', seed, type(seed).__name__, dataset)")
+    (tmp_path / "mine.yaml").write_text("seed: 5\ndataset: digits\n")
+    result = _lowrank("run", "-f", tmp_path / "mine.yaml", "-p", "seed", "7", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "seed 7 int digits" in str(nbformat.read(tmp_path / "out" / "01_seed.ipynb", as_version=4).cells)
+
+
+def test_help_lists_notebooks_parameters_and_examples():
+    result = _lowrank("run", "--help")
+    assert result.exit_code == 0
+    for part in [*runner.notebook_names(), *cli.parameters.RULES, "\n    lowrank run -f mine.yaml -p seed 1\n"]:
+        assert part in result.output
+
+
+def test_one_notebook_runs_from_end_to_end(tmp_path):
+    command = [LOWRANK, "run", "02_train", "-p", "dataset", "digits", "-p", "epochs", "1", "-o", tmp_path / "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "digits" in done.stdout and "index.html" in done.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    finding = results["findings"]["2.1"]
+    assert finding["values"]["epochs"] == 1
+    assert 0.3 < finding["values"]["test_accuracy"] <= 1
+    assert results["notebooks"]["02_train"]["environment"]["dataset"] == "digits"
+    for name in ("02_train.ipynb", "02_train.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
+    assert len(list((tmp_path / "out" / "networks").iterdir())) >= 1

@@ -1,0 +1,91 @@
+"""What a notebook works with: findings are filed as data and shown as sentences."""
+
+import json
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+
+from lowrank_helpers.models import mlp
+from lowrank_helpers.parameters import ParameterError
+from lowrank_helpers.run import Run
+
+COMMON = {"dataset": "digits", "data_dir": "", "seed": 3, "device": "cpu", "precision": "float32"}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
+    return Run("02_train", **COMMON)
+
+
+@pytest.fixture
+def shell():
+    """A notebook's own shell, so that what is displayed can be read."""
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def _filed(run):
+    return json.loads((run.folder / "findings" / "02_train.json").read_text())
+
+
+def test_a_finding_is_filed_with_what_produced_it(run):
+    run.finding("2.1", "{accuracy:.1%} after {n}", met=True, accuracy=np.float32(0.5), n=torch.tensor(3))
+    finding = _filed(run)["findings"]["2.1"]
+    assert finding["sentence"] == "50.0% after 3" and finding["met"] is True
+    assert finding["values"] == {"accuracy": 0.5, "n": 3}
+    assert _filed(run)["parameters"] == COMMON
+    assert _filed(run)["environment"]["dataset"] == "digits"
+    assert _filed(run)["environment"]["versions"]["torch"] == version("torch")
+
+
+def test_timings_are_filed_apart_from_what_must_reproduce(run):
+    run.finding("6.4/speed", "{ratio:.1f} times faster", timings={"ratio": 2.0}, width=5)
+    finding = _filed(run)["findings"]["6.4/speed"]
+    assert (finding["values"], finding["timings"], finding["met"]) == ({"width": 5}, {"ratio": 2.0}, None)
+
+
+def test_a_finding_shown_again_replaces_the_first_and_others_stay(run):
+    for id, value in (("3.1", 1), ("3.2", 2), ("3.1", 3)):
+        run.finding(id, "{x}", x=value)
+    assert {id: finding["values"]["x"] for id, finding in run.findings().items()} == {"3.1": 3, "3.2": 2}
+
+
+@pytest.mark.parametrize("id", ["8.1", "3", "3.1/Spread", "3.1/", "", "x3.1"])
+def test_ids_that_are_no_items_are_refused(run, id):
+    with pytest.raises(ValueError, match="allowed: an item such as"):
+        run.finding(id, "nothing")
+
+
+def test_a_recipe_takes_the_runs_seed_and_precision_unless_told_otherwise(run):
+    assert (run.recipe(1, 8, 1e-3).seed, run.recipe(1, 8, 1e-3).precision) == (3, "float32")
+    assert run.recipe(1, 8, 1e-3, seed=9).seed == 9
+
+
+def test_the_same_training_is_done_once(run):
+    recipe = run.recipe(1, 256, 1e-3)
+    first, history = run.train(mlp([784, 8, 10], seed=0), recipe)
+    again, same = run.train(mlp([784, 8, 10], seed=0), recipe)
+    assert same == history  # seconds included: it was read, not run
+    assert torch.equal(first.fc1.weight, again.fc1.weight)
+    assert run.train(mlp([784, 8, 10], seed=1), recipe)[1] != history
+
+
+def test_impossible_parameters_are_refused_before_anything_else():
+    with pytest.raises(ParameterError, match="epochs = -1"):
+        Run("02_train", **COMMON, epochs=-1)
+
+
+def test_the_reader_is_told_what_stands_in_for_mnist(monkeypatch, tmp_path, shell):
+    monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("LOWRANK_AUTO_DATASET", "digits")
+    for dataset, told in (("auto", True), ("digits", False)):
+        with capture_output() as shown:
+            Run("02_train", **COMMON | {"dataset": dataset})
+        (header,) = (output.data["text/markdown"] for output in shown.outputs)
+        assert ("MNIST could not be had" in header) is told
+        assert "Dataset **digits** (1,437 training and 360 test images) · seed **3**" in header
