@@ -199,7 +199,7 @@ def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> No
 
 def _forget(name: str, folder: Path) -> None:
     """Remove what an earlier run left of a notebook, lest it be taken for this run's."""
-    for file in (f"{name}.ipynb", f"{name}.html", f"{name}.failed.ipynb", f"{name}.failed.html"):
+    for file in (f"{name}.ipynb", f"{name}.failed.ipynb", f"{name}.html"):
         (folder / file).unlink(missing_ok=True)
     findings_file(folder, name).unlink(missing_ok=True)
 
