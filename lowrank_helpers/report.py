@@ -1,17 +1,46 @@
 """Renders a run folder: one page a notebook, and an index of the assignment's items."""
 
+import base64
+import io
 import shutil
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nbconvert import HTMLExporter
+import nbformat
+import yaml
+from nbformat import NotebookNode
+from PIL import Image
+
+from lowrank_helpers.store import write_atomically
+
+ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
+THUMBNAIL = (480, 360)  # pixels at most; shown at half that, so crisp at 200 %
+THUMBNAIL_COLOURS = 128
+
+Figure = dict[str, Any]
 
 
-def render(folder: Path, results: dict[str, Any]) -> None:
-    """Write a page for every executed notebook of a run folder, and ``index.html``."""
-    for notebook in sorted(folder.glob("*.ipynb")):
-        page, _ = HTMLExporter().from_filename(str(notebook))
-        notebook.with_suffix(".html").write_text(page)
+def render(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write a page for every executed notebook of a run folder, failed ones included, and ``index.html``.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds ``<name>.ipynb`` or, of a notebook that failed, ``<name>.failed.ipynb``; the pages go beside them
+        as ``<name>.html``.
+    results : mapping
+        What :func:`lowrank_helpers.results.gather` returned for this folder.
+    """
+    from lowrank_helpers import page  # here: nbconvert takes seconds to import, which a refusal need not wait for
+
+    notebooks = _executed(folder, results["notebooks"])
+    for name, notebook in notebooks.items():
+        html = page.page(notebook, name=name, run=results["notebooks"][name], names=list(notebooks))
+        write_atomically(folder / f"{name}.html", html.encode())
+    template = page.environment().get_template("index.html.j2")
+    write_atomically(folder / "index.html", template.render(_index(notebooks, results)).encode())
 
 
 def publish(folder: Path, target: Path) -> None:
@@ -19,3 +48,126 @@ def publish(folder: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for file in [*folder.glob("*.html"), folder / "results.json"]:
         shutil.copyfile(file, target / file.name)
+
+
+def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:
+    """Read the executed notebooks of a run folder, by name and in order."""
+    files = {name: (folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb") for name in sorted(names)}
+    found = {name: next((file for file in pair if file.exists()), None) for name, pair in files.items()}
+    return {name: nbformat.read(file, as_version=4) for name, file in found.items() if file}
+
+
+def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the template of the index shows."""
+    runs, findings = results["notebooks"], results["findings"]
+    assignment = _assignment()
+    figures: dict[str, Figure] = {}
+    for notebook in notebooks.values():
+        figures |= _key_figures(notebook)
+    chapters: dict[str, list[dict[str, Any]]] = {}
+    for item in assignment["items"]:
+        chapters.setdefault(item["notebook"], []).append(item | _answer(item, findings, runs, figures))
+    conditions = _conditions(runs)
+    return {
+        "chapters": chapters,
+        "conditions": conditions,
+        "headline": [number | _headline(number, findings) for number in assignment["headline"]],
+        "rules": [rule | {"kept": rule["kept"].format(device=conditions["Device"])} for rule in assignment["rules"]],
+        "pages": list(notebooks),
+        "notebooks": runs,
+        "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
+        "stand_in": any(
+            run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in _filed(runs)
+        ),
+    }
+
+
+@cache
+def _assignment() -> dict[str, list[dict[str, str]]]:
+    return yaml.safe_load(ASSIGNMENT.read_text())
+
+
+def _answer(
+    item: Mapping[str, str], findings: Mapping[str, Any], runs: Mapping[str, Any], figures: Mapping[str, Figure]
+) -> dict[str, Any]:
+    """Return an item's finding with its parts, its figure and its link, or why there is none."""
+    parts = [
+        finding | {"id": id, "href": _href(id, finding)}
+        for id, finding in findings.items()
+        if id.startswith(f"{item['id']}/")
+    ]
+    finding = findings.get(item["id"])
+    if not finding:
+        status = runs.get(item["notebook"], {}).get("status", "not run")
+        reason = {"failed": "its notebook failed", "not run": "its notebook was not run"}
+        return {"parts": parts, "absence": f"No answer: {reason.get(status, 'its notebook filed none')}."}
+    return finding | {"parts": parts, "href": _href(item["id"], finding), "figure": figures.get(item["id"])}
+
+
+def _href(id: str, finding: Mapping[str, Any]) -> str:
+    return f"{finding['notebook']}.html#finding-{id}"
+
+
+def _headline(number: Mapping[str, str], findings: Mapping[str, Any]) -> dict[str, str]:
+    """Return a number of the strip as text, and where it was measured; a dash where it was not."""
+    finding = findings.get(number["finding"], {"values": {}, "timings": {}})
+    value = (finding["values"] | finding["timings"]).get(number["value"])
+    if value is None:
+        return {"text": "–"}
+    return {"text": number["format"].format(value), "href": _href(number["finding"], finding)}
+
+
+def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
+    """Say what the results were made on; where notebooks differ, all that there is."""
+    filed = _filed(runs)
+
+    def together(values: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in values)) or "–"
+
+    def environment(name: str) -> str:
+        return together(run["environment"][name] for run in filed)
+
+    versions = (f"{library} {number}" for run in filed for library, number in run["environment"]["versions"].items())
+    return {
+        "Dataset": environment("dataset"),
+        "Seed": together(run["parameters"]["seed"] for run in filed),
+        "Device": environment("device"),
+        "Matrix products in": environment("precision"),
+        "Threads": environment("threads"),
+        "Started": min((run["environment"]["started"] for run in filed), default="–"),
+        "Notebooks took": f"{sum(run.get('seconds', 0) for run in runs.values()):.0f} s",
+        "Git revision": environment("revision"),
+        "Python": environment("python"),
+        "Versions": together(versions),
+    }
+
+
+def _filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs that filed a finding: only these say what they ran on."""
+    return [run for run in runs.values() if "environment" in run]
+
+
+def _key_figures(notebook: NotebookNode) -> dict[str, Figure]:
+    """Return, for each finding of a notebook, a thumbnail of the figure shown last before it."""
+    figures: dict[str, Figure] = {}
+    figure = None
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                figure = _thumbnail(output)
+            elif (finding := output.get("metadata", {}).get("lowrank", {}).get("finding")) and figure:
+                figures[finding] = figure
+    return figures
+
+
+def _thumbnail(output: NotebookNode) -> Figure:
+    image = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
+    image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.quantize(THUMBNAIL_COLOURS).save(buffer, format="PNG", optimize=True)
+    return {
+        "source": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}",
+        "alt": output["metadata"].get("image/png", {}).get("alt", "Figure"),
+        "width": image.width // 2,
+        "height": image.height // 2,
+    }

@@ -1,0 +1,120 @@
+"""One executed notebook as an HTML page that needs nothing but itself: nbconvert, with the project's template.
+
+Imported only where pages are written: nbconvert takes seconds to import.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, pass_context
+from jinja2.runtime import Context
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.filters.strings import html2text
+from nbformat import NotebookNode
+from traitlets import default
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class PageExporter(HTMLExporter):
+    """nbconvert's exporter with the project's template, formulas as MathML, and no file or address outside the page."""
+
+    @default("extra_template_basedirs")
+    def _extra_template_basedirs_default(self) -> list[str]:
+        return [str(TEMPLATES)]
+
+    @default("template_name")
+    def _template_name_default(self) -> str:
+        return "lowrank"
+
+    @default("template_file")
+    def _template_file_default(self) -> str:
+        return "page.html.j2"
+
+    @pass_context
+    def markdown2html(self, context: Context, source: str) -> str:
+        """Render Markdown, and note its headings in ``resources`` for the page's list of contents."""
+        renderer = PageRenderer(escape=False, attachments=context.get("cell", {}).get("attachments", {}))
+        html = MarkdownWithMath(renderer=renderer).render(source)
+        if "resources" in context:
+            context["resources"].setdefault("headings", []).extend(renderer.headings)
+        return html
+
+
+class PageRenderer(IPythonRenderer):
+    """Markdown to HTML with formulas in MathML and links to notebooks turned into links to their pages.
+
+    Attributes
+    ----------
+    headings : list of (int, str, str)
+        Level, HTML and anchor of each heading rendered.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.headings: list[tuple[int, str, str]] = []
+
+    def heading(self, text: str, level: int, **attributes: Any) -> str:
+        """Give the heading the anchor that JupyterLab gives it."""
+        anchor = html2text(text).replace(" ", "-")
+        self.headings.append((level, text, anchor))
+        return f'<h{level} id="{anchor}">{text}</h{level}>\n'
+
+    def link(self, text: str, url: str, title: str | None = None) -> str:
+        """Lead to the page of a notebook rather than to the notebook."""
+        return super().link(text, re.sub(r"^(\w+)\.ipynb(?=#|$)", r"\1.html", url), title)
+
+    def table(self, text: str) -> str:
+        """Let a table that is wider than the screen scroll by itself."""
+        return f'<div class="scroll"><table>\n{text}</table></div>\n'
+
+    def inline_math(self, body: str) -> str:
+        """Render a formula in a line of text."""
+        return _mathml(body, "inline")
+
+    def block_math(self, body: str) -> str:
+        """Render a formula on a line of its own (nbconvert puts it into a paragraph)."""
+        return f'<span class="scroll">{_mathml(body, "block")}</span>'
+
+    def latex_environment(self, name: str, body: str) -> str:
+        """Render an environment that stands without dollar signs."""
+        return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
+
+
+def _mathml(latex: str, display: str) -> str:
+    latex = latex.replace("{aligned}", "{split}")  # the same to TeX; latex2mathml knows only the latter
+    try:
+        math = convert(latex, display=display)
+    except Exception:  # latex2mathml's errors have no common class; a page with one formula in LaTeX beats no page
+        return f"<code>{latex}</code>"
+    # TeX sets a thin space between log or exp and a letter; latex2mathml sets none.
+    return re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m[^o])", r'\1<mspace width="0.167em"/>', math)
+
+
+@cache
+def exporter() -> PageExporter:
+    """Return the exporter: one for all pages, as making it costs more than a page."""
+    return PageExporter()
+
+
+def page(notebook: NotebookNode, **resources: Any) -> str:
+    """Render an executed notebook.
+
+    Parameters
+    ----------
+    notebook : NotebookNode
+    **resources
+        What the template shows beside the notebook: ``name``, ``run`` (the notebook's entry in ``results.json``)
+        and ``names`` (of all pages, in order).
+    """
+    html, _ = exporter().from_notebook_node(notebook, resources=resources)
+    return html
+
+
+def environment() -> Environment:
+    """Return the templates' environment, for a page that is no notebook."""
+    return exporter().environment
