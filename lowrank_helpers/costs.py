@@ -1,0 +1,45 @@
+"""What a piece of work costs: the memory it holds at once, and the bytes that training keeps between steps."""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+def n_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Sum the bytes of tensors; ``None``, as a gradient that was never computed, has none."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def state_bytes(optimiser: torch.optim.Optimizer) -> int:
+    """Sum the bytes that an optimiser keeps between steps: for Adam two moments a parameter, and a step count."""
+    return n_bytes(value for state in optimiser.state.values() for value in state.values())
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Return the most bytes that work holds at once, above what was held before it.
+
+    On CUDA the allocator counts them. Elsewhere PyTorch's profiler lists every allocation and release on the
+    CPU, and their running sum is followed; on Apple's MPS it sees the CPU's share alone.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    held = peak = 0
+    for _, change in memory:
+        held += change
+        peak = max(peak, held)
+    return peak

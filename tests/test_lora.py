@@ -1,0 +1,188 @@
+"""LoRA against loralib with the same A, B and α, and what an adapter must survive."""
+
+from copy import deepcopy
+
+import loralib
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lowrank_helpers import factorization, lora, rank
+from lowrank_helpers.data import Dataset
+from lowrank_helpers.lora import LoRALinear
+from lowrank_helpers.models import linear_layers, mlp, n_trainable
+from lowrank_helpers.store import Store
+from lowrank_helpers.training import Recipe
+
+WIDTHS = [784, 12, 9, 10]
+LAYERS = ["fc1", "fc2", "fc3"]
+
+
+def adapted(seed=0, rank=4, trained=True, layers=LAYERS):
+    """An adapted MLP, with a B that is not zero where it is to look trained."""
+    model = lora.adapt(mlp(WIDTHS, seed=seed), layers, rank=rank, alpha=6.0, seed=seed)
+    if trained:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in lora.adapters(model).values():
+            layer.lora_B.data.normal_(generator=generator, std=0.1)
+    return model
+
+
+@st.composite
+def layers_and_factors(draw):
+    n, m = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    r, alpha = draw(st.integers(1, min(n, m))), draw(st.floats(0.1, 50))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    base = nn.Linear(m, n, bias=draw(st.booleans()), dtype=torch.float64)
+    return base, torch.randn(r, m, dtype=torch.float64), torch.randn(n, r, dtype=torch.float64), alpha
+
+
+@settings(deadline=None)
+@given(layers_and_factors(), st.integers(1, 5))
+def test_forward_gradients_and_merge_are_loralibs(drawn, batch):
+    base, A, B, alpha = drawn
+    reference = loralib.Linear(base.in_features, base.out_features, r=len(A), bias=base.bias is not None).double()
+    reference.scaling = alpha / len(A)
+    reference.load_state_dict(base.state_dict() | {"lora_A": A, "lora_B": B})
+    ours = LoRALinear(base, A, B, alpha)
+    x = torch.randn(batch, base.in_features, dtype=torch.float64, requires_grad=True)
+    x_reference = x.detach().clone().requires_grad_()
+
+    output, expected = ours(x), reference(x_reference)
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    for found, wanted in ((x, x_reference), (ours.lora_A, reference.lora_A), (ours.lora_B, reference.lora_B)):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-6, atol=1e-6)
+    assert base.weight.grad is None
+
+    merged = lora.merge(nn.Sequential(ours))[0]
+    reference.eval()  # loralib merges into its weight here
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged.weight, reference.weight, rtol=1e-6, atol=1e-6, check_stride=False)
+    torch.testing.assert_close(merged(x), output, rtol=1e-6, atol=1e-6)
+
+
+def test_untrained_adapters_change_nothing():
+    base, x = mlp(WIDTHS, seed=1), torch.randn(7, 784)
+    assert torch.equal(lora.adapt(base, LAYERS, rank=3, alpha=8, seed=0)(x), base(x))
+
+
+def test_only_the_factors_of_the_chosen_layers_are_trained():
+    model = adapted(layers=["fc2"], rank=4)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["fc2.lora_A", "fc2.lora_B"]
+    assert n_trainable(model) == 4 * (12 + 9)
+
+
+def test_a_training_moves_the_factors_alone():
+    model = adapted(trained=False)
+    before = deepcopy(model.state_dict())
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(5, 784)).square().mean().backward()
+    optimiser.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{name}.lora_B" for name in LAYERS}  # A has no gradient while B is zero
+
+
+def test_adapting_leaves_the_given_model_alone_and_removing_gives_it_back():
+    base = mlp(WIDTHS, seed=0)
+    model = lora.adapt(base, LAYERS, rank=2, alpha=4, seed=0)
+    assert n_trainable(base) == sum(weight.numel() for weight in base.state_dict().values())
+    removed = lora.remove(model)
+    assert str(removed) == str(base)
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in removed.state_dict().items())
+    assert all(parameter.requires_grad for parameter in removed.parameters())
+
+
+def test_merging_gives_plain_layers_with_the_same_outputs():
+    model, x = adapted(), torch.randn(50, 784)
+    merged = lora.merge(model)
+    assert {type(layer) for layer in linear_layers(merged).values()} == {nn.Linear}
+    assert linear_layers(merged).keys() == set(LAYERS)
+    torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=1e-5)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_state_dict_deepcopy_and_another_dtype():
+    model, x = adapted(), torch.randn(3, 784)
+    fresh = adapted(trained=False)
+    assert not torch.equal(fresh(x), model(x))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+    assert torch.equal(deepcopy(model)(x), model(x))
+    double = deepcopy(model).to(torch.float64)
+    assert {tensor.dtype for tensor in double.state_dict().values()} == {torch.float64}
+    torch.testing.assert_close(double(x.double()).float(), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_every_tensor_moves_to_another_device():
+    moved = adapted().to("meta")
+    assert {tensor.device.type for tensor in moved.state_dict().values()} == {"meta"}
+    assert moved(torch.empty(3, 784, device="meta")).shape == (3, 10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_outputs_on_cuda_are_those_on_the_cpu():
+    model, x = adapted(), torch.randn(3, 784)
+    torch.testing.assert_close(deepcopy(model).cuda()(x.cuda()).cpu(), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_computes_in_bfloat16_and_trains_in_float32():
+    model, x = adapted(), torch.randn(64, 784)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), model(x), rtol=0.05, atol=0.05)
+    output.float().square().sum().backward()
+    assert {layer.lora_A.grad.dtype for layer in lora.adapters(model).values()} == {torch.float32}
+
+
+def test_adapts_the_linear_layers_of_a_transformer():
+    torch.manual_seed(0)
+    base = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    model = lora.adapt(base, linear_layers(base), rank=2, alpha=4, seed=0)
+    assert lora.adapters(model).keys() == {"self_attn.out_proj", "linear1", "linear2"}
+    torch.testing.assert_close(model(x), base(x))
+    for layer in lora.adapters(model).values():
+        layer.lora_B.data.normal_()
+    torch.testing.assert_close(lora.merge(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_weights_are_what_the_rank_report_sees():
+    model, base = adapted(rank=3), mlp(WIDTHS, seed=0)
+    after, before = rank.weight_matrices(lora.merge(model)), rank.weight_matrices(base)
+    for name in LAYERS:
+        assert torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4) == 3
+
+
+def test_an_adapter_stays_on_a_base_that_is_factorized():
+    model, x = adapted(), torch.randn(4, 784)
+    factorized = factorization.factorize(model, {"fc2.base": 9})
+    torch.testing.assert_close(factorized(x), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lora.merge(factorized)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_impossible_adapters_are_refused_by_name():
+    base = mlp(WIDTHS, seed=0)
+    with pytest.raises(ValueError, match=r"fc9.*allowed: fc1, fc2, fc3"):
+        lora.adapt(base, ["fc9"], rank=2, alpha=1, seed=0)
+    with pytest.raises(ValueError, match=r"rank 10 .*allowed: 1 to 9"):
+        lora.adapt(base, ["fc2"], rank=10, alpha=1, seed=0)
+    with pytest.raises(ValueError, match="already"):
+        lora.adapt(adapted(), ["fc1.base"], rank=2, alpha=1, seed=0)
+    with pytest.raises(ValueError, match="do not fit"):
+        LoRALinear(nn.Linear(4, 4), torch.zeros(2, 3), torch.zeros(4, 2), 1.0)
+
+
+def test_the_store_keys_adapters_by_rank_and_alpha(tmp_path):
+    torch.manual_seed(0)
+    images, labels = torch.randn(20, 784), torch.arange(20) % 10
+    data = Dataset("digits", images, labels, images, labels, "fingerprint", 0.0, 1.0)
+    store, recipe = Store(tmp_path), Recipe(1, 10, 1e-3)
+    for alpha in (1.0, 2.0, 2.0):
+        store.trained(lora.adapt(mlp(WIDTHS, seed=0), LAYERS, rank=2, alpha=alpha, seed=0), data, recipe)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
