@@ -95,6 +95,12 @@ RULES: dict[str, Rule] = {
     "learning_rate": POSITIVE,
     "big_learning_rate": POSITIVE,
     "n_seeds": _whole(1),
+    "factorized_epochs": _whole(1),
+    "tuning_epochs": _whole(1),
+    "tuning_learning_rate": POSITIVE,
+    "decay": POSITIVE,
+    "als_sweeps": _whole(1),
+    "gradient_steps": _whole(1),
     "rank_grid": _list_of(_whole(1)),
     "ranks": Rule(
         lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
@@ -107,6 +113,10 @@ RULES: dict[str, Rule] = {
     "rank": _whole(1),
     "alpha": POSITIVE,
     "layers": _one_of(*LAYER_CHOICES),
+    "rehearsal": _whole(1),
+    "shots": _list_of(_whole(1)),
+    "tuning_epochs": _whole(1),
+    "tuning_rate": POSITIVE,
 }
 
 
@@ -131,6 +141,8 @@ def check(parameters: Mapping[str, Any]) -> None:
             raise ParameterError(str(error)) from error
     if "big_widths" in parameters:
         _check_ranks(parameters)
+    if {"widths", "rank", "layers"} <= parameters.keys():
+        _check_adapter_rank(parameters["widths"], parameters["rank"], parameters["layers"])
 
 
 def _check_ranks(parameters: Mapping[str, Any]) -> None:
@@ -145,6 +157,21 @@ def _check_ranks(parameters: Mapping[str, Any]) -> None:
                 raise ParameterError(f"parameter ranks = {ranks}: layer {i} allows 1 to {most}, not {rank}")
     if (grid := parameters.get("rank_grid")) and max(grid) > max(full):
         raise ParameterError(f"parameter rank_grid = {grid}: the largest full rank is {max(full)}")
+
+
+def _check_adapter_rank(widths: list[int], rank: int, layers: str) -> None:
+    shapes = choose_layers(list(pairwise(widths)), layers)
+    most = min(min(shape) for shape in shapes)
+    if rank > most:
+        raise ParameterError(
+            f"parameter rank = {rank} is above min(n, m) of a layer that layers = {layers!r} adapts; "
+            f"allowed: 1 to {most}"
+        )
+
+
+def choose_layers(items: list[Any], layers: str) -> list[Any]:
+    """Return those of a network's layers, first to last, that a choice of ``layers`` means."""
+    return {"all": items, "first": items[:1], "last": items[-1:]}[layers]
 
 
 def full_ranks(widths: list[int]) -> list[int]:
