@@ -115,8 +115,8 @@ RULES: dict[str, Rule] = {
     "layers": _one_of(*LAYER_CHOICES),
     "rehearsal": _whole(1),
     "shots": _list_of(_whole(1)),
-    "tuning_epochs": _whole(1),
-    "tuning_rate": POSITIVE,
+    "adapter_epochs": _whole(1),
+    "adapter_learning_rate": POSITIVE,
 }
 
 
