@@ -55,7 +55,7 @@ def _choices() -> str:
     nargs=2,
     multiple=True,
     metavar="NAME VALUE",
-    help="Set a parameter in every notebook that has it. Lists as YAML: -p big_widths '[784, 256, 256, 10]'.",
+    help="Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'.",
 )
 @click.option(
     "-f",

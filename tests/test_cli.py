@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from lowrank_helpers import cli, runner
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.parameters import parse
 
 LOWRANK = Path(sys.executable).with_name("lowrank")
 
@@ -161,6 +164,12 @@ def test_help_lists_notebooks_parameters_and_examples():
     assert result.exit_code == 0
     for part in [*runner.notebook_names(), *cli.parameters.RULES, "\n    lowrank run -f mine.yaml -p seed 1\n"]:
         assert part in result.output
+
+
+def test_the_readmes_parameter_file_is_accepted():
+    (example,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    planned = runner.plan((), parse(example, "README.md"))
+    assert planned["02_train"]["learning_rate"] == 1e-3
 
 
 def test_one_notebook_runs_from_end_to_end(tmp_path):
