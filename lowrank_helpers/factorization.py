@@ -4,7 +4,7 @@ Three ways to the factors: the truncated SVD, which is the optimum (Eckart & You
 alternate between B and C; and alternating least squares, which solves for each factor exactly in turn.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -212,3 +212,33 @@ def _replace(
         factors = factors_of(name, layers[name], ranks[name])
         copy.set_submodule(name, FactorizedLinear(factors.B, factors.C, layers[name].bias))
     return copy
+
+
+def smallest_rank(score: Callable[[int], float], grid: Sequence[int], target: float) -> int:
+    """Return the smallest rank from which on a score stays at or above a target.
+
+    Walks down the grid while the target holds, then tries every rank of the gap below, so that the answer is
+    exact although the score is computed few times.
+
+    Parameters
+    ----------
+    score : callable
+        Of a rank; rises with it but for noise.
+    grid : sequence of int
+        Ranks in any order; the largest must reach the target.
+    target : float
+
+    Raises
+    ------
+    ValueError
+        The largest rank of the grid misses the target.
+    """
+    ranks = sorted(grid, reverse=True)
+    if score(ranks[0]) < target:
+        raise ValueError(f"even rank {ranks[0]} stays below the target {target}")
+    holds = ranks[0]
+    for rank in ranks[1:]:
+        if score(rank) < target:
+            return next(r for r in range(rank + 1, holds + 1) if score(r) >= target)
+        holds = rank
+    return holds

@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     "big_widths": WIDTHS,
     "epochs": _whole(1),
     "big_epochs": _whole(1),
-    "batch_size": _whole(1),
+    "batch_size": _whole_between(1, 2**63 - 1),  # what PyTorch can count
     "learning_rate": POSITIVE,
     "big_learning_rate": POSITIVE,
     "n_seeds": _whole(1),
@@ -99,6 +99,9 @@ RULES: dict[str, Rule] = {
     "tuning_epochs": _whole(1),
     "tuning_learning_rate": POSITIVE,
     "decay": POSITIVE,
+    "subspace_widths": _list_of(_whole(1)),
+    "subspace_dimensions": _list_of(_whole(1)),
+    "subspace_learning_rate": POSITIVE,
     "als_sweeps": _whole(1),
     "gradient_steps": _whole(1),
     "rank_grid": _list_of(_whole(1)),

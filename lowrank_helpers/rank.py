@@ -100,8 +100,9 @@ def marchenko_pastur_density(x: Array, shape: tuple[int, int], std: float) -> Ar
         (Marchenko & Pastur 1967, for the eigenvalues σ², here changed to the variable σ).
     """
     lower, upper = marchenko_pastur_edges(shape, std)
+    x = np.maximum(x, 1e-12 * upper)  # the density of a square matrix has a limit at 0, not a value
     square = np.clip((upper**2 - x**2) * (x**2 - lower**2), 0, None)
-    return np.sqrt(square) / (np.pi * min(shape) * std**2 * np.maximum(x, np.finfo(float).tiny))
+    return np.sqrt(square) / (np.pi * min(shape) * std**2 * x)
 
 
 def marchenko_pastur_edges(shape: tuple[int, int], std: float) -> tuple[float, float]:

@@ -150,7 +150,7 @@ class Run:
             )
         values, timings = _plain(values), _plain(timings or {})
         text = sentence.format(**values, **timings)
-        self._findings[id] = {"sentence": text, "met": met, "values": values, "timings": timings}
+        self._findings[id] = {"sentence": text, "met": _plain(met), "values": values, "timings": timings}
         self._file_findings()
         verdict = {True: " ✓ met", False: " ✗ **not met**", None: ""}[met]
         display(Markdown(f"**{id}**{verdict} · {text}"), metadata={"lowrank": {"finding": id}})

@@ -190,7 +190,7 @@ def fit(
                 index = index.to(device)
                 _step(model, optimiser, images[index], labels[index], recipe)
                 step += 1
-            _synchronise(device)
+            synchronise(device)
             seconds = history.seconds[-1] + time.perf_counter() - start
             _record(history, model, splits, recipe.precision, seconds=seconds)
             bar.update(step - bar.n)
@@ -233,7 +233,7 @@ def _record(history: History, model: nn.Module, splits: dict, precision: str, *,
     history.evaluation_seconds += time.perf_counter() - start
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     """Wait for queued work, so that a clock read next tells the truth."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

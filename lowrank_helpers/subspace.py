@@ -1,0 +1,54 @@
+"""Training in a random subspace: d numbers decide all weights of a network."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class SubspaceModel(nn.Module):
+    """A network whose weights are θ₀ + P·z: θ₀ and P are fixed and random, only z is trained.
+
+    Li et al. 2018 (arXiv 1804.08838, equation 2) call the smallest dimension of z that still solves a task the
+    task's *intrinsic dimension*. P here is the sparsest of random projections: each weight follows one entry of z,
+    with a random sign, and the columns are scaled to length 1. They are orthonormal, as the paper asks, and P·z
+    costs one look-up a weight instead of a D×d matrix.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Gives the structure and θ₀; it is frozen.
+    dimension : int
+        Length d of z, from 1 to the number of weights.
+    seed : int
+        Draws P.
+
+    Attributes
+    ----------
+    z : Parameter of shape (dimension,)
+        Zero at first, so that training starts from θ₀.
+    """
+
+    def __init__(self, model: nn.Module, dimension: int, *, seed: int) -> None:
+        super().__init__()
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        if not 1 <= dimension <= sum(sizes):
+            raise ValueError(f"dimension {dimension} is impossible for {sum(sizes):,} weights; allowed: 1 to that")
+        generator = torch.Generator().manual_seed(seed)
+        followed = torch.randint(dimension, (sum(sizes),), generator=generator)
+        sign = torch.randint(2, (sum(sizes),), generator=generator).float().mul_(2).sub_(1)
+        followers = torch.bincount(followed, minlength=dimension).clamp_min(1)
+        self.model = model.requires_grad_(False)
+        self.z = nn.Parameter(torch.zeros(dimension))
+        self.register_buffer("followed", followed)
+        self.register_buffer("entry", sign / followers.sqrt()[followed])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return θ₀ + P·z by parameter name, in the network's shapes."""
+        moved = self.z[self.followed] * self.entry
+        pieces = moved.split([parameter.numel() for parameter in self.model.parameters()])
+        named = self.model.named_parameters()
+        return {name: theta + piece.view_as(theta) for (name, theta), piece in zip(named, pieces, strict=True)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map as the network does at the weights that z stands for."""
+        return functional_call(self.model, self.weights(), (x,))
