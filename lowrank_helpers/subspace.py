@@ -28,6 +28,9 @@ class SubspaceModel(nn.Module):
         Zero at first, so that training starts from θ₀.
     """
 
+    followed: Tensor
+    entry: Tensor
+
     def __init__(self, model: nn.Module, dimension: int, *, seed: int) -> None:
         super().__init__()
         sizes = [parameter.numel() for parameter in model.parameters()]
