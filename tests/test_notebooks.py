@@ -1,0 +1,62 @@
+"""The recorded notebooks, executed again, must show what is recorded."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lowrank_helpers.comparison import CHECKED, treatment
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.runner import notebook_names, notebook_path
+
+LOWRANK = [sys.executable, "-c", "from lowrank_helpers.cli import main; main()"]
+CHECK = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking", "--nbval-current-env"]
+
+
+def passes(command: list[str], **environment: str) -> None:
+    done = subprocess.run(
+        command, cwd=PROJECT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    print(done.stdout)
+
+
+def test_recorded_outputs_reproduce(mnist_dir: Path):
+    passes([*LOWRANK, "check"], LOWRANK_DATA_DIR=str(mnist_dir))
+
+
+def test_series_reproduces_itself_on_digits(request, tmp_path):
+    """Where MNIST is not at hand: that the series runs, and that its second run agrees with its first."""
+    try:
+        request.getfixturevalue("mnist_dir")
+    except pytest.skip.Exception:
+        passes([*LOWRANK, "run", "-p", "dataset", "digits", "-o", str(tmp_path)])
+        passes([*CHECK, *map(str, sorted(tmp_path.glob("*.ipynb")))])
+    else:
+        pytest.skip("MNIST is at hand: the recorded outputs themselves are checked")
+
+
+def test_at_least_four_fifths_of_the_printing_cells_are_checked():
+    extents: Counter[str] = Counter()
+    for name in notebook_names():
+        notebook = nbformat.read(notebook_path(name), as_version=4)
+        extents.update(treatment(cell, notebook).extent for cell in notebook.cells if cell.get("outputs"))
+    assert extents.total() > 0, "no outputs are recorded; `lowrank record` records them"
+    assert extents[CHECKED] >= 0.8 * extents.total(), extents
+
+
+@pytest.mark.parametrize("name", notebook_names())
+def test_every_code_cell_is_recorded(name):
+    cells = nbformat.read(notebook_path(name), as_version=4).cells
+    missing = [cell.id for cell in cells if cell.cell_type == "code" and cell.execution_count is None]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", notebook_names())
+def test_every_metadata_is_in_the_vocabulary(name):
+    notebook = nbformat.read(notebook_path(name), as_version=4)
+    assert [treatment(cell, notebook) for cell in notebook.cells if cell.cell_type == "code"]
