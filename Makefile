@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: help report test lab record lint
+.PHONY: help report test lab record lint screenshots
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
@@ -11,6 +11,7 @@ help:
 	@echo "make lab      open JupyterLab in notebooks/"
 	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
 	@echo "make lint     ruff and mypy"
+	@echo "make screenshots   photograph the recorded report into docs/; needs Chromium"
 	@echo
 	@echo "Data: LOWRANK_DATA_DIR=folder make …   Another Python: make PYTHON=python3.12 …"
 
@@ -25,6 +26,9 @@ lab: $(VENV)/ready
 
 record: $(VENV)/ready
 	$(BIN)/lowrank record
+
+screenshots: $(VENV)/ready
+	$(BIN)/python tests/screenshots.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

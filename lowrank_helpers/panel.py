@@ -57,7 +57,7 @@ def explore(model: nn.Module, splits: Splits, *, base: nn.Module | None = None, 
         ranks = cuts.ranks(layer)[2::4][:3]
         plots.show(static_figure(cuts, layer, ranks), alt=_alt(cuts, layer, ranks))
     else:
-        display(_controls(cuts))
+        display(interactive_panel(cuts))
 
 
 class Cuts:
@@ -167,7 +167,7 @@ class _Picture:
         return buffer.getvalue()
 
 
-def _controls(cuts: Cuts) -> ipywidgets.Widget:
+def interactive_panel(cuts: Cuts) -> ipywidgets.Widget:
     """Return the panel: a choice of layer, a slider for the rank, the picture and its numbers."""
     layer = ipywidgets.Dropdown(options=list(cuts.layers), description="layer")
     rank = ipywidgets.SelectionSlider(options=[1], description="rank r", layout={"width": "30em"})

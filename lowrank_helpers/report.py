@@ -16,7 +16,7 @@ from PIL import Image
 from lowrank_helpers.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
-THUMBNAIL = (480, 360)  # pixels at most; shown at half that, so crisp at 200 %
+THUMBNAIL = (640, 480)  # pixels at most; shown at half that, so crisp at 200 %
 THUMBNAIL_COLOURS = 128
 
 Figure = dict[str, Any]
@@ -134,7 +134,7 @@ def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
         "Device": environment("device"),
         "Matrix products in": environment("precision"),
         "Threads": environment("threads"),
-        "Started": min((run["environment"]["started"] for run in filed), default="–"),
+        "Started": min((run["environment"]["started"] for run in filed), default="–").replace("T", " "),
         "Notebooks took": f"{sum(run.get('seconds', 0) for run in runs.values()):.0f} s",
         "Git revision": environment("revision"),
         "Python": environment("python"),

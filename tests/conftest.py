@@ -35,3 +35,13 @@ def mnist_dir() -> Path:
         if folder and (Path(folder) / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
             return Path(folder)
     pytest.skip("MNIST is not on this machine: set LOWRANK_DATA_DIR")
+
+
+@pytest.fixture(scope="session")
+def small_report(tmp_path_factory) -> Path:
+    """A run folder of two small notebooks with their pages; the second one failed."""
+    from small_series import run_and_render  # here: rendering takes seconds to import
+
+    folder = tmp_path_factory.mktemp("series")
+    run_and_render(folder / "notebooks", folder / "run")
+    return folder / "run"

@@ -1,0 +1,213 @@
+"""The report and the panel in a real Chromium: pages from files with the network off, and a real JupyterLab."""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from chromium import EXECUTABLE, chromium
+from playwright.sync_api import Browser, Page, expect
+from small_series import rank_notebook
+
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.run import RUN_DIR_VARIABLE
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not EXECUTABLE, reason="Chromium is not on this machine (Debian: apt-get install chromium)"),
+]
+PAGES = ("index", "03_rank", "04_overfit")
+REFERENCE = sorted((PROJECT / "reports" / "reference").glob("*.html"))
+WIDE = {"width": 1280, "height": 800}
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@contextmanager
+def opened(browser: Browser, file: Path, **options) -> Iterator[Page]:
+    """Open a page from its file with the network off; at the end, no complaint and no request may have been made."""
+    context = browser.new_context(offline=True, **{"viewport": WIDE} | options)
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+    page.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
+    page.goto(file.as_uri())
+    yield page
+    context.close()
+    assert complaints == []
+
+
+def violations(page: Page) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{violation['id']}: {node['html'][:200]}"
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    ]
+
+
+def shown(page: Page, colour: str, element: str = "body") -> float:
+    """Return how light a colour of an element is, from 0 (black) to 1 (white)."""
+    rgb = page.eval_on_selector(element, "(e, name) => getComputedStyle(e)[name].match(/\\d+/g).map(Number)", colour)
+    return sum(rgb[:3]) / 3 / 255
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PAGES)
+def test_page_opens_without_a_complaint_and_is_accessible(browser, small_report, name, scheme):
+    with opened(browser, small_report / f"{name}.html", color_scheme=scheme) as page:
+        for details in page.locator("details").all():
+            details.evaluate("details => details.open = true")
+        assert violations(page) == []
+
+
+@pytest.mark.parametrize("file", REFERENCE, ids=lambda file: file.stem)
+def test_recorded_page_opens_without_a_complaint_and_is_accessible(browser, file):
+    with opened(browser, file) as page:
+        assert violations(page) == []
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0 && image.alt)")
+
+
+def test_recorded_pages_are_small_enough():
+    assert sum(file.stat().st_size for file in REFERENCE) <= 12e6
+
+
+def test_formulas_take_the_room_that_they_need(browser, small_report):
+    with opened(browser, small_report / "03_rank.html") as page:
+        fraction = page.locator("mfrac").bounding_box()
+        letter = page.locator("math[display=inline] mi").first.bounding_box()
+        assert fraction["height"] > 1.6 * letter["height"]
+        first, second = (row.bounding_box() for row in page.locator("mtable mtr").all())
+        assert second["y"] >= first["y"] + first["height"]
+        base, _, exponent = (child.bounding_box() for child in page.locator("msubsup").last.locator("> *").all())
+        assert exponent["x"] >= base["x"] + base["width"]
+        assert exponent["y"] < base["y"] + base["height"] / 2
+
+
+def test_a_link_of_the_index_reaches_its_cell(browser, small_report):
+    with opened(browser, small_report / "index.html") as page:
+        page.get_by_role("link", name="Evidence for 3.1", exact=True).click()
+        cell = page.locator("[id='finding-3.1']")
+        expect(cell).to_be_in_viewport()
+        expect(cell).to_contain_text("The average rank is")
+        assert page.evaluate("scrollY") > 0
+
+
+def test_code_folds_one_by_one_and_all_at_once(browser, small_report):
+    with opened(browser, small_report / "03_rank.html") as page:
+        code = page.locator("details.code .highlight")
+        assert code.count() > 5
+        assert not any(cell.is_visible() for cell in code.all())
+        page.locator("details.code summary").first.click()
+        assert [cell.is_visible() for cell in code.all()].count(True) == 1
+        everything = page.get_by_role("button", name="Show all code")
+        everything.click()
+        assert all(cell.is_visible() for cell in code.all())
+        everything.click()
+        assert not any(cell.is_visible() for cell in code.all())
+
+
+def test_dark_mode_is_dark_and_figures_stay_on_white(browser, small_report):
+    for scheme, dark in {"light": False, "dark": True}.items():
+        with opened(browser, small_report / "03_rank.html", color_scheme=scheme) as page:
+            assert (shown(page, "backgroundColor") < 0.2) == dark
+            assert (shown(page, "color") > 0.8) == dark
+            assert shown(page, "backgroundColor", ".output_png img") == 1
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_on_a_phone_only_what_is_wide_scrolls(browser, small_report, name):
+    with opened(browser, small_report / f"{name}.html", viewport=PHONE, is_mobile=True) as page:
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for table in page.locator("table.dataframe").all():
+            assert table.bounding_box()["width"] > PHONE["width"]
+            assert table.evaluate("table => table.closest('.scroll').tabIndex") == 0
+
+
+def test_figures_are_crisp_at_200_percent(browser, small_report):
+    with opened(browser, small_report / "03_rank.html") as page:
+        pixels = page.eval_on_selector_all(
+            ".output_png img", "images => images.map(i => i.naturalWidth / i.clientWidth)"
+        )
+        assert len(pixels) == 2
+        assert min(pixels) >= 2
+
+
+def test_print_leaves_out_what_paper_cannot_use(browser, small_report):
+    with opened(browser, small_report / "03_rank.html", color_scheme="dark") as page:
+        page.emulate_media(media="print")
+        expect(page.locator(".contents")).to_be_hidden()
+        expect(page.locator("details.code").first).to_be_hidden()
+        assert shown(page, "backgroundColor") == 1
+
+
+@contextmanager
+def jupyterlab(folder: Path) -> Iterator[str]:
+    """Serve a folder with JupyterLab, away from the user's settings, and yield its address with the token."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex()
+    own = {f"JUPYTER_{kind}_DIR": str(folder / f".{kind}") for kind in ("CONFIG", "DATA", "RUNTIME")}
+    environment = {name: value for name, value in os.environ.items() if name != RUN_DIR_VARIABLE} | own
+    options = [f"--ServerApp.root_dir={folder}", f"--port={port}", f"--IdentityProvider.token={token}"]
+    command = ["jupyter", "lab", "--no-browser", "--allow-root", "--LabApp.expose_app_in_browser=True", *options]
+    executable = str(Path(sys.executable).parent / command[0])
+    log = (folder / "lab.log").open("w")
+    server = subprocess.Popen([executable, *command[1:]], env=environment, stdout=log, stderr=log)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api?token={token}", seconds=60)
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def _wait_for(address: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            urlopen(address, timeout=5).close()
+            return
+        except URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.3)
+
+
+def test_in_jupyterlab_the_slider_moves_and_the_picture_changes(browser, tmp_path):
+    nbformat.write(rank_notebook(), tmp_path / "panel.ipynb")
+    with jupyterlab(tmp_path) as address:
+        page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+        page.goto(address.format("panel.ipynb"))
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
+        page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+        handle = page.locator(".jupyter-widgets .noUi-handle")
+        handle.wait_for(timeout=90_000)
+        picture, numbers = page.locator("img.widget-image"), page.locator(".widget-label").filter(has_text="error")
+        source, text = picture.get_attribute("src"), numbers.inner_text()
+        assert "accuracy: train" in text
+        handle.focus()
+        handle.press("ArrowRight")
+        expect(numbers).not_to_have_text(text)
+        assert picture.get_attribute("src") != source
+        page.locator(".widget-dropdown select").select_option("fc2")
+        expect(numbers).to_contain_text("of 16")

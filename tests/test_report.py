@@ -1,0 +1,140 @@
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+
+from lowrank_helpers import page, report
+from lowrank_helpers.data import PROJECT
+
+
+def soup(file: Path) -> BeautifulSoup:
+    return BeautifulSoup(file.read_text(), "html.parser")
+
+
+@pytest.fixture(scope="module")
+def index(small_report):
+    return soup(small_report / "index.html")
+
+
+@pytest.fixture(scope="module")
+def rank_page(small_report):
+    return soup(small_report / "03_rank.html")
+
+
+def item(index: BeautifulSoup, id: str) -> str:
+    return " ".join(index.find(id=f"item-{id}").get_text(" ").split())
+
+
+def test_index_lists_every_item_and_rule_of_the_assignment(index):
+    items = [section["id"].removeprefix("item-") for section in index.select(".item")]
+    counts = {"1": 2, "2": 1, "3": 3, "4": 2, "5": 3, "6": 4, "7": 2, "B": 4}
+    assert items == [f"{chapter}.{i}" for chapter, count in counts.items() for i in range(1, count + 1)]
+    assert [rule.strong.text for rule in index.select("#rules ~ dl dt")] == ["R1", "R2", "R3", "R4", "R5"]
+
+
+def test_an_answered_item_shows_sentence_verdict_figure_and_parts(index):
+    assert "The average rank is 19.0" in item(index, "3.1")
+    assert "✓ met" in item(index, "3.1")
+    section = index.find(id="item-3.1")
+    assert section.img["alt"] == "A line that <falls>"
+    assert "varies by 25%" in section.details.text
+    assert "✗ not met" in section.details.text
+
+
+def test_an_item_without_an_answer_says_why(index):
+    assert "its notebook filed none" in item(index, "3.2")
+    assert "its notebook failed" in item(index, "4.1")
+    assert "its notebook was not run" in item(index, "5.1")
+
+
+def test_index_says_what_was_run_and_what_failed(index):
+    conditions = {row.dt.text: row.dd.text for row in index.select(".conditions div")}
+    assert (conditions["Dataset"], conditions["Seed"], conditions["Device"]) == ("digits", "5", "cpu")
+    assert "torch" in conditions["Versions"]
+    assert "ValueError: no luck" in index.select_one(".alarm").text
+
+
+def test_headline_reads_the_findings_and_leaves_a_dash_for_the_rest(index):
+    assert [number.text for number in index.select(".headline .number")] == ["21", "–", "–", "–", "–"]
+
+
+@pytest.mark.parametrize(("asked", "warned"), [("auto", True), ("digits", False)])
+def test_digits_in_place_of_mnist_are_announced(small_report, tmp_path, asked, warned):
+    results = json.loads((small_report / "results.json").read_text())
+    results["notebooks"]["03_rank"]["parameters"]["dataset"] = asked
+    report.render(tmp_path, results)
+    assert ("Not MNIST" in soup(tmp_path / "index.html").text) == warned
+
+
+def test_every_link_of_every_page_leads_somewhere(small_report):
+    pages = {file.name: soup(file) for file in small_report.glob("*.html")}
+    assert set(pages) == {"index.html", "03_rank.html", "04_overfit.html"}
+    for name, content in pages.items():
+        for link in content.select("a[href]"):
+            file, _, anchor = link["href"].partition("#")
+            assert (small_report / (file or name)).is_file(), link
+            assert not anchor or pages[file or name].find(id=anchor), link
+
+
+def test_a_finding_is_anchored_at_its_own_output(rank_page):
+    assert "The average rank is" in rank_page.find(id="finding-3.1").text
+    assert "varies by" in rank_page.find(id="finding-3.1/spread").text
+
+
+def test_a_page_lists_its_parameters_and_contents(rank_page):
+    parameters = {row.th.text: row.td.text for row in rank_page.select(".parameters tr")}
+    assert parameters["seed"] == "5"
+    assert [entry.text for entry in rank_page.select(".contents li")] == ["Theory", "Answers"]
+
+
+def test_a_failed_notebook_has_a_page_that_shows_where(small_report):
+    content = soup(small_report / "04_overfit.html")
+    assert "no luck" in content.select_one(".alarm").text
+    assert "ValueError" in content.select_one(".output_error").text
+
+
+def test_figures_have_their_own_words_size_and_twice_the_pixels(rank_page):
+    figure, panel = rank_page.select(".output_png img")
+    assert figure["alt"] == "A line that <falls>"
+    assert (int(figure["width"]), int(figure["height"])) == (378, 279)
+    assert "accuracy: train" in panel["alt"]
+
+
+def test_formulas_are_mathml(rank_page):
+    assert rank_page.select("math[display=block] mfrac")
+    assert rank_page.select("math[display=block] mtable mtr")
+    assert rank_page.find(id="finding-3.1").math
+    assert not any("$" in text.text for text in rank_page.select(".text, .output_markdown"))
+
+
+def test_no_page_names_another_machine(small_report):
+    for file in small_report.glob("*.html"):
+        loaded = soup(file).select("[src], link[href], script[src], iframe, object, embed")
+        sources = [element.get("src") or element.get("href") for element in loaded]
+        assert all(source.startswith("data:") for source in sources)
+        assert "url(" not in file.read_text()
+
+
+def test_a_formula_that_cannot_be_converted_is_shown_as_latex():
+    html = page.exporter().markdown2html({}, r"$x^{1}^{2}$")
+    assert html == "<p><code>x^{1}^{2}</code></p>\n"
+
+
+@pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_formulas_of_the_series_use_only_what_mathml_can_show(notebook):
+    sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown"]
+    html = "".join(page.exporter().markdown2html({}, source) for source in sources)
+    assert not re.findall(r"<m\w+[^>]*>[^<]*[\\&](?!#|lt|gt|amp)[^<]*</m", html)
+
+
+def test_publishing_copies_pages_and_results_but_no_networks(small_report, tmp_path):
+    report.publish(small_report, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "index.html",
+        "03_rank.html",
+        "04_overfit.html",
+        "results.json",
+    }
