@@ -1,5 +1,6 @@
 """What a notebook works with: its checked parameters, the device, the data, trained networks, and its findings."""
 
+import json
 import os
 import platform
 import re
@@ -149,8 +150,10 @@ class Run:
                 f"finding id {id!r} is not allowed; allowed: an item such as '3.1' or a part, '3.1/spread'"
             )
         values, timings = _plain(values), _plain(timings or {})
-        text = sentence.format(**values, **timings)
-        self._findings[id] = {"sentence": text, "met": _plain(met), "values": values, "timings": timings}
+        text = re.sub(r"(?<=\d)%", " %", sentence.format(**values, **timings))  # str.format sets no space
+        finding = {"sentence": text, "met": _plain(met), "values": values, "timings": timings}
+        # JSON knows no NaN; what was not measured is null.
+        self._findings[id] = json.loads(json.dumps(finding), parse_constant=lambda name: None)
         self._file_findings()
         verdict = {True: " ✓ met", False: " ✗ **not met**", None: ""}[met]
         display(Markdown(f"**{id}**{verdict} · {text}"), metadata={"lowrank": {"finding": id}})
