@@ -179,15 +179,13 @@ def interactive_panel(cuts: Cuts) -> ipywidgets.Widget:
         if name not in pictures:
             pictures[name] = _Picture(cuts, name)
         ranks = cuts.ranks(name)
-        with rank.hold_trait_notifications():
-            rank.options = ranks
-            rank.value = ranks[len(ranks) // 2]
+        rank.options = ranks
+        rank.value = ranks[len(ranks) // 2]
         choose_rank()
 
     def choose_rank(*_: object) -> None:
-        if rank.value in cuts.ranks(layer.value):
-            picture.value = pictures[layer.value].at(rank.value)
-            numbers.value = _caption(cuts, layer.value, rank.value)
+        picture.value = pictures[layer.value].at(rank.value)
+        numbers.value = _caption(cuts, layer.value, rank.value)
 
     choose_layer()
     layer.observe(choose_layer, names="value")
@@ -199,9 +197,11 @@ def _draw_curves(axes: Sequence[Axes], cuts: Cuts, layer: str) -> None:
     """Draw a layer's spectrum, error and accuracy against the rank."""
     spectrum, error, accuracy = axes
     s = cuts.svd(layer).s.cpu()
-    spectrum.semilogy(range(1, len(s) + 1), s, color=plots.PALETTE[0])
-    spectrum.set(title=f"Spectrum of {layer}", ylabel="singular value", ylim=(max(s[-1], s[0] * 1e-3), None))
-    error.plot(range(len(s) + 1), 100 * cuts.errors(layer), color=plots.PALETTE[0])
+    spectrum.semilogy(range(1, len(s) + 1), s.numpy(), color=plots.PALETTE[0])
+    spectrum.set(
+        title=f"Spectrum of {layer}", ylabel="singular value", ylim=(max(s[-1].item(), s[0].item() * 1e-3), None)
+    )
+    error.plot(range(len(s) + 1), 100 * cuts.errors(layer).numpy(), color=plots.PALETTE[0])
     error.set(title="What is cut away", ylabel="relative Frobenius error (%)")
     for i, (name, shares) in enumerate(cuts.accuracies(layer).items()):
         style = plots.LINE_STYLES.get(name, "-")
