@@ -37,8 +37,7 @@ def test_a_finding_is_filed_with_what_produced_it(run):
     run.finding("2.1", "{accuracy:.1%} after {n}", met=True, accuracy=np.float32(0.5), n=torch.tensor(3), never=np.nan)
     finding = _filed(run)["findings"]["2.1"]
     assert finding["sentence"] == "50.0 % after 3" and finding["met"] is True
-    assert finding["values"]["never"] is None
-    assert finding["values"] == {"accuracy": 0.5, "n": 3}
+    assert finding["values"] == {"accuracy": 0.5, "n": 3, "never": None}
     assert _filed(run)["parameters"] == COMMON
     assert _filed(run)["environment"]["dataset"] == "digits"
     assert _filed(run)["environment"]["versions"]["torch"] == version("torch")
