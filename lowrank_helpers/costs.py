@@ -1,13 +1,19 @@
-"""What a piece of work costs: the memory it holds at once, and the bytes that training keeps between steps."""
+"""What a piece of work costs: time, the memory it holds at once, and the bytes that training keeps between steps."""
 
 import json
+import os
+import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from lowrank_helpers.training import synchronise
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -31,7 +37,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
@@ -43,3 +49,33 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, *, at_least: float = 0.2) -> float:
+    """Return the median time of a call, from repeated calls that together take ``at_least`` seconds.
+
+    A first call warms up and is not counted. (PyTorch's own ``Timer`` looks for a CUDA compiler and warns on
+    machines that have one and no GPU.)
+    """
+    work()
+    synchronise(device)
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < at_least:
+        start = time.perf_counter()
+        work()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what is written to file descriptor 2: the profiler's C++ reports every start and stop there."""
+    saved = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
