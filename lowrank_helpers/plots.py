@@ -96,7 +96,7 @@ def learning_curves(
     if against == "epoch":
         for axes in (loss_axes, accuracy_axes):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    accuracy_axes.legend()
+    figure.legend(loc="outside right center")  # inside it would cover one curve or another
     return figure
 
 
