@@ -12,7 +12,6 @@ import matplotlib as mpl
 from cycler import cycler
 from IPython.display import Image, display
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -98,8 +97,3 @@ def learning_curves(
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center")  # inside it would cover one curve or another
     return figure
-
-
-def label_last(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    """Write a label at the end of a curve, in its colour: easier to follow than a legend."""
-    axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", color=colour, va="center", fontsize="small")
