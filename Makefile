@@ -36,6 +36,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "Making $(VENV) from constraints.txt: PyTorch is large, so this takes some minutes the first time."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
