@@ -13,7 +13,6 @@ from typing import Any
 import nbformat
 import papermill
 from filelock import FileLock, Timeout
-from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -176,8 +175,8 @@ def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: 
         )
     except PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
-    except DeadKernelError:
-        error = "the kernel died (out of memory?)"
+    except RuntimeError as failure:  # DeadKernelError and, of a kernel that died before its first answer, no better
+        error = f"{failure} (out of memory?)"
     except KeyboardInterrupt:
         partial.unlink(missing_ok=True)
         raise
