@@ -55,6 +55,11 @@ def rank_notebook() -> NotebookNode:
     )
 
 
+def panel_notebook() -> NotebookNode:
+    """Return a notebook short enough to fit a screen: JupyterLab draws only what is in sight."""
+    return _notebook("03_rank", new_markdown_cell("# A panel"), new_code_cell(PANEL))
+
+
 def _notebook(name: str, *cells: NotebookNode) -> NotebookNode:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})

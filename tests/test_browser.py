@@ -17,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from chromium import EXECUTABLE, chromium
 from playwright.sync_api import Browser, Page, expect
-from small_series import rank_notebook
+from small_series import panel_notebook
 
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.run import RUN_DIR_VARIABLE
@@ -194,12 +194,12 @@ def _wait_for(address: str, seconds: float) -> None:
 
 
 def test_in_jupyterlab_the_slider_moves_and_the_picture_changes(browser, tmp_path):
-    nbformat.write(rank_notebook(), tmp_path / "panel.ipynb")
+    nbformat.write(panel_notebook(), tmp_path / "panel.ipynb")
     with jupyterlab(tmp_path) as address:
         page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
         page.goto(address.format("panel.ipynb"))
-        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-        page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
+        page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
         handle = page.locator(".jupyter-widgets .noUi-handle")
         handle.wait_for(timeout=90_000)
         picture, numbers = page.locator("img.widget-image"), page.locator(".widget-label").filter(has_text="error")
