@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -26,6 +27,15 @@ DATASETS = ("auto", *TORCHVISION_SETS, "digits")
 PROJECT = Path(__file__).resolve().parent.parent
 AUTO_VARIABLE = "LOWRANK_AUTO_DATASET"  # a runner's word of what auto stands for, so that each kernel need not try
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+
+# The files of each of torchvision's sets: train images, train labels, test images, test labels.
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+IDX_UINT8 = b"\0\0\x08"  # begins a file of unsigned bytes; the next byte counts the dimensions
 
 # MD5 of the uncompressed files as published. torchvision checks the downloaded archives of all its sets,
 # but opens files that are already on disk unseen: here a truncated or altered MNIST is refused.
@@ -115,7 +125,7 @@ def load(name: str = "auto", data_dir: str | Path = "") -> Dataset:
     if name not in DATASETS:
         raise DatasetError(f"dataset {name!r} is unknown; allowed: {', '.join(DATASETS)}")
     name = resolve(name, data_dir) if name == "auto" else name
-    return _load_digits() if name == "digits" else _load_torchvision(name, data_dir)
+    return _load_digits() if name == "digits" else _load_idx(name, data_dir)
 
 
 def resolve(name: str, data_dir: str | Path = "") -> str:
@@ -131,7 +141,7 @@ def resolve(name: str, data_dir: str | Path = "") -> str:
     if name == "digits":
         return name
     try:
-        torchvision_set("mnist" if name == "auto" else name, data_dir, train=False)
+        _provide("mnist" if name == "auto" else name, data_dir)
     except DatasetMissingError:
         if name == "auto":
             return "digits"
@@ -141,30 +151,50 @@ def resolve(name: str, data_dir: str | Path = "") -> str:
 
 def torchvision_set(name: str, data_dir: str | Path = "", *, train: bool, transform: Any = None) -> Any:
     """Open a set as torchvision's own ``Dataset``, for textbook loaders; see :func:`load` for the rest."""
-    from torchvision import datasets  # here, not above: the import costs a second that `digits` need not pay
+    folder = _provide(name, data_dir)
+    return _torchvision_class(name)(folder, train=train, transform=transform)
 
-    dataset_class = getattr(datasets, TORCHVISION_SETS[name])
-    file_names = [Path(archive).stem for archive, _ in dataset_class.resources]
+
+def _torchvision_class(name: str) -> Any:
+    from torchvision import datasets  # here, not above: the import takes two seconds, in every kernel
+
+    return getattr(datasets, TORCHVISION_SETS[name])
+
+
+def _provide(name: str, data_dir: str | Path) -> Path:
+    """Return the folder that holds a torchvision set, its files checked; download it if no folder does."""
     folders = _data_folders(data_dir)
     for folder in folders:
         raw = folder / TORCHVISION_SETS[name] / "raw"
         if name == "mnist":
             _check_mnist_files(raw)
-        if all((raw / file).is_file() for file in file_names):
-            try:
-                return dataset_class(folder, train=train, transform=transform)
-            except (RuntimeError, ValueError, AssertionError) as error:
-                raise DatasetError(f"the files in {raw} are damaged ({error}). Replace or remove them") from error
+        if all((raw / file).is_file() for file in IDX_FILES):
+            return folder
     try:
         with _network_timeout(DOWNLOAD_TIMEOUT):
-            return dataset_class(folders[-1], train=train, transform=transform, download=True)
+            _torchvision_class(name)(folders[-1], download=True)
     except (RuntimeError, OSError, HTTPException) as error:
         raise DatasetMissingError(
             f"dataset {name!r} is not on this machine and could not be downloaded ({' '.join(str(error).split())}). "
             f"Looked in {' and '.join(map(str, folders))} for {TORCHVISION_SETS[name]}/raw/ with "
-            f"{', '.join(file_names)}. Ways to provide it: set LOWRANK_DATA_DIR or the parameter data_dir to a folder "
+            f"{', '.join(IDX_FILES)}. Ways to provide it: set LOWRANK_DATA_DIR or the parameter data_dir to a folder "
             "that holds these files; connect to a network; or choose dataset 'digits', which needs none"
         ) from error
+    return folders[-1]
+
+
+def _read_idx(file: Path) -> Tensor:
+    """Read images or labels as uint8: after the type come the shape, in big-endian integers, and the bytes."""
+    content = file.read_bytes()
+    n_dimensions = content[3] if content.startswith(IDX_UINT8) and len(content) > 3 else 0
+    start = 4 * (1 + n_dimensions)
+    shape = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
+    if not shape or len(content) != start + math.prod(shape):
+        raise DatasetError(
+            f"the files in {file.parent} are damaged: {file.name} ({len(content):,} bytes) does not hold what its "
+            "header says. Replace or remove them"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
 
 
 def standardise(images: Tensor, mean: float, std: float) -> Tensor:
@@ -205,9 +235,11 @@ def _check_mnist_files(raw: Path) -> None:
                 )
 
 
-def _load_torchvision(name: str, data_dir: str | Path) -> Dataset:
-    train, test = (torchvision_set(name, data_dir, train=split) for split in (True, False))
-    return _from_raw(name, train.data, train.targets, test.data, test.targets)
+def _load_idx(name: str, data_dir: str | Path) -> Dataset:
+    """Read torchvision's files without torchvision, whose import takes longer than all of the reading."""
+    raw = _provide(name, data_dir) / TORCHVISION_SETS[name] / "raw"
+    train, train_labels, test, test_labels = (_read_idx(raw / file) for file in IDX_FILES)
+    return _from_raw(name, train, train_labels.long(), test, test_labels.long())
 
 
 def _load_digits() -> Dataset:

@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 from lowrank_helpers.data import DATASETS, N_CLASSES, N_PIXELS
@@ -190,6 +189,8 @@ def declared(notebook: Path) -> dict[str, Any]:
     ParameterError
         The notebook has no such cell.
     """
+    import nbformat  # here, not above: its import takes two seconds, and a notebook's kernel never needs it
+
     cells = nbformat.read(notebook, as_version=4).cells
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:

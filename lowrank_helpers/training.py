@@ -17,7 +17,7 @@ from lowrank_helpers.models import squared_norm
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
-EVALUATION_BATCH = 4096  # rows: large enough for full speed, small enough to stay in cache
+EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in cache
 
 # Late in training most gradients underflow; arithmetic on denormal numbers is many times slower.
 torch.set_flush_denormal(True)
@@ -168,15 +168,17 @@ def fit(
     History
     """
     device = data.train_images.device
-    images, labels = data.train_images.to(getattr(torch, recipe.precision)), data.train_labels
+    splits = data.splits()
+    for name, other in (others or {}).items():
+        splits |= {f"{name} {split}": pair for split, pair in other.splits().items()}
+    # Rounded once, not in every epoch.
+    splits = {name: (images.to(getattr(torch, recipe.precision)), labels) for name, (images, labels) in splits.items()}
+    images, labels = splits["train"]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(
         trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
     )
     n_steps = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
-    splits = data.splits()
-    for name, other in (others or {}).items():
-        splits |= {f"{name} {split}": pair for split, pair in other.splits().items()}
     step = 0
     history = History()
     _record(history, model, splits, recipe.precision, seconds=0.0)
