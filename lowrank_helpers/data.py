@@ -189,7 +189,7 @@ def _read_idx(file: Path) -> Tensor:
     n_dimensions = content[3] if content.startswith(IDX_UINT8) and len(content) > 3 else 0
     start = 4 * (1 + n_dimensions)
     shape = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
-    if not shape or len(content) != start + math.prod(shape):
+    if f"-idx{n_dimensions}-" not in file.name or len(content) != start + math.prod(shape):
         raise DatasetError(
             f"the files in {file.parent} are damaged: {file.name} ({len(content):,} bytes) does not hold what its "
             "header says. Replace or remove them"
