@@ -51,7 +51,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, *, at_least: float = 0.2) -> float:
+def median_seconds(work: Callable[[], object], device: torch.device, *, at_least: float = 0.1) -> float:
     """Return the median time of a call, from repeated calls that together take ``at_least`` seconds.
 
     A first call warms up and is not counted. (PyTorch's own ``Timer`` looks for a CUDA compiler and warns on
@@ -60,7 +60,7 @@ def median_seconds(work: Callable[[], object], device: torch.device, *, at_least
     work()
     synchronise(device)
     times: list[float] = []
-    while len(times) < 5 or sum(times) < at_least:
+    while len(times) < 3 or sum(times) < at_least:
         start = time.perf_counter()
         work()
         synchronise(device)
