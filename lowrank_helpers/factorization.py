@@ -114,7 +114,7 @@ def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 
     rank : int
         From 1 to min(n, m).
     sweeps : int
-        Each solves for B and for C once; fewer are done if only rounding is left before.
+        Each solves for B and for C once.
     seed : int
         Draws the starting factors.
     """
@@ -126,8 +126,6 @@ def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 
         B = torch.linalg.qr(A @ row_space.T).Q
         C = B.T @ A
         errors.append((A - B @ C).norm().item())
-        if errors[-1] <= torch.finfo(A.dtype).eps * rank * errors[0]:
-            break  # nothing but rounding is left, as at full rank after one sweep
     return Factors(B, C, errors)
 
 
