@@ -15,7 +15,7 @@ What a cell allows stands in its metadata, under ``lowrank``, as at most one of 
     The outputs are not compared: a description of this machine.
 
 A cell with none of them has the notebook's tolerance (the same key in its metadata), and where there is none, must
-agree exactly. The tolerances are argued in ``docs/tolerances.md``.
+agree exactly.
 """
 
 import base64
