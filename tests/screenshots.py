@@ -1,4 +1,4 @@
-"""Photographs the recorded report: ``make screenshots``. Two of the pictures are in the README."""
+"""Photographs the recorded report: ``make screenshots``. The README shows some of the pictures."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from chromium import chromium
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGES = ("index", "03_rank", "05_approximate")
+FIGURES = {"03_rank": "cell-densities", "05_approximate": "cell-accuracy-figure"}
 SCREENS = {
     "wide": {"viewport": {"width": 1280, "height": 900}},
     "phone": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True},
@@ -14,7 +15,7 @@ SCREENS = {
 
 
 def photograph(report: Path, target: Path) -> None:
-    """Save a picture of the first screen of each page, wide and on a phone, and of the index in dark mode."""
+    """Save the first screen of each page, wide and on a phone, the index in dark mode, and the README's figures."""
     target.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
         for screen, options in SCREENS.items():
@@ -26,6 +27,10 @@ def photograph(report: Path, target: Path) -> None:
         dark = browser.new_context(offline=True, color_scheme="dark", **SCREENS["wide"]).new_page()
         dark.goto((report / "index.html").as_uri())
         dark.screenshot(path=target / "index-dark.png")
+        for name, cell in FIGURES.items():
+            page = browser.new_page(device_scale_factor=2)
+            page.goto((report / f"{name}.html").as_uri())
+            page.locator(f"#{cell} img").screenshot(path=target / f"{name}-figure.png")
 
 
 if __name__ == "__main__":

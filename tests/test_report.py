@@ -40,7 +40,7 @@ def test_an_answered_item_shows_sentence_verdict_figure_and_parts(index):
     assert "✓ met" in item(index, "3.1")
     section = index.find(id="item-3.1")
     assert section.img["alt"] == "A line that <falls>"
-    assert "varies by 25%" in section.details.text
+    assert "varies by 25 %" in section.details.text
     assert "✗ not met" in section.details.text
 
 
