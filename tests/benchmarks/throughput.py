@@ -6,30 +6,23 @@ operations a parameter and sample: 2 forward, 4 backward.
 
 import itertools
 import statistics
-import time
 
 import torch
 
 from lowrank_helpers import data
+from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.models import mlp, n_parameters
-from lowrank_helpers.training import Recipe, fit, pick_device, pick_precision, synchronise
+from lowrank_helpers.training import Recipe, fit, pick_device, pick_precision
 
 NETWORKS = {"small": [784, 512, 512, 10], "big": [784, 1024, 1024, 512, 256, 10]}
 BATCHES = (256, 512)
 REPEATS = 3
 
 
-def product_rate(device: torch.device, size: int = 2048, repeats: int = 10) -> float:
+def product_rate(device: torch.device, size: int = 2048) -> float:
     """Return the float32 rate of a product of two size×size matrices, in floating-point operations a second."""
     a, b = torch.randn(2, size, size, device=device)
-    torch.mm(a, b)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times)
+    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b), device, at_least=0.5)
 
 
 def training_rate(images: data.Dataset, widths: list[int], batch_size: int, precision: str) -> float:
