@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -95,7 +95,7 @@ class Dataset:
             train_labels=self.train_labels[train],
             test_images=self.test_images[test],
             test_labels=self.test_labels[test],
-            fingerprint=_fingerprint(train, test, of=self.fingerprint),
+            fingerprint=checksum({f"{self.fingerprint} train": train, f"{self.fingerprint} test": test}),
         )
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -266,16 +266,17 @@ def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test
         test_labels,
         mean,
         std,
-        _fingerprint(train, train_labels, test, test_labels),
+        checksum({"train": train, "train labels": train_labels, "test": test, "test labels": test_labels}),
     )
 
 
-def _fingerprint(*tensors: Tensor, of: str = "") -> str:
-    """Hash tensors with their shapes, so that no two lists of tensors run into the same bytes."""
-    digest = hashlib.sha256(of.encode())
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors, such as a ``state_dict``: their names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, since NumPy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_helpers.data import checksum
 from lowrank_helpers.factorization import check_rank
-from lowrank_helpers.models import checksum, linear_layers
+from lowrank_helpers.models import linear_layers
 
 FORMAT = "lora-1"
 

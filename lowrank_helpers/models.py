@@ -1,8 +1,7 @@
 """The series' networks: multilayer perceptrons without biases, Dropout or BatchNorm."""
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -115,13 +114,3 @@ def squared_norm(model: nn.Module) -> Tensor:
         elif isinstance(module, nn.Linear):
             total = total + module.weight.square().sum()
     return total
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors, such as a ``state_dict``: their names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # As bytes, since NumPy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

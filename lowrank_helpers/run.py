@@ -5,12 +5,13 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +22,29 @@ from lowrank_helpers import data, parameters
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.results import file_findings, read_findings
 from lowrank_helpers.store import Store
-from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
+from lowrank_helpers.training import History, Recipe, pick_device, pick_precision, side_by_side
 
 RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"
+NETWORKS_VARIABLE = "LOWRANK_NETWORKS_DIR"  # where several runs share what they train
 FINDING_ID = re.compile(r"[1-7B]\.\d(/[a-z0-9_]+)?")
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Training(NamedTuple):
+    """A network, how to train it, and on what (by default the run's data)."""
+
+    model: nn.Module
+    recipe: Recipe
+    data: Dataset | None = None
+
+
+def histories_by_label(trained: Mapping[tuple[str, int], tuple[nn.Module, History]]) -> dict[str, list[History]]:
+    """Group what :meth:`Run.train_all` gave for keys (label, seed): for each label its histories, a seed each."""
+    histories: dict[str, list[History]] = {}
+    for (label, _), (_, history) in trained.items():
+        histories.setdefault(label, []).append(history)
+    return histories
 
 
 class Run:
@@ -51,7 +70,7 @@ class Run:
     data : Dataset
         On the device.
     folder : Path
-        The run's folder: ``networks/`` and ``findings/`` are below it.
+        The run's folder: ``findings/`` is below it, and ``networks/`` unless ``LOWRANK_NETWORKS_DIR`` names a folder.
     """
 
     def __init__(self, notebook: str, **values: Any) -> None:
@@ -62,7 +81,7 @@ class Run:
         self.precision = pick_precision(values["precision"], self.device)
         self.data = data.load(values["dataset"], values["data_dir"]).to(self.device)
         self.folder = Path(os.environ.get(RUN_DIR_VARIABLE) or PROJECT / "reports" / "lab")
-        self._store = Store(self.folder / "networks")
+        self._store = Store(Path(os.environ.get(NETWORKS_VARIABLE) or self.folder / "networks"))
         self._findings: dict[str, dict[str, Any]] = {}
         self._started = datetime.now(UTC)
         display(Markdown(self._header()))
@@ -118,8 +137,34 @@ class Run:
         nn.Module, History
             The same network, trained, and how it went.
         """
-        model = model.to(self.device)
-        return model, self._store.trained(model, data or self.data, recipe, others=others, label=label)
+        return self.train_all({label: Training(model, recipe, data)}, others=others)[label]
+
+    def train_all(
+        self, trainings: Mapping[Key, Training], *, others: Mapping[str, Dataset] | None = None
+    ) -> dict[Key, tuple[nn.Module, History]]:
+        """Train several networks as :meth:`train` does, side by side where the processor has cores for it.
+
+        Parameters
+        ----------
+        trainings : mapping to Training
+            The keys name the progress bars.
+        others : mapping of str to Dataset, optional
+            Further data to score all of them on each epoch.
+
+        Returns
+        -------
+        dict
+            By key, the same network, trained, and how it went.
+        """
+
+        def train(key: Key, stop: Event) -> tuple[nn.Module, History]:
+            model, recipe, data = trainings[key]
+            model = model.to(self.device)
+            label = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+            return model, self._store.trained(model, data or self.data, recipe, others=others, label=label, stop=stop)
+
+        done = side_by_side([partial(train, key) for key in trainings], self.device)
+        return dict(zip(trainings, done, strict=True))
 
     def finding(
         self,

@@ -15,15 +15,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from threading import Event
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lowrank_helpers import data, models, training
-from lowrank_helpers.data import Dataset
-from lowrank_helpers.models import checksum
+from lowrank_helpers.data import Dataset, checksum
 from lowrank_helpers.training import History, Recipe, fit
 
 FORMAT = "1"
@@ -50,8 +51,11 @@ class Store:
         *,
         others: Mapping[str, Dataset] | None = None,
         label: str = "training",
+        stop: Event | None = None,
     ) -> History:
         """Train a network in place as :func:`fit` does, or load what that training gave if it has been done.
+
+        Where another process is at the same training, its end is waited for.
 
         The key is made of the network's structure and weights before training, the data, the recipe, the code
         that trains, PyTorch's version and the kind of device. So whatever start a network was given (random,
@@ -64,14 +68,15 @@ class Store:
         """
         key = _key(model, data, recipe, others or {})
         file = self.folder / f"{key}.safetensors"
-        if file.exists():
-            try:
-                return _load(file, key, model)
-            except UnusableError as error:
-                warnings.warn(f"{file.name} in the store of networks {error}; trained again", stacklevel=2)
-        history = fit(model, data, recipe, others=others, label=label)
-        _save(file, key, model, history)
-        return history
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f".{key}.lock{TEMPORARY}"
+        with FileLock(lock):
+            history = _stored(file, key, model)
+            if not history:
+                history = fit(model, data, recipe, others=others, label=label, stop=stop)
+                _save(file, key, model, history)
+            lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
+            return history
 
 
 class UnusableError(Exception):
@@ -118,6 +123,17 @@ def _seal(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Hash all that a file says, so that no part of it can change unseen."""
     said = json.dumps({**header, "weights": checksum(tensors)}, sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _stored(file: Path, key: str, model: nn.Module) -> History | None:
+    """Load a network if the store has it, undamaged."""
+    if not file.exists():
+        return None
+    try:
+        return _load(file, key, model)
+    except UnusableError as error:
+        warnings.warn(f"{file.name} in the store of networks {error}; trained again", stacklevel=4)
+        return None
 
 
 def _load(file: Path, key: str, model: nn.Module) -> History:

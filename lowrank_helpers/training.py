@@ -3,9 +3,13 @@
 import math
 import os
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from threading import Event
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,8 @@ EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to st
 
 # Late in training most gradients underflow; arithmetic on denormal numbers is many times slower.
 torch.set_flush_denormal(True)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,12 @@ def fit(
     *,
     others: Mapping[str, Dataset] | None = None,
     label: str = "training",
+    stop: Event | None = None,
 ) -> History:
     """Train a network in place on ``data``'s training set, with its scores before and after each epoch.
+
+    On the CPU this uses one thread, so that the numbers do not depend on how many cores there are;
+    :func:`side_by_side` keeps the others busy.
 
     Parameters
     ----------
@@ -162,10 +172,17 @@ def fit(
         Further data to score the network on, as splits ``"<name> train"`` and ``"<name> test"``.
     label : str
         Names the progress bar.
+    stop : Event, optional
+        Once set, the training ends before its next step.
 
     Returns
     -------
     History
+
+    Raises
+    ------
+    CancelledError
+        ``stop`` was set.
     """
     device = data.train_images.device
     splits = data.splits()
@@ -181,13 +198,15 @@ def fit(
     n_steps = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
     step = 0
     history = History()
-    _record(history, model, splits, recipe.precision, seconds=0.0)
     # tqdm reads TQDM_DISABLE by itself in a terminal, but not in a notebook.
     hidden = "TQDM_DISABLE" in os.environ
-    with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
+    with _one_thread(), tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
+        _record(history, model, splits, recipe.precision, seconds=0.0)
         for epoch in range(1, recipe.epochs + 1):
             start = time.perf_counter()
             for index in batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch):
+                if stop and stop.is_set():
+                    raise CancelledError
                 optimiser.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / n_steps)
                 index = index.to(device)
                 _step(model, optimiser, images[index], labels[index], recipe)
@@ -200,10 +219,58 @@ def fit(
     return history
 
 
-@torch.no_grad()
+def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device) -> list[T]:
+    """Do several trainings at the same time: on the CPU as many as PyTorch has threads, elsewhere one.
+
+    Networks of this size keep one core busy and several poorly: two at once on two cores are done sooner than one
+    after the other, each on both.
+
+    Parameters
+    ----------
+    trainings : sequence of callables
+        Each gets the event to pass on to :func:`fit`. The first failure, or an interruption, sets it, and is raised
+        when all trainings under way have ended.
+    device : torch.device
+
+    Returns
+    -------
+    list
+        What they returned, in their order.
+    """
+    stop = Event()
+    n_workers = torch.get_num_threads() if device.type == "cpu" else 1
+    # Flushing denormals is a setting of each thread.
+    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_flush_denormal, initargs=(True,))
+    try:
+        futures = [pool.submit(training, stop) for training in trainings]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()  # raises what it raised
+        return [future.result() for future in futures]
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
-    """Return float32 logits (n, n_classes) for images (n, 784), in batches."""
-    with products_in(precision, images.device):
+    """Return float32 logits (n, n_classes) for images (n, 784), in batches; on the CPU each thread has its share."""
+    n_shares = torch.get_num_threads() if images.device.type == "cpu" else 1
+    shares = [partial(_predict, model, share, precision) for share in images.chunk(n_shares)]
+    return torch.cat(side_by_side(shares, images.device))
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, images: Tensor, precision: str, stop: Event) -> Tensor:
+    with _one_thread(), products_in(precision, images.device):
         return torch.cat([model(batch).float() for batch in images.split(EVALUATION_BATCH)])
 
 

@@ -11,7 +11,7 @@ from IPython.utils.capture import capture_output
 
 from lowrank_helpers.models import mlp
 from lowrank_helpers.parameters import ParameterError
-from lowrank_helpers.run import Run
+from lowrank_helpers.run import Run, Training, histories_by_label
 
 COMMON = {"dataset": "digits", "data_dir": "", "seed": 3, "device": "cpu", "precision": "float32"}
 
@@ -73,6 +73,44 @@ def test_the_same_training_is_done_once(run):
     assert same == history  # seconds included: it was read, not run
     assert torch.equal(first.fc1.weight, again.fc1.weight)
     assert run.train(mlp([784, 8, 10], seed=1), recipe)[1] != history
+
+
+def test_several_trainings_come_back_under_their_keys_as_if_done_one_by_one(run):
+    keys = [("a", 0), ("a", 1), ("b", 0)]
+
+    def trainings():
+        return {key: Training(mlp([784, 8, 10], seed=i), run.recipe(1, 256, 1e-3)) for i, key in enumerate(keys)}
+
+    trained = run.train_all(trainings())
+    assert list(trained) == keys
+    assert len(list((run.folder / "networks").iterdir())) == 3, "each is stored, and nothing else is left"
+    for key, training in trainings().items():
+        network, history = run.train(training.model, training.recipe)
+        assert history == trained[key][1], "loaded"
+        assert torch.equal(network.fc1.weight, trained[key][0].fc1.weight)
+    grouped = histories_by_label(trained)
+    assert grouped == {"a": [trained["a", 0][1], trained["a", 1][1]], "b": [trained["b", 0][1]]}
+
+
+def test_the_same_training_asked_for_twice_at_once_is_done_once(run):
+    torch.set_num_threads(2)
+    try:
+        same = [Training(mlp([784, 64, 10], seed=0), run.recipe(3, 64, 1e-3)) for _ in range(2)]
+        (first, history), (second, other) = run.train_all(dict(enumerate(same))).values()
+    finally:
+        torch.set_num_threads(1)
+    assert history == other, "the durations would differ had both been trained"
+    assert torch.equal(first.fc1.weight, second.fc1.weight)
+
+
+def test_networks_are_kept_where_several_runs_share_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWRANK_NETWORKS_DIR", str(tmp_path / "shared"))
+    for name in ("one", "two"):
+        monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path / name))
+        run = Run("02_train", **COMMON)
+        run.train(mlp([784, 8, 10], seed=0), run.recipe(1, 256, 1e-3))
+    assert len(list((tmp_path / "shared").iterdir())) == 1
+    assert not (tmp_path / "one" / "networks").exists()
 
 
 def test_impossible_parameters_are_refused_before_anything_else():

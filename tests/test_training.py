@@ -1,7 +1,11 @@
 """Training: the loop against a textbook one, and what it must leave alone."""
 
 import copy
+import time
+from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from lowrank_helpers import training
 from lowrank_helpers.data import epoch_generator
 from lowrank_helpers.factorization import factorize
 from lowrank_helpers.models import mlp
-from lowrank_helpers.training import Recipe, evaluate, fit, pick_device, pick_precision, predict
+from lowrank_helpers.training import Recipe, evaluate, fit, pick_device, pick_precision, predict, side_by_side
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -176,3 +180,65 @@ def test_auto_takes_bfloat16_only_where_the_processor_has_it():
     native = "amx_bf16" in flags or "avx512_bf16" in flags
     assert pick_precision("auto", torch.device("cpu")) == ("bfloat16" if native else "float32")
     assert pick_precision("float32", torch.device("cpu")) == "float32"
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_numbers_depend_neither_on_threads_nor_on_what_is_trained_beside(digits, two_threads):
+    recipe = Recipe(epochs=2, batch_size=128, learning_rate=1e-3)
+    models = [mlp([784, 256, 256, 10], seed=seed) for seed in range(3)]
+    alone = [copy.deepcopy(model) for model in models]
+    histories = side_by_side([partial(_fit, model, digits, recipe) for model in models], torch.device("cpu"))
+    torch.set_num_threads(1)
+    for model, history, other in zip(models, histories, alone, strict=True):
+        expected = fit(other, digits, recipe)
+        assert torch.equal(_weights(model), _weights(other))
+        assert (history.loss, history.accuracy) == (expected.loss, expected.accuracy)
+
+
+def _fit(model, data, recipe, stop):
+    return fit(model, data, recipe, stop=stop)
+
+
+def test_as_many_are_trained_at_once_as_there_are_threads(two_threads):
+    def meet(own, other, stop):
+        own.set()
+        return other.wait(timeout=20)
+
+    first, second = Event(), Event()
+    assert side_by_side([partial(meet, first, second), partial(meet, second, first)], torch.device("cpu")) == [True] * 2
+
+
+def test_a_failure_stops_the_trainings_beside_it(digits, two_threads):
+    def fail(stop):
+        raise ValueError("no luck")
+
+    ended = []
+
+    def train(stop):
+        try:
+            fit(_model(), digits, Recipe(epochs=10_000, batch_size=32, learning_rate=1e-3), stop=stop)
+        except CancelledError:
+            ended.append(True)
+            raise
+
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="no luck"):
+        side_by_side([train, fail], torch.device("cpu"))
+    assert ended and time.perf_counter() - start < 20
+
+
+def test_training_leaves_the_number_of_threads(digits, two_threads):
+    fit(_model(), digits, Recipe(epochs=1, batch_size=512, learning_rate=1e-3))
+    assert torch.get_num_threads() == 2
+
+
+def test_predictions_do_not_depend_on_threads(digits, two_threads):
+    by_two = predict(_model(), digits.train_images)
+    torch.set_num_threads(1)
+    torch.testing.assert_close(by_two, predict(_model(), digits.train_images))
