@@ -238,7 +238,9 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
         What they returned, in their order.
     """
     stop = Event()
-    n_workers = torch.get_num_threads() if device.type == "cpu" else 1
+    n_workers = min(_n_workers(device), len(trainings))
+    if n_workers <= 1:
+        return [training(stop) for training in trainings]
     # Flushing denormals is a setting of each thread.
     pool = ThreadPoolExecutor(n_workers, initializer=torch.set_flush_denormal, initargs=(True,))
     try:
@@ -249,6 +251,10 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _n_workers(device: torch.device) -> int:
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 @contextmanager
@@ -263,8 +269,8 @@ def _one_thread() -> Iterator[None]:
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
     """Return float32 logits (n, n_classes) for images (n, 784), in batches; on the CPU each thread has its share."""
-    n_shares = torch.get_num_threads() if images.device.type == "cpu" else 1
-    shares = [partial(_predict, model, share, precision) for share in images.chunk(n_shares)]
+    size = max(EVALUATION_BATCH, math.ceil(len(images) / _n_workers(images.device)))
+    shares = [partial(_predict, model, share, precision) for share in images.split(size)]
     return torch.cat(side_by_side(shares, images.device))
 
 
