@@ -162,7 +162,7 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, SVD
     """Return a copy of a model with the named linear layers replaced by their best factors.
 
     On a trained model this is truncation; on a fresh one it is spectral initialisation
-    (Kamalakara et al. 2022, arXiv 2209.13569, section 3).
+    (Khodak et al. 2021, arXiv 2105.01029; Kamalakara et al. 2022, arXiv 2209.13569, section 3).
 
     Parameters
     ----------

@@ -45,7 +45,7 @@ class Recipe:
         Shuffles the samples; initialisation has its own.
     frobenius_decay : float
         λ of the penalty λ/2·‖W‖_F² a layer, on the *product* W = B·C for a factorised layer
-        (Kamalakara et al. 2022, arXiv 2209.13569, section 3).
+        (Khodak et al. 2021, arXiv 2105.01029; Kamalakara et al. 2022, arXiv 2209.13569, section 3).
     weight_decay : float
         λ of the penalty λ/2·‖θ‖² on every parameter, for a factorised layer on B and C each.
     precision : {"float32", "bfloat16"}
