@@ -96,7 +96,7 @@ def alternating_gradient_descent(A: Tensor, rank: int, *, steps: int, seed: int 
 
 def _lipschitz(gram: Tensor) -> Tensor:
     """Return ‖gram‖₂, kept above 0: for a zero matrix the gradient is zero too, and so is the step."""
-    return torch.linalg.matrix_norm(gram, 2).clamp_min(torch.finfo(gram.dtype).tiny)
+    return torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(gram.dtype).tiny)
 
 
 @torch.no_grad()

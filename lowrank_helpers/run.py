@@ -22,7 +22,7 @@ from lowrank_helpers import data, parameters
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.results import file_findings, read_findings
 from lowrank_helpers.store import Store
-from lowrank_helpers.training import History, Recipe, pick_device, pick_precision, side_by_side
+from lowrank_helpers.training import N_WORKERS, History, Recipe, pick_device, pick_precision, side_by_side
 
 RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"
 NETWORKS_VARIABLE = "LOWRANK_NETWORKS_DIR"  # where several runs share what they train
@@ -225,7 +225,7 @@ class Run:
                 "started": self._started.isoformat(timespec="seconds"),
                 "device": _device_name(self.device),
                 "precision": self.precision,
-                "threads": torch.get_num_threads(),
+                "threads": N_WORKERS,
             }
             | software(),
             "findings": self._findings,

@@ -3,9 +3,9 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
@@ -23,10 +23,20 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
 EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in cache
 
-# Late in training most gradients underflow; arithmetic on denormal numbers is many times slower.
-torch.set_flush_denormal(True)
+# As much work side by side as PyTorch would take threads (OMP_NUM_THREADS, or all cores), and one thread for each:
+# networks of this size keep one core busy and several poorly, and no number depends on how many cores there are.
+N_WORKERS = torch.get_num_threads()
 
 T = TypeVar("T")
+
+
+def _prepare_thread() -> None:
+    torch.set_num_threads(1)
+    # Late in training most gradients underflow; arithmetic on denormal numbers is many times slower.
+    torch.set_flush_denormal(True)
+
+
+_prepare_thread()
 
 
 @dataclass(frozen=True)
@@ -159,9 +169,6 @@ def fit(
 ) -> History:
     """Train a network in place on ``data``'s training set, with its scores before and after each epoch.
 
-    On the CPU this uses one thread, so that the numbers do not depend on how many cores there are;
-    :func:`side_by_side` keeps the others busy.
-
     Parameters
     ----------
     model : nn.Module
@@ -200,7 +207,7 @@ def fit(
     history = History()
     # tqdm reads TQDM_DISABLE by itself in a terminal, but not in a notebook.
     hidden = "TQDM_DISABLE" in os.environ
-    with _one_thread(), tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
+    with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
         _record(history, model, splits, recipe.precision, seconds=0.0)
         for epoch in range(1, recipe.epochs + 1):
             start = time.perf_counter()
@@ -220,10 +227,7 @@ def fit(
 
 
 def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device) -> list[T]:
-    """Do several trainings at the same time: on the CPU as many as PyTorch has threads, elsewhere one.
-
-    Networks of this size keep one core busy and several poorly: two at once on two cores are done sooner than one
-    after the other, each on both.
+    """Do several trainings at the same time: on the CPU ``N_WORKERS``, elsewhere one.
 
     Parameters
     ----------
@@ -241,8 +245,7 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
     n_workers = min(_n_workers(device), len(trainings))
     if n_workers <= 1:
         return [training(stop) for training in trainings]
-    # Flushing denormals is a setting of each thread.
-    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_flush_denormal, initargs=(True,))
+    pool = ThreadPoolExecutor(n_workers, initializer=_prepare_thread)
     try:
         futures = [pool.submit(training, stop) for training in trainings]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
@@ -254,21 +257,11 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
 
 
 def _n_workers(device: torch.device) -> int:
-    return torch.get_num_threads() if device.type == "cpu" else 1
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return N_WORKERS if device.type == "cpu" else 1
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
-    """Return float32 logits (n, n_classes) for images (n, 784), in batches; on the CPU each thread has its share."""
+    """Return float32 logits (n, n_classes) for images (n, 784), in batches; on the CPU each worker has its share."""
     size = max(EVALUATION_BATCH, math.ceil(len(images) / _n_workers(images.device)))
     shares = [partial(_predict, model, share, precision) for share in images.split(size)]
     return torch.cat(side_by_side(shares, images.device))
@@ -276,7 +269,7 @@ def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Ten
 
 @torch.no_grad()
 def _predict(model: nn.Module, images: Tensor, precision: str, stop: Event) -> Tensor:
-    with _one_thread(), products_in(precision, images.device):
+    with products_in(precision, images.device):
         return torch.cat([model(batch).float() for batch in images.split(EVALUATION_BATCH)])
 
 

@@ -9,6 +9,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
+from lowrank_helpers import training
 from lowrank_helpers.models import mlp
 from lowrank_helpers.parameters import ParameterError
 from lowrank_helpers.run import Run, Training, histories_by_label
@@ -84,21 +85,18 @@ def test_several_trainings_come_back_under_their_keys_as_if_done_one_by_one(run)
     trained = run.train_all(trainings())
     assert list(trained) == keys
     assert len(list((run.folder / "networks").iterdir())) == 3, "each is stored, and nothing else is left"
-    for key, training in trainings().items():
-        network, history = run.train(training.model, training.recipe)
+    for key, same in trainings().items():
+        network, history = run.train(same.model, same.recipe)
         assert history == trained[key][1], "loaded"
         assert torch.equal(network.fc1.weight, trained[key][0].fc1.weight)
     grouped = histories_by_label(trained)
     assert grouped == {"a": [trained["a", 0][1], trained["a", 1][1]], "b": [trained["b", 0][1]]}
 
 
-def test_the_same_training_asked_for_twice_at_once_is_done_once(run):
-    torch.set_num_threads(2)
-    try:
-        same = [Training(mlp([784, 64, 10], seed=0), run.recipe(3, 64, 1e-3)) for _ in range(2)]
-        (first, history), (second, other) = run.train_all(dict(enumerate(same))).values()
-    finally:
-        torch.set_num_threads(1)
+def test_the_same_training_asked_for_twice_at_once_is_done_once(run, monkeypatch):
+    monkeypatch.setattr(training, "N_WORKERS", 2)
+    same = [Training(mlp([784, 64, 10], seed=0), run.recipe(3, 64, 1e-3)) for _ in range(2)]
+    (first, history), (second, other) = run.train_all(dict(enumerate(same))).values()
     assert history == other, "the durations would differ had both been trained"
     assert torch.equal(first.fc1.weight, second.fc1.weight)
 

@@ -1,6 +1,9 @@
 """Training: the loop against a textbook one, and what it must leave alone."""
 
 import copy
+import os
+import subprocess
+import sys
 import time
 from concurrent.futures import CancelledError
 from functools import partial
@@ -183,18 +186,15 @@ def test_auto_takes_bfloat16_only_where_the_processor_has_it():
 
 
 @pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+def two_workers(monkeypatch):
+    monkeypatch.setattr(training, "N_WORKERS", 2)
 
 
-def test_numbers_depend_neither_on_threads_nor_on_what_is_trained_beside(digits, two_threads):
+def test_numbers_depend_neither_on_workers_nor_on_what_is_trained_beside(digits, two_workers):
     recipe = Recipe(epochs=2, batch_size=128, learning_rate=1e-3)
     models = [mlp([784, 256, 256, 10], seed=seed) for seed in range(3)]
     alone = [copy.deepcopy(model) for model in models]
     histories = side_by_side([partial(_fit, model, digits, recipe) for model in models], torch.device("cpu"))
-    torch.set_num_threads(1)
     for model, history, other in zip(models, histories, alone, strict=True):
         expected = fit(other, digits, recipe)
         assert torch.equal(_weights(model), _weights(other))
@@ -205,7 +205,7 @@ def _fit(model, data, recipe, stop):
     return fit(model, data, recipe, stop=stop)
 
 
-def test_as_many_are_trained_at_once_as_there_are_threads(two_threads):
+def test_as_many_are_trained_at_once_as_there_are_workers(two_workers):
     def meet(own, other, stop):
         own.set()
         return other.wait(timeout=20)
@@ -214,7 +214,7 @@ def test_as_many_are_trained_at_once_as_there_are_threads(two_threads):
     assert side_by_side([partial(meet, first, second), partial(meet, second, first)], torch.device("cpu")) == [True] * 2
 
 
-def test_a_failure_stops_the_trainings_beside_it(digits, two_threads):
+def test_a_failure_stops_the_trainings_beside_it(digits, two_workers):
     def fail(stop):
         raise ValueError("no luck")
 
@@ -233,12 +233,15 @@ def test_a_failure_stops_the_trainings_beside_it(digits, two_threads):
     assert ended and time.perf_counter() - start < 20
 
 
-def test_training_leaves_the_number_of_threads(digits, two_threads):
-    fit(_model(), digits, Recipe(epochs=1, batch_size=512, learning_rate=1e-3))
-    assert torch.get_num_threads() == 2
+def test_predictions_do_not_depend_on_workers(digits, monkeypatch):
+    images = digits.train_images.repeat(5, 1)  # more than one batch of them
+    by_one = predict(_model(), images)
+    monkeypatch.setattr(training, "N_WORKERS", 3)
+    torch.testing.assert_close(by_one, predict(_model(), images))
 
 
-def test_predictions_do_not_depend_on_threads(digits, two_threads):
-    by_two = predict(_model(), digits.train_images)
-    torch.set_num_threads(1)
-    torch.testing.assert_close(by_two, predict(_model(), digits.train_images))
+def test_workers_are_as_many_as_the_environment_allows_threads():
+    says = "import torch; from lowrank_helpers import training; print(training.N_WORKERS, torch.get_num_threads())"
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", says], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "1"]
