@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: help report test lab record lint screenshots
+.PHONY: help report test bench lab record lint screenshots
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
 	@echo "make test     run the tests; with MNIST at hand, re-execute and check the recorded notebooks too"
+	@echo "make bench    run the benchmarks, twenty minutes on MNIST; print the tables and save them in reports/latest/"
 	@echo "make lab      open JupyterLab in notebooks/"
 	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
 	@echo "make lint     ruff and mypy"
@@ -20,6 +21,11 @@ report: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/pytest
+
+bench: $(VENV)/ready
+	mkdir -p reports/latest
+	$(BIN)/pytest tests/benchmarks -o 'python_files=bench_*.py' \
+		--benchmark-quiet --benchmark-json=reports/latest/benchmarks.json
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab --notebook-dir=notebooks

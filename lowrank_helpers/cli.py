@@ -1,11 +1,15 @@
-"""The command line: ``lowrank run``, ``lowrank record``, ``lowrank check``."""
+"""The command line: ``lowrank run``, ``lowrank sweep``, ``lowrank record``, ``lowrank check``."""
 
+import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from tqdm import tqdm
 
 from lowrank_helpers import parameters, report, results, runner
 from lowrank_helpers.data import PROJECT, DatasetError
@@ -13,8 +17,14 @@ from lowrank_helpers.parameters import ParameterError
 from lowrank_helpers.results import Outcome
 from lowrank_helpers.runner import RunFolderError
 
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from lowrank_helpers.sweep import Ended, Point, Sweep
+
 BAD_INPUT = 2
 INTERRUPTED = 130
+CERTIFICATE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,6 +101,85 @@ def run(
     _run(planned, output, resume)
 
 
+@main.command(epilog=_choices())
+@click.argument("notebooks", nargs=-1)
+@click.option(
+    "-g",
+    "--grid",
+    "axes",
+    multiple=True,
+    metavar="NAME=VALUES",
+    help="Sweep a parameter: seed=0..9, activation=relu,tanh, ranks='[[64, 64, 64, 64], [32, 32, 32, 32]]'.",
+)
+@click.option(
+    "-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Fix a parameter at all points."
+)
+@click.option(
+    "-f",
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Read notebooks, grid, parameters and what to show from a YAML file such as those in sweeps/; "
+    "NOTEBOOKS, -g and -p go over it.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The sweep's folder, reports/sweeps/ and the file's name if not given: table, page, a run folder a point.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes to start here; one a core if not given.")
+@click.option("--scheduler", metavar="ADDRESS", help="Run on the workers of a Dask cluster: tcp://… or tls://…")
+@click.option("--tls-ca-file", type=CERTIFICATE, help="The cluster's certificate authority, for tls://.")
+@click.option("--tls-cert", type=CERTIFICATE, help="This client's certificate, for tls://.")
+@click.option("--tls-key", type=CERTIFICATE, help="This client's key, for tls://.")
+@click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
+@click.option("--record", "recorded", is_flag=True, help="Copy table and page to reports/reference/sweeps/.")
+def sweep(
+    notebooks: tuple[str, ...],
+    axes: tuple[str, ...],
+    pairs: tuple[tuple[str, str], ...],
+    file: Path | None,
+    output: Path | None,
+    workers: int | None,
+    scheduler: str | None,
+    tls_ca_file: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    resume: bool,
+    recorded: bool,
+) -> None:
+    """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
+
+    \b
+    Examples:
+      lowrank sweep 03_rank -g seed=0..9
+      lowrank sweep 02_train -g seed=0..4 -g activation=relu,tanh -p epochs 5
+      lowrank sweep -f sweeps/widths.yaml --resume
+      lowrank sweep -f sweeps/ranks.yaml --scheduler tcp://node7:8786
+    """  # noqa: D301
+    from lowrank_helpers import sweep as sweeps  # here: other commands need not wait for the import of Dask
+
+    tls = [part for part in (tls_ca_file, tls_cert, tls_key) if part]
+    if tls and not (scheduler and len(tls) == 3):
+        _fail("--tls-ca-file, --tls-cert and --tls-key go together, and with --scheduler")
+    if workers and scheduler:
+        _fail("--workers starts workers here; with --scheduler the cluster has its own")
+    try:
+        definition = sweeps.read(file) if file else sweeps.Sweep()
+        definition = definition.over(notebooks, dict(map(sweeps.grid_axis, axes)), _parameters_from(pairs, None))
+        points = sweeps.points(definition)
+    except ParameterError as error:
+        _fail(str(error))
+    name = file.stem if file else "sweep"
+    output = output or PROJECT / "reports" / "sweeps" / name
+    _sweep(definition, points, output, resume, sweeps.connected(scheduler, workers=workers, tls=tls))
+    if recorded:
+        from lowrank_helpers import sweep_report
+
+        sweep_report.publish(output, PROJECT / "reports" / "reference" / "sweeps" / name)
+        click.echo(f"Recorded in reports/reference/sweeps/{name}/.")
+
+
 @main.command()
 def record() -> None:
     """Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/."""
@@ -121,9 +210,7 @@ def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None
     try:
         with runner.run_folder(output) as folder:
             if runner.settle_dataset(planned) == "digits":
-                click.secho(
-                    "Dataset: digits (8×8, resampled), not MNIST. README.md says how to provide MNIST.", fg="yellow"
-                )
+                _warn_of_digits()
             try:
                 for outcome in runner.execute(planned, folder, resume=resume):
                     outcomes.append(outcome)
@@ -140,6 +227,62 @@ def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None
     _summarise(outcomes, output)
 
 
+def _sweep(
+    definition: "Sweep", points: list["Point"], output: Path, resume: bool, cluster: AbstractContextManager["Client"]
+) -> None:
+    """Run points on a cluster, gather table and page; exit with 1 if a point failed."""
+    from lowrank_helpers import sweep as sweeps
+
+    ended: list[Ended] = []
+    try:
+        with runner.held(output) as folder:
+            if "digits" in sweeps.settle_datasets(points):
+                _warn_of_digits()
+            with cluster as client:
+                sweeps.forget(points, folder, resume=resume)
+                for news in _followed(sweeps.run(client, points, folder), len(points)):
+                    ended += news
+            failed = {end.point.name: end.error for end in ended if end.error}
+            from lowrank_helpers import sweep_report  # here, as what draws takes seconds to import
+
+            sweep_report.write(folder, definition, points, failed)
+    except DatasetError as error:
+        _fail(str(error))
+    except (RunFolderError, sweeps.ClusterError) as error:
+        _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped; {len(ended)} of {len(points)} points are done. Add --resume to go on.", err=True)
+        sys.exit(INTERRUPTED)
+    for name, reason in failed.items():
+        click.echo(f"Failed twice: {name}: {reason}")
+    click.echo(f"Points: {len(points)}, failed: {len(failed)}. Open {os.path.relpath(output / 'index.html')}")
+    if failed:
+        sys.exit(1)
+
+
+def _followed(progress: Iterator[tuple[list["Ended"], int]], n_points: int) -> Iterator[list["Ended"]]:
+    """Pass on which points ended, and keep a line on how the sweep stands; where there is no terminal, one for each."""
+    n_ended = n_failed = 0
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=n_points,
+        file=sys.stderr if terminal else io.StringIO(),
+        bar_format="{desc}, {remaining} left",
+        smoothing=0,  # points are few: their mean tells more than the last ones
+    )
+    with bar:
+        for ended, n_running in progress:
+            n_ended += len(ended)
+            n_failed += sum(bool(end.error) for end in ended)
+            bar.n = n_ended
+            bar.set_description_str(
+                f"{n_ended - n_failed} of {n_points} points done, {n_running} running, {n_failed} failed"
+            )
+            if ended and not terminal:
+                click.echo(str(bar), err=True)
+            yield ended
+
+
 def _summarise(outcomes: list[Outcome], output: Path) -> None:
     for outcome in outcomes:
         click.echo(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s  {outcome.error}")
@@ -147,6 +290,10 @@ def _summarise(outcomes: list[Outcome], output: Path) -> None:
     click.echo(f"Open {os.path.relpath(output / 'index.html')}")
     if any(outcome.status == "failed" for outcome in outcomes):
         sys.exit(1)
+
+
+def _warn_of_digits() -> None:
+    click.secho("Dataset: digits (8×8, resampled), not MNIST. README.md says how to provide MNIST.", fg="yellow")
 
 
 def _fail(message: str, code: int = BAD_INPUT) -> NoReturn:

@@ -58,15 +58,19 @@ def show(figure: Figure, alt: str) -> None:
     alt : str
         Says what the figure shows, for readers who cannot see it.
     """
-    drawn, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=RESOLUTION)
+    png, width, height = drawn(figure)
+    display(Image(png, format="png", width=width, height=height, alt=alt))
+
+
+def drawn(figure: Figure) -> tuple[bytes, int, int]:
+    """Draw a figure and close it: return its PNG, and the width and height in pixels to show it at."""
+    full, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, dpi=RESOLUTION)
     plt.close(figure)
     # A palette of 256 colours takes a quarter of the space, and no eye sees it in a plot.
-    pillow.open(drawn).convert("RGB").quantize(256, method=pillow.Quantize.FASTOCTREE).save(
-        buffer, "png", optimize=True
-    )
+    pillow.open(full).convert("RGB").quantize(256, method=pillow.Quantize.FASTOCTREE).save(buffer, "png", optimize=True)
     width, height = (round(inches * SHOWN_RESOLUTION) for inches in figure.get_size_inches())
-    display(Image(buffer.getvalue(), format="png", width=width, height=height, alt=alt))
+    return buffer.getvalue(), width, height
 
 
 def learning_curves(

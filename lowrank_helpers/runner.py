@@ -1,19 +1,19 @@
 """Executes notebooks through papermill into a run folder, in order."""
 
+import copy
 import hashlib
 import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import papermill
 from filelock import FileLock, Timeout
-from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from lowrank_helpers import data, parameters
@@ -24,6 +24,7 @@ from lowrank_helpers.run import RUN_DIR_VARIABLE, software
 from lowrank_helpers.store import TEMPORARY, write_atomically
 
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
+LOCK = ".lock"  # in a folder that a run holds: whose it is
 
 # Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
 KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
@@ -88,24 +89,36 @@ def reads_findings(name: str) -> bool:
 
 
 @contextmanager
-def run_folder(folder: Path) -> Iterator[Path]:
+def run_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     """Make a run folder ready and hold it: no second run may write into it meanwhile.
+
+    Parameters
+    ----------
+    wait : bool
+        Wait for a run that holds the folder instead of raising.
 
     Raises
     ------
     RunFolderError
         The folder cannot be written, or another run holds it.
     """
+    with held(folder, wait=wait) as folder:
+        for leftover in folder.rglob(f".*{TEMPORARY}*"):
+            leftover.unlink()
+        # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
+        os.environ |= {RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}
+        yield folder
+
+
+@contextmanager
+def held(folder: Path, *, wait: bool = False) -> Iterator[Path]:
+    """Make a folder and hold it for this process, as :func:`run_folder` does but for the rest."""
     folder = folder.resolve()
-    lock = folder / ".lock"
+    lock = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
+        with FileLock(lock, timeout=-1 if wait else 0):
             lock.write_text(f"process {os.getpid()} on {platform.node()}")
-            for leftover in folder.rglob(f".*{TEMPORARY}*"):
-                leftover.unlink()
-            # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
-            os.environ |= {RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}
             yield folder
     except Timeout as error:
         holder = lock.read_text() or "another run"
@@ -114,7 +127,9 @@ def run_folder(folder: Path) -> Iterator[Path]:
         raise RunFolderError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-def execute(planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: bool = False) -> Iterator[Outcome]:
+def execute(
+    planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: bool = False, progress: bool = True
+) -> Iterator[Outcome]:
     """Execute notebooks in order into a run folder, yielding how each ended.
 
     An executed notebook appears under its own name only when all its cells ran. One that failed is left as
@@ -128,6 +143,8 @@ def execute(planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: b
         As :func:`run_folder` gives it; networks that it has are not trained again.
     resume : bool
         Keep notebooks that the folder has from the same source, parameters and package.
+    progress : bool
+        Show a bar for each notebook.
     """
     all_kept = True
     for name, given in planned.items():
@@ -138,7 +155,7 @@ def execute(planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: b
         else:
             all_kept = False
             _forget(name, folder)
-            outcome = _execute_one(name, given, fingerprint, folder)
+            outcome = _execute_one(name, given, fingerprint, folder, progress)
         yield outcome
 
 
@@ -158,7 +175,9 @@ def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
     return resolved
 
 
-def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: Path) -> Outcome:
+def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: Path, progress: bool) -> Outcome:
+    import papermill  # here, not above: its import takes seconds, which a refusal need not wait for
+
     partial = folder / f".{name}{TEMPORARY}.ipynb"
     start = time.perf_counter()
     error = ""
@@ -169,11 +188,11 @@ def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: 
             parameters=dict(given),
             cwd=NOTEBOOK_FOLDER,
             kernel_name="python3",
-            progress_bar={"desc": name, "unit": "cell"},
+            progress_bar={"desc": name, "unit": "cell"} if progress else False,
             config=KERNEL_CONFIG,
             shutdown_kernel="immediate",  # all that it keeps is written by then
         )
-    except PapermillExecutionError as failure:
+    except papermill.PapermillExecutionError as failure:
         error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
     except RuntimeError as failure:  # DeadKernelError and, of a kernel that died before its first answer, no better
         error = f"{failure} (out of memory?)"
@@ -192,6 +211,7 @@ def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> No
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
     notebook.metadata.setdefault("lowrank", {}).update(fingerprint=fingerprint, seconds=seconds)
+    notebook.metadata["lowrank"]["checksum"] = _checksum(notebook)
     write_atomically(target, nbformat.writes(notebook).encode())
     partial.unlink()
 
@@ -205,10 +225,17 @@ def _forget(name: str, folder: Path) -> None:
 
 def _kept(name: str, folder: Path, fingerprint: str) -> dict[str, Any] | None:
     """Return what made an executed notebook, if it and its findings are there and would be the same now."""
+    file = folder / f"{name}.ipynb"
+    if not file.exists():
+        return None
     try:
-        executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+        executed = nbformat.read(file, as_version=4)
         made_by = executed.metadata["lowrank"]
+        intact = made_by["checksum"] == _checksum(executed)
     except (OSError, ValueError, KeyError, nbformat.ValidationError):
+        intact = False
+    if not intact:
+        warnings.warn(f"{file.name} in the run's folder is damaged or no run's; executed again", stacklevel=3)
         return None
     shown = {
         output.metadata["lowrank"]["finding"]
@@ -218,6 +245,13 @@ def _kept(name: str, folder: Path, fingerprint: str) -> dict[str, Any] | None:
     }
     filed = read_findings(folder).get(name, {"findings": {}})["findings"]
     return dict(made_by) if made_by.get("fingerprint") == fingerprint and shown <= filed.keys() else None
+
+
+def _checksum(notebook: nbformat.NotebookNode) -> str:
+    """Hash an executed notebook, but for the checksum that it holds."""
+    bare = copy.deepcopy(notebook)
+    bare.metadata["lowrank"].pop("checksum", None)
+    return hashlib.sha256(nbformat.writes(bare).encode()).hexdigest()
 
 
 def _fingerprint(name: str, given: Mapping[str, Any]) -> str:

@@ -26,8 +26,9 @@ PINNED = {
     if not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-# Used without being imported: the kernel, the lab and its widgets' front end, the linters and what types they need.
-TOOLS = {"ipykernel", "jupyterlab", "mypy", "ruff", "pandas-stubs", "types-pyyaml", "types-tqdm"}
+# Used without being imported: the kernel, the lab and its widgets' front end, what pandas writes Parquet with, the
+# linters and what types they need.
+TOOLS = {"ipykernel", "jupyterlab", "pyarrow", "mypy", "ruff", "pandas-stubs", "types-pyyaml", "types-tqdm"}
 
 
 def _version(pinned):

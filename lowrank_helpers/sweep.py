@@ -1,0 +1,396 @@
+"""A sweep: the same notebooks at every point of a grid of parameters, each point a run of its own, on Dask distributed.
+
+A worker runs one point at a time, and the kernel that it starts takes as many threads as the worker's
+``OMP_NUM_THREADS`` says.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from dask.system import CPU_COUNT
+from distributed import Client, Future, LocalCluster, Security, wait
+
+from lowrank_helpers import data, parameters, results, runner
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.parameters import ParameterError
+from lowrank_helpers.run import NETWORKS_VARIABLE, software
+
+KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
+WHOLE_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
+TICK = 1  # seconds between two looks at what is running
+
+
+class ClusterError(Exception):
+    """The scheduler or a worker cannot be used; the message says which, why and what to do."""
+
+
+class PointError(Exception):
+    """Notebooks of a point failed; the message names each with its error."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a figure draws: a number of a finding, or its share of another number of the same finding.
+
+    Where the number is one of a mapping, ``keys`` says in a word what its keys are.
+    """
+
+    finding: str
+    quantity: str
+    label: str = ""
+    per: str = ""
+    keys: str = ""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is to run: notebooks (none named: all) at all points of a grid, with other parameters fixed."""
+
+    notebooks: list[str] = field(default_factory=list)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    show: list[Shown] = field(default_factory=list)
+
+    def over(self, notebooks: Sequence[str], grid: Mapping[str, list[Any]], fixed: Mapping[str, Any]) -> "Sweep":
+        """Return this sweep with what the command line says in place of what the file said.
+
+        Raises
+        ------
+        ParameterError
+            The command line gives a parameter both one value and several.
+        """
+        _one_place_each(grid, fixed)
+        return replace(
+            self,
+            notebooks=list(notebooks) or self.notebooks,
+            grid={name: values for name, values in self.grid.items() if name not in fixed} | dict(grid),
+            parameters={name: value for name, value in self.parameters.items() if name not in grid} | dict(fixed),
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes
+    ----------
+    setting : dict
+        What the grid gives it.
+    planned : dict
+        As :func:`lowrank_helpers.runner.plan` returned it.
+    """
+
+    setting: dict[str, Any]
+    planned: dict[str, dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The point in words that a folder can be called: ``activation=tanh,seed=3``."""
+        return ",".join(f"{name}={quote(as_text(value), safe='')}" for name, value in self.setting.items())
+
+    def folder(self, sweep_folder: Path) -> Path:
+        """Return where the point's run lies in a sweep's folder."""
+        return sweep_folder / "points" / self.name
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a point ended: ``error`` is empty unless it failed twice."""
+
+    point: Point
+    error: str = ""
+
+
+def as_text(value: Any) -> str:
+    """Write a parameter's value in one word: a list as ``784-512-512-10``."""
+    return "-".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def read(file: Path) -> Sweep:
+    """Read a sweep from a YAML file with the keys ``notebooks``, ``grid``, ``parameters`` and ``show``, all optional.
+
+    Raises
+    ------
+    ParameterError
+        The file is not YAML, or not of this form; the message names it.
+    """
+    content = parameters.parse(file.read_bytes(), str(file))
+    if not isinstance(content, dict) or not content.keys() <= set(KEYS):
+        raise ParameterError(f"{file} must be a mapping with the keys {', '.join(KEYS)}")
+    try:
+        grid = {
+            name: grid_values(values) if isinstance(values, str) else list(values)
+            for name, values in content.get("grid", {}).items()
+        }
+        fixed = dict(content.get("parameters", {}))
+        show = [Shown(**{key: str(text) for key, text in entry.items()}) for entry in content.get("show", [])]
+        sweep = Sweep(list(content.get("notebooks", [])), grid, fixed, show)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ParameterError(f"{file} does not describe a sweep: {error}") from error
+    _one_place_each(grid, fixed)
+    return sweep
+
+
+def grid_axis(text: str) -> tuple[str, list[Any]]:
+    """Read an axis of the grid from the command line: ``seed=0..9``.
+
+    Raises
+    ------
+    ParameterError
+        The text is not of the form NAME=VALUES.
+    """
+    name, _, values = text.partition("=")
+    if not name or not values:
+        raise ParameterError(f"grid {text!r} is not NAME=VALUES, such as seed=0..9 or activation=relu,tanh")
+    return name, grid_values(values)
+
+
+def grid_values(text: str) -> list[Any]:
+    """Read an axis's values: ``0..9`` (both included), ``relu,tanh``, or a YAML list, ``[[64, 64], [8, 8]]``.
+
+    Raises
+    ------
+    ParameterError
+        A value is not YAML.
+    """
+    if match := WHOLE_RANGE.fullmatch(text):
+        first, last = map(int, match.groups())
+        return list(range(first, last + 1))
+    parts = [text] if text.startswith("[") else text.split(",")
+    values = [parameters.parse(part, f"grid value {part!r}") for part in parts]
+    return values[0] if text.startswith("[") else values
+
+
+def points(sweep: Sweep) -> list[Point]:
+    """Return all points of a sweep, the last axis varying fastest, each checked as ``lowrank run`` checks parameters.
+
+    Raises
+    ------
+    ParameterError
+        There is no grid, an axis is empty or repeats a value, or :func:`lowrank_helpers.runner.plan` refuses a point.
+    """
+    if not sweep.grid:
+        raise ParameterError("a sweep needs a grid: -g NAME=VALUES, or `grid` in a file; for one run: lowrank run")
+    for name, values in sweep.grid.items():
+        if not values:
+            raise ParameterError(f"grid {name} has no values")
+        if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
+            raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
+    combinations = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
+    return [Point(values, runner.plan(sweep.notebooks, sweep.parameters | values)) for values in combinations]
+
+
+def settle_datasets(points: Sequence[Point]) -> set[str]:
+    """Find out once, for all workers, which datasets the points run on; download what is missing.
+
+    Raises
+    ------
+    DatasetError
+        A dataset cannot be had or is damaged.
+    """
+    plans = {}
+    for point in points:
+        given = next(iter(point.planned.values()))
+        plans[given.get("dataset"), given.get("data_dir")] = point.planned
+    return {runner.settle_dataset(planned) for planned in plans.values()}
+
+
+def forget(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
+    """Remove what an earlier sweep left of the points: all, or to resume, only its word of how they ended."""
+    for point in points:
+        if resume:
+            (point.folder(folder) / "results.json").unlink(missing_ok=True)
+        elif point.folder(folder).exists():
+            shutil.rmtree(point.folder(folder))
+
+
+@contextmanager
+def connected(
+    scheduler: str | None = None, *, workers: int | None = None, tls: Sequence[Path] = ()
+) -> Iterator[Client]:
+    """Connect to a scheduler, or start one with workers on this machine.
+
+    Parameters
+    ----------
+    scheduler : str, optional
+        Address such as ``tcp://node7:8786``.
+    workers : int, optional
+        Processes to start here, where no scheduler is given; by default one a core. Each kernel takes an equal
+        share of the cores: programs that compete for them slow each other down many times.
+    tls : sequence of Path
+        For a scheduler that wants TLS: the authority's certificate, and this client's certificate and key.
+
+    Raises
+    ------
+    ClusterError
+        No scheduler answers at the address.
+    """
+    if scheduler:
+        with _client(scheduler, tls) as client:
+            yield client
+        return
+    workers = workers or CPU_COUNT
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            env={"OMP_NUM_THREADS": str(max(1, CPU_COUNT // workers))},
+            memory_limit=0,  # it would be the worker's own; what takes memory is the kernel
+            dashboard_address=None,
+            silence_logs="CRITICAL",  # failures are reported at the end
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _client(scheduler: str, tls: Sequence[Path]) -> Client:
+    try:
+        security = None
+        if tls:
+            names = ("tls_ca_file", "tls_client_cert", "tls_client_key")
+            security = Security(**dict(zip(names, map(str, tls), strict=True)), require_encryption=True)
+        return Client(scheduler, timeout=CONNECT_TIMEOUT, security=security)
+    except (OSError, ValueError, TypeError) as error:  # silence, no address, tls:// without certificates
+        raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error
+
+
+def run(client: Client, points: Sequence[Point], folder: Path) -> Iterator[tuple[list[Ended], int]]:
+    """Run points on a cluster's workers.
+
+    A point that fails is tried once more; what it had done by then is kept. So it is when its worker dies and
+    another one takes over.
+
+    Parameters
+    ----------
+    folder : Path
+        The sweep's, held by this process.
+
+    Yields
+    ------
+    list of Ended, int
+        Once a second or whenever a point ends: those that ended since, and how many are running.
+
+    Raises
+    ------
+    ClusterError
+        A worker differs from this process, does not see the folder, or the scheduler is lost.
+    """
+    ground = Ground(folder, (folder / runner.LOCK).read_text(), _installed())
+    environment = {
+        NETWORKS_VARIABLE: str(folder / "networks"),
+        data.AUTO_VARIABLE: os.environ.get(data.AUTO_VARIABLE, ""),
+    }
+    try:
+        client.run(ground.check)
+        futures = {
+            client.submit(run_point, point, ground, environment, retries=1, pure=False): point for point in points
+        }
+        while futures:
+            try:
+                ended = wait(list(futures), timeout=TICK, return_when="FIRST_COMPLETED").done
+            except TimeoutError:
+                ended = set()
+            yield [_ended(futures.pop(future), future) for future in ended], _n_running(client)
+    except (OSError, CancelledError) as error:
+        raise ClusterError(f"the scheduler at {client.scheduler.address} is lost; add --resume to go on") from error
+    except ModuleNotFoundError as error:
+        raise ClusterError(f"a worker lacks {error.name}: install this package where workers run") from error
+
+
+def _ended(point: Point, future: Future) -> Ended:
+    error = future.exception()
+    if error is None:
+        return Ended(point)
+    return Ended(
+        point, str(error) if isinstance(error, (PointError, ClusterError)) else f"{type(error).__name__}: {error}"
+    )
+
+
+def _n_running(client: Client) -> int:
+    return sum(bool(tasks) for tasks in client.processing().values())
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a worker must have in common with the process that runs the sweep.
+
+    Attributes
+    ----------
+    folder : Path
+        The sweep's.
+    holder : str
+        What the lock in it says: on another disk of the same name, there is no such word.
+    installed : dict
+        Of the process that runs the sweep.
+    """
+
+    folder: Path
+    holder: str
+    installed: dict[str, str]
+
+    def check(self) -> None:
+        """Compare with the worker that this runs on.
+
+        Raises
+        ------
+        ClusterError
+            Something differs; the message names the worker.
+        """
+        worker = f"process {os.getpid()} on {platform.node()}"
+        for name, theirs in _installed().items():
+            if theirs != self.installed[name]:
+                raise ClusterError(f"worker {worker} has {name} {theirs}; the sweep needs {self.installed[name]}")
+        lock = self.folder / runner.LOCK
+        if not lock.is_file() or lock.read_text() != self.holder:
+            raise ClusterError(f"worker {worker} does not see {self.folder}: it must lie on a file system of them all")
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Return the versions of all that decides what a point finds."""
+    files = [*sorted((PROJECT / "lowrank_helpers").glob("*.py")), *map(runner.notebook_path, runner.notebook_names())]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    return {"code and notebooks": code, "python": software()["python"], **software()["versions"]}
+
+
+_one_at_a_time = threading.Lock()  # in a worker with several threads: kernels inherit the environment of the process
+
+
+def run_point(point: Point, ground: Ground, environment: Mapping[str, str]) -> None:
+    """Execute a point's notebooks in a worker and gather what they found.
+
+    No pages are rendered: they take megabytes a point, and ``lowrank run`` with the same parameters makes them.
+
+    Raises
+    ------
+    PointError
+        A notebook failed; the others still ran.
+    """
+    ground.check()
+    # A sweep that was stopped may have left the point to a worker that is still at it.
+    with _one_at_a_time, runner.run_folder(point.folder(ground.folder), wait=True) as folder:
+        os.environ |= environment
+        outcomes = list(runner.execute(point.planned, folder, resume=True, progress=False))
+        results.gather(folder, outcomes)
+    if failed := [f"{outcome.notebook}: {outcome.error}" for outcome in outcomes if outcome.status == "failed"]:
+        raise PointError("; ".join(failed))
+
+
+def _one_place_each(grid: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    if both := grid.keys() & fixed.keys():
+        raise ParameterError(f"parameter {min(both)} is both fixed and in the grid")

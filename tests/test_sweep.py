@@ -1,0 +1,267 @@
+"""Sweeps without a cluster: what a grid means and what is refused, the table, the intervals and the page."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from click.testing import CliRunner
+from scipy import stats
+
+from lowrank_helpers import cli, sweep, sweep_report
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.sweep import Shown, Sweep
+
+SHIPPED = sorted((PROJECT / "sweeps").glob("*.yaml"))
+
+
+def _sweep(*arguments):
+    return CliRunner().invoke(cli.main, ["sweep", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0..3", [0, 1, 2, 3]),
+        ("-1..1", [-1, 0, 1]),
+        ("7", [7]),
+        ("relu,tanh", ["relu", "tanh"]),
+        ("1e-3,2.5", [0.001, 2.5]),
+        ("[relu, tanh]", ["relu", "tanh"]),
+        ("[[150, 80], [64, 32]]", [[150, 80], [64, 32]]),
+    ],
+)
+def test_grid_values(text, values):
+    assert sweep.grid_values(text) == values
+
+
+def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares():
+    grid = {"activation": ["relu", "tanh"], "seed": [0, 1, 2]}
+    points = sweep.points(Sweep(["02_train", "05_approximate"], grid, {"epochs": 1}))
+    assert [point.setting for point in points] == [
+        {"activation": activation, "seed": seed} for activation in ("relu", "tanh") for seed in range(3)
+    ]
+    assert points[4].planned == {
+        "02_train": {"activation": "tanh", "seed": 1, "epochs": 1},
+        "05_approximate": {"activation": "tanh", "seed": 1},
+    }
+
+
+def test_point_names_can_be_read_told_apart_and_used_as_folders(tmp_path):
+    grid = {"ranks": [[64, 64, 64, 8], [64, 64, 64, 80]], "data_dir": ["a/b", "a_b", "a%2Fb", "", "ü: *?"], "seed": [3]}
+    points = sweep.points(Sweep(["06_factorized"], grid))
+    assert points[0].name == "ranks=64-64-64-8,data_dir=a%2Fb,seed=3"
+    folders = {point.folder(tmp_path) for point in points}
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert len(folders) == len(points) == len(list((tmp_path / "points").iterdir()))
+
+
+def test_command_line_goes_over_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "notebooks: [03_rank]\ngrid: {seed: 0..2, activation: [relu]}\nparameters: {epochs: 1, n_seeds: 1}\n"
+    )
+    read = sweep.read(file)
+    assert read.grid == {"seed": [0, 1, 2], "activation": ["relu"]}
+    over = read.over(["02_train"], {"epochs": [1, 2]}, {"seed": 5})
+    assert over == Sweep(["02_train"], {"activation": ["relu"], "epochs": [1, 2]}, {"n_seeds": 1, "seed": 5})
+    assert read.over([], {}, {}) == read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], ["needs a grid"]),
+        (["-g", "seed"], ["'seed'", "NAME=VALUES"]),
+        (["-g", "seed="], ["'seed='", "NAME=VALUES"]),
+        (["-g", "seed=3..1"], ["seed", "no values"]),
+        (["-g", "seed=1,2,1"], ["seed", "1 more than once"]),
+        (["-g", "sed=0..3"], ["'sed'", "seed"]),
+        (["-g", "activation=relu,swish"], ["'swish'", "relu, tanh"]),
+        (["-g", "seed=0..3", "-p", "epochs", "0"], ["epochs", "at least 1"]),
+        (["-g", "seed=0..3", "-p", "seed", "1"], ["seed", "both fixed and in the grid"]),
+        (["-g", "seed=[1"], ["not YAML"]),
+        (["99_nothing", "-g", "seed=0..3"], ["'99_nothing'", "02_train"]),
+        (["-g", "seed=0..3", "--tls-key", __file__], ["--tls-cert", "--scheduler"]),
+        (["-g", "seed=0..3", "--workers", "2", "--scheduler", "tcp://localhost:1"], ["--workers", "--scheduler"]),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_anything_starts(arguments, named, tmp_path):
+    result = _sweep("02_train", *arguments, "-o", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    for part in named:
+        assert part in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "- 1",
+        "grid: [1, 2]",
+        "grid: {seed: 3}",
+        "grid: {seed: null}",
+        "colour: red",
+        "show: [{finding: '3.1'}]",
+        "show: [{finding: '3.1', quantity: stable, colour: red}]",
+        "grid: {seed: 0..1}\nparameters: {seed: 3}",
+        "grid: [",
+    ],
+)
+def test_a_file_that_is_no_sweep_is_refused_by_name(content, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    result = _sweep("-f", file, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "mine.yaml" in result.output or "seed" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_sweeps_are_allowed_and_show_what_their_notebooks_file(file):
+    definition = sweep.read(file)
+    assert len(sweep.points(definition)) >= 5  # an interval needs seeds
+    assert set(yaml.safe_load(file.read_text())) <= set(sweep.KEYS)
+    sources = "".join((PROJECT / "notebooks" / f"{name}.ipynb").read_text() for name in definition.notebooks)
+    for shown in definition.show:
+        assert f'\\"{shown.finding}\\",' in sources
+        assert f"{shown.quantity}=" in sources
+
+
+def _gathered(seed, activation, scale=1.0):
+    """Return what a point's ``results.json`` holds."""
+    environment = {"dataset": "digits", "device": "cpu", "precision": "float32", "threads": 1, "revision": "abc"}
+    given = {"dataset": "auto", "data_dir": "/data", "seed": seed, "activation": activation, "widths": [784, 16, 10]}
+    values = {
+        "rank": 10.0 * scale + seed,
+        "of": 100,
+        "share": {"relu": 0.5, "tanh": None},
+        "curve": [1, 2],
+        "word": "high",
+        "all": True,
+    }
+    return {
+        "notebooks": {"03_rank": {"parameters": given, "environment": environment}},
+        "findings": {
+            "3.1": {"notebook": "03_rank", "met": True, "values": values, "timings": {"seconds": 0.5, "when": "now"}},
+            "3.1/part": {"notebook": "03_rank", "met": None, "values": {"hidden": 1}, "timings": {}},
+        },
+    }
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """A sweep of two activations and three seeds in a folder; of one point nothing is left."""
+    definition = Sweep(["03_rank"], {"activation": ["relu", "tanh"], "seed": [0, 1, 10]})
+    points = sweep.points(definition)
+    for point in points[:-1]:
+        point.folder(tmp_path).mkdir(parents=True)
+        found = json.dumps(_gathered(**point.setting, scale=1 + (point.setting["activation"] == "tanh")))
+        (point.folder(tmp_path) / "results.json").write_text(found)
+    return tmp_path, definition, points
+
+
+def test_table_has_a_row_a_number_and_parameters_as_columns():
+    table = sweep_report.table({"one": _gathered(0, "relu"), "two": _gathered(1, "tanh")})
+    first = table[table["point"] == "one"]
+    found = first[first["finding"] == "3.1"].set_index("quantity")
+    assert dict(found["value"]) == {
+        "met": 1.0,
+        "rank": 10.0,
+        "of": 100.0,
+        "share.relu": 0.5,
+        "curve.0": 1.0,
+        "curve.1": 2.0,
+        "all": 1.0,
+        "seconds": 0.5,
+    }
+    assert list(found.index[found["timed"]]) == ["seconds"]
+    assert set(table["seed"]) == {0, 1} and pd.api.types.is_integer_dtype(table["seed"])
+    assert set(table["widths"]) == {"784-16-10"}
+    assert set(table["dataset"]) == {"digits"}, "what auto stood for"
+    assert "data_dir" not in table
+
+
+def test_files_agree_and_are_the_same_each_time(swept):
+    folder, definition, points = swept
+    sweep_report.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
+    files = {name: (folder / name).read_bytes() for name in sweep_report.FILES}
+    parquet = pd.read_parquet(folder / "table.parquet")
+    csv = pd.read_csv(folder / "table.csv").astype(parquet.dtypes.to_dict())
+    pd.testing.assert_frame_equal(csv, parquet)
+    assert list(parquet["point"].unique()) == [point.name for point in points[:-1]], "in the grid's order"
+    sweep_report.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
+    assert {name: (folder / name).read_bytes() for name in sweep_report.FILES} == files
+
+
+def test_interval_is_students():
+    values = pd.DataFrame({"x": ["a", "a", "a", "b"], "value": [1.0, 2.0, 6.0, 5.0]})
+    a, b = sweep_report.intervals(values, ["x"]).to_dict("records")
+    assert (a["mean"], a["n"]) == (3, 3)
+    by_hand = 4.302653 * math.sqrt(7) / math.sqrt(3)  # t of 2 degrees of freedom, from a printed table
+    assert a["margin"] == pytest.approx(by_hand, rel=1e-6)
+    low, high = stats.t.interval(0.95, 2, loc=3, scale=stats.sem([1, 2, 6]))
+    assert (a["mean"] - a["margin"], a["mean"] + a["margin"]) == pytest.approx((low, high))
+    assert (b["mean"], b["n"]) == (5, 1) and math.isnan(b["margin"])
+
+
+def _page(swept, **changes):
+    folder, definition, points = swept
+    sweep_report.write(folder, Sweep(**vars(definition) | changes), points, {points[-1].name: "03_rank: no <luck>"})
+    return BeautifulSoup((folder / "index.html").read_text(), "html.parser")
+
+
+def _rows(page, heading):
+    section = page.find("h3", string=heading)
+    return [[cell.text for cell in row.find_all(["th", "td"])] for row in section.find_next("tbody").find_all("tr")]
+
+
+def test_page_shows_every_number_of_items_with_intervals_and_says_what_failed(swept):
+    page = _page(swept)
+    assert [heading.text for heading in page.find_all("h3")] == ["met", "rank", "of", "share", "curve", "all"]
+    margin = stats.t.ppf(0.975, 2) * stats.tstd([0, 1, 10]) / math.sqrt(3)
+    assert _rows(page, "rank")[0] == ["relu", f"{10 + 11 / 3:.5g}", f"± {margin:.2g}", "3"]
+    assert _rows(page, "rank")[1][0::3] == ["tanh", "2"], "of the third seed nothing is left"
+    assert _rows(page, "curve")[1][:3] == ["relu", "1", "2"], "a list's indices are series beside the grid's axis"
+    assert "activation=tanh,seed=10 (03_rank: no <luck>)" in page.text
+    assert "6, 1 failed" in page.text and "Not MNIST" in page.text
+    for image in page.find_all("img"):
+        assert image["src"].startswith("data:image/png;base64,") and image["alt"]
+    for cell in page.find_all("th"):
+        assert cell["scope"] in ("col", "row")
+
+
+def test_page_shows_what_the_sweep_says_and_a_share_of_another_number(swept):
+    shown = [Shown("3.1", "rank", "share of full", per="of"), Shown("3.1", "nothing")]
+    page = _page(swept, show=shown)
+    assert [heading.text for heading in page.find_all("h3")] == ["share of full", "nothing"]
+    assert _rows(page, "share of full")[0][1] == f"{(10 + 11 / 3) / 100:.5g}"
+    assert "No point found a number of this name" in page.text
+
+
+def test_page_without_another_axis_than_the_seed_takes_the_quantitys_keys(swept):
+    folder, definition, points = swept
+    page = _page((folder, definition, points[:3]), grid={"seed": [0, 1, 10]}, show=[Shown("3.1", "curve")])
+    assert [row[0] for row in _rows(page, "curve")] == ["0", "1"]
+    page = _page((folder, definition, points[:1]), grid={"seed": [0]}, show=[Shown("3.1", "rank")])
+    assert _rows(page, "rank") == [["digits", "10", "–", "1"]]
+    assert "there is no interval" in page.text
+
+
+@pytest.mark.parametrize("show", [[], [Shown("3.1", "rank")]])
+def test_sweep_that_found_nothing_has_a_page_that_says_why(swept, show):
+    folder, definition, points = swept
+    page = _page((folder, definition, points[-1:]), show=show)
+    assert "1, 1 failed" in page.text and "no <luck>" in page.text
+    assert list(pd.read_csv(folder / "table.csv").columns) == list(sweep_report.COLUMNS)
+
+
+def test_publish_takes_page_and_table_alone(swept, tmp_path):
+    folder, definition, points = swept
+    sweep_report.write(folder, definition, points, {})
+    sweep_report.publish(folder, tmp_path / "reference" / "mine")
+    assert {file.name for file in (tmp_path / "reference" / "mine").iterdir()} == set(sweep_report.FILES)

@@ -1,0 +1,296 @@
+"""Sweeps on Dask as users run them: the command line, a scheduler and workers in processes of their own, over TCP.
+
+The series is one small notebook in a copy of the project. It says when it begins, waits while there is a file
+``hold SEED``, and fails where there is a file ``fail SEED``.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from lowrank_helpers.cli import main
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.sweep import ClusterError, connected
+
+PARAMETERS = 'dataset = "digits"\ndata_dir = ""\nseed = 0\ndevice = "cpu"\nprecision = "float32"'
+WORK = """
+import time
+from pathlib import Path
+
+with Path("begun").open("a") as begun:
+    begun.write(f"{seed}\\n")
+while Path(f"hold {seed}").exists():
+    time.sleep(0.05)
+if Path(f"fail {seed}").exists():
+    raise ValueError("no such luck")
+
+from lowrank_helpers.models import mlp
+from lowrank_helpers.run import Run
+
+run = Run("01_small", dataset=dataset, data_dir=data_dir, seed=seed, device=device, precision=precision)
+model, history = run.train(mlp([784, 16, 10], seed=seed), run.recipe(1, 64, 1e-3))
+common, _ = run.train(mlp([784, 8, 10], seed=99), run.recipe(1, 64, 1e-3, seed=99))
+final = history.final("test")
+run.finding("2.1", "{accuracy:.2%} right.", accuracy=final.accuracy, loss=final.loss, timings={"s": time.time()})
+"""
+
+
+class Project:
+    """A copy of the project whose series is the small notebook, and the processes that run in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notebooks = folder / "notebooks"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PROJECT / "lowrank_helpers", folder / "lowrank_helpers", ignore=ignored)
+        self.notebooks.mkdir()
+        notebook = nbformat.v4.new_notebook()
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        parameters = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+        notebook.cells = [parameters, nbformat.v4.new_code_cell(WORK)]
+        nbformat.write(notebook, self.notebooks / "01_small.ipynb")
+
+    def start(self, *command: Any, **options: Any) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    def sweep(self, *arguments: Any) -> subprocess.Popen:
+        return self.start("-m", "lowrank_helpers", "sweep", *arguments)
+
+    def begun(self) -> list[int]:
+        """Return the seeds of the points that began, in order, as often as they did."""
+        file = self.notebooks / "begun"
+        return [int(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def forget_begun(self) -> None:
+        (self.notebooks / "begun").unlink(missing_ok=True)
+
+    @contextmanager
+    def told(self, *words: str) -> Iterator[None]:
+        """Have files of these names beside the notebook to the end of this context."""
+        for word in words:
+            (self.notebooks / word).touch()
+        try:
+            yield
+        finally:
+            for word in words:
+                (self.notebooks / word).unlink()
+
+
+class Cluster:
+    """A scheduler and workers without a nanny, so that a killed one is not replaced."""
+
+    def __init__(self, project: Project, folder: Path, *options: Any, n_workers: int = 2) -> None:
+        self.file = folder / "scheduler.json"
+        local = ["--host", "127.0.0.1", *options]
+        self.processes = [
+            project.start(
+                "-m", "dask", "scheduler", *local, "--port=0", "--no-dashboard", "--scheduler-file", self.file
+            )
+        ]
+        wait_for(lambda: self.file.exists() and self.file.read_text().endswith("}"))  # it is not written at once
+        self.address = json.loads(self.file.read_text())["address"]
+        self.processes += [
+            project.start("-m", "dask", "worker", self.address, *local, "--nthreads=1", "--no-nanny", "--no-dashboard")
+            for _ in range(n_workers)
+        ]
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        return [psutil.Process(process.pid) for process in self.processes[1:] if process.poll() is None]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return value
+
+
+def busy(cluster: Cluster) -> list[psutil.Process]:
+    return [worker for worker in cluster.workers if kernels(worker)]
+
+
+def kernels(process: psutil.Process) -> list[psutil.Process]:
+    children = process.children(recursive=True)
+    return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    shown, _ = process.communicate(timeout=200)
+    assert process.returncode == code, shown
+    assert "Traceback" not in shown
+    return shown
+
+
+def untimed(out: Path) -> pd.DataFrame:
+    """Return a sweep's table but for times, after a look that both files say the same."""
+    parquet = pd.read_parquet(out / "table.parquet")
+    csv = pd.read_csv(out / "table.csv").astype(parquet.dtypes.to_dict())
+    pd.testing.assert_frame_equal(csv, parquet)
+    return parquet[~parquet["timed"]].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    return Project(tmp_path_factory.mktemp("swept") / "project")
+
+
+@pytest.fixture(scope="module")
+def cluster(project, tmp_path_factory) -> Iterator[Cluster]:
+    """One for all tests: importing PyTorch is the most that a worker does here."""
+    cluster = Cluster(project, tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(project, tmp_path_factory) -> Path:
+    """A sweep of two points by one worker of its own, stopped by Ctrl-C at the second point, and resumed."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    arguments = ["-g", "seed=0..1", "--workers", "1", "-o", out]
+    with project.told("hold 1"):
+        process = project.sweep(*arguments)
+        wait_for(lambda: project.begun() == [0, 1])
+        started = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all in the foreground
+        shown = finish(process, 130)
+    assert "1 of 2 points are done. Add --resume" in shown
+    assert psutil.wait_procs(started, timeout=10)[1] == [], "no worker and no kernel is left"
+    shown = finish(project.sweep(*arguments, "--resume"))
+    assert "Points: 2, failed: 0" in shown
+    assert project.begun() == [0, 1, 1], "what was done was kept"
+    project.forget_begun()
+    return out
+
+
+def test_sweep_stopped_by_ctrl_c_resumes_and_ends(reference):
+    table = untimed(reference)
+    assert list(table["point"]) == ["seed=0", "seed=0", "seed=1", "seed=1"]
+    assert table["value"].nunique() == 4
+    assert len(list((reference / "networks").glob("*.safetensors"))) == 3, "the common network was made once"
+
+
+def test_failing_point_is_tried_twice_reported_and_stops_no_other(project, cluster, tmp_path):
+    out = tmp_path / "out"
+    with project.told("fail 1"):
+        shown = finish(project.sweep("-g", "seed=0..1", "--scheduler", cluster.address, "-o", out), 1)
+    begun = sorted(project.begun())
+    project.forget_begun()
+    assert begun == [0, 1, 1]
+    assert "Failed twice: seed=1: 01_small: cell 3: ValueError: no such luck" in shown
+    assert "Points: 2, failed: 1" in shown
+    assert "1 of 2 points done, 0 running, 1 failed" in shown
+    assert set(untimed(out)["point"]) == {"seed=0"}
+    assert "no such luck" in (out / "index.html").read_text()
+
+
+def test_worker_with_other_code_is_refused_by_name(project, cluster, tmp_path):
+    other = Project(tmp_path / "other")
+    with (other.folder / "lowrank_helpers" / "rank.py").open("a") as module:
+        module.write("# changed\n")
+    shown = finish(other.sweep("-g", "seed=0..1", "--scheduler", cluster.address, "-o", tmp_path / "out"), 1)
+    assert "code and notebooks" in shown
+    assert any(f"process {worker.pid} on " in shown for worker in cluster.workers)
+    assert other.begun() == []
+
+
+def test_killed_client_and_killed_worker_lose_no_point(project, cluster, reference, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["-g", "seed=0..2", "--scheduler", cluster.address, "-o", out]
+    with project.told("hold 0", "hold 1"):
+        process = project.sweep(*arguments)
+        wait_for(lambda: len(project.begun()) == 2)
+        assert len(busy(cluster)) == 2
+        process.kill()
+        process.wait()
+    wait_for(lambda: len(list((out / "points").glob("*/results.json"))) == 2)  # workers finish what they were at
+    project.forget_begun()
+
+    with project.told("hold 2"):
+        process = project.sweep(*arguments, "--resume")
+        wait_for(project.begun)
+        (killed,) = busy(cluster)
+        (orphan,) = kernels(killed)
+        killed.kill()
+        assert psutil.wait_procs([orphan], timeout=5)[1] == [], "it would write into a folder that is another's now"
+        wait_for(lambda: len(project.begun()) == 2)
+    shown = finish(process)
+    assert "Points: 3, failed: 0" in shown
+    assert len(set(project.begun())) == 1, "only the point that was missing ran"
+    project.forget_begun()
+    found = untimed(out)
+    assert found["point"].nunique() == 3
+    both = found[found["seed"] < 2].reset_index(drop=True)
+    pd.testing.assert_frame_equal(both, untimed(reference))
+    assert len(list((out / "networks").glob("*.safetensors"))) == 4
+
+
+def test_unreachable_scheduler_is_an_error_within_ten_seconds(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
+        start = time.monotonic()
+        command = ["sweep", "-g", "seed=0..2", "-p", "dataset", "digits", "--scheduler", address, "-o", str(tmp_path)]
+        result = CliRunner().invoke(main, command)
+    assert time.monotonic() - start < 10
+    assert result.exit_code == 1
+    assert f"no scheduler answers at {address}" in result.output
+
+
+def test_an_address_that_is_none_is_named():
+    with pytest.raises(ClusterError, match="no scheduler answers at nowhere"), connected("nowhere"):
+        pass
+
+
+def _certificates(folder: Path) -> dict[str, Path]:
+    """Make a certificate that is its own authority, and its key."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    try:
+        subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not on this machine")
+    return {"--tls-ca-file": cert, "--tls-cert": cert, "--tls-key": key}
+
+
+def test_cluster_behind_tls_takes_those_with_a_certificate(project, tmp_path):
+    tls = [part for option in _certificates(tmp_path).items() for part in option]
+    cluster = Cluster(project, tmp_path, "--protocol", "tls", *tls, n_workers=1)
+    try:
+        with pytest.raises(ClusterError, match="no scheduler answers at tls://"), connected(cluster.address):
+            pass
+        process = project.sweep("-g", "seed=0", "--scheduler", cluster.address, "-o", tmp_path / "out", *tls)
+        assert "Points: 1, failed: 0" in finish(process)
+    finally:
+        cluster.stop()
+    project.forget_begun()
