@@ -13,7 +13,7 @@ from lowrank_helpers.comparison import CHECKED, treatment
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.runner import notebook_names, notebook_path
 
-LOWRANK = [sys.executable, "-c", "from lowrank_helpers.cli import main; main()"]
+LOWRANK = [sys.executable, "-m", "lowrank_helpers"]
 CHECK = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking", "--nbval-current-env"]
 
 

@@ -95,7 +95,7 @@ def write_notebook(project: Path, name: str, source: str) -> None:
 
 def start(project: Path, *arguments: str, **options: Any) -> subprocess.Popen:
     """Start ``lowrank run`` into the project's folder ``out``."""
-    command = [sys.executable, "-c", "from lowrank_helpers.cli import main; main()", "run", "-o", "out", *arguments]
+    command = [sys.executable, "-m", "lowrank_helpers", "run", "-o", "out", *arguments]
     return subprocess.Popen(
         command,
         cwd=project,
@@ -174,6 +174,19 @@ def test_run_stopped_again_and_again_resumes_to_the_same_results(fresh, referenc
     assert list((fresh / "out").rglob(".*.tmp*")) == []
 
 
+def test_interrupted_while_importing_leaves_no_traceback(fresh):
+    process = start(fresh)
+    maps = Path(f"/proc/{process.pid}/maps")
+    if not maps.exists():
+        pytest.skip("this system does not say what a process has loaded")
+    wait_for(lambda: "libtorch" in maps.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in shown
+    assert not (fresh / "out").exists()
+
+
 def test_killed_kernel_is_a_failed_notebook_and_resume_runs_it(project, reference):
     (project / "out" / "01_first.ipynb").unlink()
     process = start(project, "--resume")
@@ -218,10 +231,11 @@ def test_damaged_run_folder_resumes_to_the_same_results(project, reference):
     network.write_bytes(network.read_bytes()[:-1])
     filed = project / "out" / "findings" / "01_first.json"
     filed.write_text(filed.read_text().replace("right", "wrong"))
-    notebook = project / "out" / "02_same.ipynb"
-    notebook.write_text(notebook.read_text()[:1000])
+    truncated, altered = (project / "out" / f"{name}.ipynb" for name in ("02_same", "03_conclusions"))
+    truncated.write_text(truncated.read_text()[:1000])
+    altered.write_text(altered.read_text().replace("right", "wrong"))
     shown = finish(project, "--resume")
-    assert "01_first.json" in shown
+    assert all(file.name in shown for file in (filed, truncated, altered)), "warnings name them"
     assert "kept" not in shown
     assert network.name in (project / "out" / "01_first.ipynb").read_text(), "the warning names the network"
     assert found(project) == reference
@@ -247,7 +261,7 @@ def test_full_or_protected_disk_is_a_clear_error_and_resumes(fresh, reference, s
         subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", str(fresh)], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this machine lets no test mount a small disk")
-    run = f"{sys.executable} -c 'from lowrank_helpers.cli import main; main()' run 01_first -o out"
+    run = f"{sys.executable} -m lowrank_helpers run 01_first -o out"
     done = subprocess.run(
         [*namespace, "sh", "-c", IN_A_SMALL_DISK.format(size=size, mode=mode, run=run)],
         cwd=fresh,

@@ -1,0 +1,19 @@
+"""The command's entry point, ``lowrank`` or ``python -m lowrank_helpers``."""
+
+import sys
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; an interruption leaves no traceback, not even while PyTorch is being imported."""
+    try:
+        from lowrank_helpers import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
