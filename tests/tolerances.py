@@ -1,0 +1,136 @@
+"""Sets the tolerances of the recorded notebooks from runs under other conditions, and writes the table of them.
+
+Record the series, then run it under other conditions, each into a folder of its own, and give this script the folders::
+
+    make record
+    lowrank sweep -g seed=1..4 -o reports/tolerances/seeds
+    OMP_NUM_THREADS=1 lowrank run -o reports/tolerances/one-thread
+    lowrank run -p precision float32 -o reports/tolerances/float32
+    python tests/tolerances.py --seeds reports/tolerances/seeds/points/* \\
+        --thread reports/tolerances/one-thread --float32 reports/tolerances/float32
+
+A cell's tolerance is the largest deviation from the recorded number that any of these runs shows, rounded up to 1, 2
+or 5 times a power of ten: for numbers of 1 and more the relative deviation, for smaller ones the absolute one. A
+machine that rounds otherwise draws, in effect, another order of the same sums; other seeds are the wider draw. A cell
+of which no run changes a number must agree exactly.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from lowrank_helpers.comparison import CHECKED, differences, treatment
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.runner import notebook_names, notebook_path
+from lowrank_helpers.store import write_atomically
+
+TABLE = PROJECT / "docs" / "tolerances.md"
+CONDITIONS = ("seeds", "thread", "float32")
+HEAD = """# Tolerances of the recorded outputs
+
+Largest deviation from the recorded numbers (seed 0, {threads}, {precision}) in runs with the seeds {seeds}, with one
+thread, and in float32; and the tolerance set from them by `tests/tolerances.py`, which says how. Deviations of whole
+numbers; of decimals of at least 1, relative; of decimals below 1, absolute. *Words*: in how many of the runs the
+text beside the numbers differs, as where a comparison comes out the other way.
+
+| notebook | cell | seeds | one thread | float32 | words | tolerance |
+|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass
+class Watcher:
+    """Stands in for a tolerance: allows every number, and remembers how far each was from the recorded one."""
+
+    whole: Decimal = Decimal(0)
+    relative: Decimal = Decimal(0)
+    absolute: Decimal = Decimal(0)
+    last_place: Decimal = Decimal(0)
+    changed: bool = field(default=False)
+
+    def allows(self, recorded: str, new: str) -> bool:
+        old, now = (Decimal(number.replace(",", "").replace("−", "-")) for number in (recorded, new))
+        gap = abs(now - old)
+        if not any(mark in recorded + new for mark in ".eE"):
+            self.whole = max(self.whole, gap)
+        else:
+            # What is printed may flip its last digit however little the number changes.
+            place = Decimal(1).scaleb(int(old.as_tuple().exponent))
+            if abs(old) >= 1:
+                self.relative = max(self.relative, gap / abs(old), place / abs(old) if gap else Decimal(0))
+            else:
+                self.absolute = max(self.absolute, gap)
+        return True
+
+    def __str__(self) -> str:
+        parts = [(self.whole, "{}"), (100 * self.relative, "{:.2g} %"), (self.absolute, "{:.2g}")]
+        return ", ".join(text.format(value) for value, text in parts if value) or "–"
+
+
+def rounded_up(value: Decimal) -> float | int:
+    """Return the least of 1, 2 and 5 times a power of ten that is not below a value."""
+    if not value:
+        return 0
+    power = Decimal(10) ** math.floor(value.log10())
+    rounded = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value)
+    return int(rounded) if rounded == rounded.to_integral_value() else float(rounded)
+
+
+def read(folder: Path, name: str) -> dict[str, NotebookNode]:
+    """Return the cells of an executed notebook by id."""
+    return {cell.id: cell for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells}
+
+
+def watch(recorded: NotebookNode, runs: Iterable[NotebookNode]) -> tuple[Watcher, int]:
+    """Compare a recorded cell with the same cell of other runs: its deviations, and how many differ in words."""
+    watcher, worded = Watcher(), 0
+    for run in runs:
+        worded += bool(differences(recorded.outputs, run.outputs, watcher))  # type: ignore[arg-type]
+    return watcher, worded
+
+
+def tolerance(watchers: Sequence[Watcher]) -> dict[str, float | int]:
+    """Return the tolerance that allows all the deviations seen."""
+    largest = {
+        "relative": max(watcher.relative for watcher in watchers),
+        "absolute": max(watcher.absolute for watcher in watchers),
+        "integers": max(watcher.whole for watcher in watchers),
+    }
+    return {name: rounded_up(value) for name, value in largest.items() if value}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for condition in CONDITIONS:
+        parser.add_argument(f"--{condition}", nargs="+", type=Path, required=True, metavar="FOLDER")
+    folders = vars(parser.parse_args())
+    rows = []
+    for name in notebook_names():
+        notebook = nbformat.read(notebook_path(name), as_version=4)
+        notebook.metadata.get("lowrank", {}).pop("tolerance", None)
+        runs = {condition: [read(folder, name) for folder in folders[condition]] for condition in CONDITIONS}
+        for cell in notebook.cells:
+            if not cell.get("outputs") or treatment(cell, notebook).extent != CHECKED:
+                continue
+            seen = [watch(cell, [run[cell.id] for run in runs[condition]]) for condition in CONDITIONS]
+            watchers = [watcher for watcher, _ in seen]
+            stated = tolerance(watchers)
+            cell.metadata.pop("lowrank", None)
+            if stated:
+                cell.metadata["lowrank"] = {"tolerance": stated}
+            words = sum(worded for _, worded in seen)
+            if stated or words:
+                said = ", ".join(f"{key} {value}" for key, value in stated.items()) or "none"
+                rows.append(f"| {name} | {cell.id} | {' | '.join(map(str, watchers))} | {words or '–'} | {said} |")
+        write_atomically(notebook_path(name), (nbformat.writes(notebook) + "\n").encode())
+    write_atomically(TABLE, (HEAD + "\n".join(rows) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
