@@ -1,7 +1,9 @@
 """Training and evaluation: the whole set on the device, shuffled by index, Adam, one pass an epoch."""
 
+import copy
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
@@ -37,6 +39,12 @@ def _prepare_thread() -> None:
 
 
 _prepare_thread()
+_this_thread = threading.local()
+
+
+def _prepare_worker() -> None:
+    _prepare_thread()
+    _this_thread.is_worker = True
 
 
 @dataclass(frozen=True)
@@ -245,7 +253,7 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
     n_workers = min(_n_workers(device), len(trainings))
     if n_workers <= 1:
         return [training(stop) for training in trainings]
-    pool = ThreadPoolExecutor(n_workers, initializer=_prepare_thread)
+    pool = ThreadPoolExecutor(n_workers, initializer=_prepare_worker)
     try:
         futures = [pool.submit(training, stop) for training in trainings]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
@@ -257,20 +265,25 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
 
 
 def _n_workers(device: torch.device) -> int:
-    return N_WORKERS if device.type == "cpu" else 1
+    """Return how many may work here: a worker has no workers of its own."""
+    return N_WORKERS if device.type == "cpu" and not hasattr(_this_thread, "is_worker") else 1
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
     """Return float32 logits (n, n_classes) for images (n, 784), in batches; on the CPU each worker has its share."""
-    size = max(EVALUATION_BATCH, math.ceil(len(images) / _n_workers(images.device)))
-    shares = [partial(_predict, model, share, precision) for share in images.split(size)]
-    return torch.cat(side_by_side(shares, images.device))
+    batches = images.split(EVALUATION_BATCH)
+    size = math.ceil(len(batches) / _n_workers(images.device))
+    shares = [batches[first : first + size] for first in range(0, len(batches), size)]
+    # A copy for each: modules may keep state while they compute, as `functional_call` does.
+    models = [model, *(copy.deepcopy(model) for _ in shares[1:])]
+    works = [partial(_predict, own, share, precision) for own, share in zip(models, shares, strict=True)]
+    return torch.cat(side_by_side(works, images.device))
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, images: Tensor, precision: str, stop: Event) -> Tensor:
-    with products_in(precision, images.device):
-        return torch.cat([model(batch).float() for batch in images.split(EVALUATION_BATCH)])
+def _predict(model: nn.Module, batches: Sequence[Tensor], precision: str, stop: Event) -> Tensor:
+    with products_in(precision, batches[0].device):
+        return torch.cat([model(batch).float() for batch in batches])
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Score:

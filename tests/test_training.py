@@ -237,7 +237,19 @@ def test_predictions_do_not_depend_on_workers(digits, monkeypatch):
     images = digits.train_images.repeat(5, 1)  # more than one batch of them
     by_one = predict(_model(), images)
     monkeypatch.setattr(training, "N_WORKERS", 3)
-    torch.testing.assert_close(by_one, predict(_model(), images))
+    assert torch.equal(by_one, predict(_model(), images))
+
+
+def test_models_that_keep_state_while_they_compute_predict_the_same_by_several_workers(digits, monkeypatch):
+    class Keeping(torch.nn.Module):
+        def forward(self, x):
+            self.kept = x
+            time.sleep(0.05)
+            return self.kept[:, :10]
+
+    images = torch.arange(5.0)[:, None].repeat_interleave(training.EVALUATION_BATCH, 0).expand(-1, 784)
+    monkeypatch.setattr(training, "N_WORKERS", 3)
+    assert torch.equal(predict(Keeping(), images), images[:, :10])
 
 
 def test_workers_are_as_many_as_the_environment_allows_threads():
