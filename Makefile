@@ -20,7 +20,7 @@ report: $(VENV)/ready
 	$(BIN)/lowrank run
 
 test: $(VENV)/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 bench: $(VENV)/ready
 	mkdir -p reports/latest

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not EXECUTABLE, reason="Chromium is not on this machine (Debian: apt-get install chromium)"),
 ]
 PAGES = ("index", "03_rank", "04_overfit")
-REFERENCE = sorted((PROJECT / "reports" / "reference").glob("*.html"))
+REFERENCE = sorted((PROJECT / "reports" / "reference").rglob("*.html"))
 WIDE = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 

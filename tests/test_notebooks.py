@@ -13,6 +13,7 @@ from lowrank_helpers.comparison import CHECKED, treatment
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.runner import notebook_names, notebook_path
 
+TOLERANCES = PROJECT / "docs" / "tolerances.md"
 LOWRANK = [sys.executable, "-m", "lowrank_helpers"]
 CHECK = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking", "--nbval-current-env"]
 
@@ -47,6 +48,19 @@ def test_at_least_four_fifths_of_the_printing_cells_are_checked():
         extents.update(treatment(cell, notebook).extent for cell in notebook.cells if cell.get("outputs"))
     assert extents.total() > 0, "no outputs are recorded; `lowrank record` records them"
     assert extents[CHECKED] >= 0.8 * extents.total(), extents
+
+
+def test_table_of_tolerances_is_of_these_notebooks():
+    lines = [line.strip("| ").split(" | ") for line in TOLERANCES.read_text().splitlines() if line.startswith("| ")]
+    argued = {(name, cell): tolerance for name, cell, *_, tolerance in lines[1:] if tolerance != "none"}
+    stated = {}
+    for name in notebook_names():
+        notebook = nbformat.read(notebook_path(name), as_version=4)
+        for cell in notebook.cells:
+            treated = treatment(cell, notebook)
+            if cell.get("outputs") and treated.extent == CHECKED and str(treated.tolerance) != "none":
+                stated[name, cell.id] = str(treated.tolerance)
+    assert stated and stated == argued
 
 
 @pytest.mark.parametrize("name", notebook_names())

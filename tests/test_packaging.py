@@ -28,7 +28,17 @@ PINNED = {
 }
 # Used without being imported: the kernel, the lab and its widgets' front end, what pandas writes Parquet with, the
 # linters and what types they need.
-TOOLS = {"ipykernel", "jupyterlab", "pyarrow", "mypy", "ruff", "pandas-stubs", "types-pyyaml", "types-tqdm"}
+TOOLS = {
+    "ipykernel",
+    "jupyterlab",
+    "pyarrow",
+    "mypy",
+    "ruff",
+    "pandas-stubs",
+    "pytest-xdist",
+    "types-pyyaml",
+    "types-tqdm",
+}
 
 
 def _version(pinned):
