@@ -9,16 +9,15 @@ Record the series, then run it under other conditions, and give this script the 
     python tests/tolerances.py --seeds reports/sweeps/seeds/points/seed=[1-4] \\
         --thread reports/one-thread --float32 reports/float32
 
-A cell's tolerance is the largest deviation from the recorded number that any of these runs shows, rounded up to 1, 2
-or 5 times a power of ten: for numbers of 1 and more the relative deviation, for smaller ones the absolute one. A
-machine that rounds otherwise draws, in effect, another order of the same sums; other seeds are the wider draw. A cell
-of which no run changes a number must agree exactly.
+A cell's tolerance is the least that allows all the deviations that these runs show, rounded up to 1, 2 or 5 times a
+power of ten, whether absolute, relative or the wider of both. A machine that rounds otherwise draws, in effect, another
+order of the same sums; other seeds are the wider draw. A cell of which no run changes a number must agree exactly.
 """
 
 import argparse
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
@@ -35,10 +34,10 @@ CONDITIONS = ("seeds", "thread", "float32")
 HEAD = """# Tolerances of the recorded outputs
 
 The recorded run has seed 0, two threads and matrix products in bfloat16. How far do its numbers move with other seeds
-({n_seeds} runs), with one thread, and in float32? Each column has the largest deviation of whole numbers, of decimals
-of at least 1 (relative, in per cent), and of decimals below 1 (absolute), where there is one. *Words*: in how many of
-the runs the text beside the numbers differs, as where a comparison comes out the other way. The tolerance of a cell is
-set from these by `tests/tolerances.py`, which says how. Checked cells that are not listed agree exactly in all runs.
+({n_seeds} runs), with one thread, and in float32? Each column has the largest deviation of whole numbers, then of
+decimals, absolute and relative to the recorded number, where there is one. *Words*: in how many of the runs
+the text beside the numbers differs, as where a comparison comes out the other way. The tolerance of a cell is set
+from these by `tests/tolerances.py`, which says how. Checked cells that are not listed agree exactly in all runs.
 
 | notebook | cell | seeds | one thread | float32 | words | tolerance |
 |---|---|---|---|---|---|---|
@@ -47,38 +46,54 @@ set from these by `tests/tolerances.py`, which says how. Checked cells that are 
 
 @dataclass
 class Watcher:
-    """Stands in for a tolerance: allows every number, and remembers how far each was from the recorded one."""
+    """Stands in for a tolerance: allows every number, and remembers by how much each is off the recorded one."""
 
-    whole: Decimal = Decimal(0)
-    relative: Decimal = Decimal(0)
-    absolute: Decimal = Decimal(0)
+    whole: list[Decimal] = field(default_factory=list)
+    decimal: list[tuple[Decimal, Decimal]] = field(default_factory=list)  # the recorded number's size, the gap
 
     def allows(self, recorded: str, new: str) -> bool:
         old, now = (Decimal(number.replace(",", "").replace("−", "-")) for number in (recorded, new))
-        gap = abs(now - old)
-        if not any(mark in recorded + new for mark in ".eE"):
-            self.whole = max(self.whole, gap)
+        if any(mark in recorded + new for mark in ".eE"):
+            self.decimal.append((abs(old), abs(now - old)))
         else:
-            # What is printed may flip its last digit however little the number changes.
-            place = Decimal(1).scaleb(int(old.as_tuple().exponent))
-            if abs(old) >= 1:
-                self.relative = max(self.relative, gap / abs(old), place / abs(old) if gap else Decimal(0))
-            else:
-                self.absolute = max(self.absolute, gap)
+            self.whole.append(abs(now - old))
         return True
 
     def __str__(self) -> str:
-        parts = [(self.whole, "{:,}"), (100 * self.relative, "{:.2g} %"), (self.absolute, "{:.2g}")]
-        return ", ".join(text.format(value) for value, text in parts if value) or "–"
+        whole = max(self.whole, default=0)
+        gap = max((gap for _, gap in self.decimal), default=0)
+        share = max((gap / size for size, gap in self.decimal if size), default=0)
+        parts = [f"{whole:,}" if whole else "", f"{gap:.2g} ({100 * share:.2g} %)" if gap else ""]
+        return "; ".join(filter(None, parts)) or "–"
 
 
-def rounded_up(value: Decimal) -> float | int:
+def rounded_up(value: Decimal) -> Decimal:
     """Return the least of 1, 2 and 5 times a power of ten that is not below a value."""
     if not value:
-        return 0
+        return value
     power = Decimal(10) ** math.floor(value.log10())
-    rounded = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value)
-    return int(rounded) if rounded == rounded.to_integral_value() else float(rounded)
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value)
+
+
+def tolerance(watchers: Sequence[Watcher]) -> dict[str, float | int]:
+    """Return the tolerance that allows all the deviations seen, and of the decimals as little else as can be."""
+    seen = [pair for watcher in watchers for pair in watcher.decimal]
+
+    def relative(absolute: Decimal) -> Decimal:
+        beyond = [(size, gap) for size, gap in seen if gap > absolute]
+        if any(size == 0 for size, _ in beyond):
+            return Decimal("Infinity")
+        return rounded_up(max((gap / size for size, gap in beyond), default=Decimal(0)))
+
+    def slack(absolute: Decimal) -> Decimal:
+        share = relative(absolute)
+        return sum((min(Decimal(1), max(absolute / size, share)) for size, _ in seen if size), Decimal(0))
+
+    candidates = {rounded_up(gap) for _, gap in seen} | {Decimal(0)}
+    absolute = min(sorted(candidates), key=slack)
+    whole = rounded_up(max((gap for watcher in watchers for gap in watcher.whole), default=Decimal(0)))
+    stated = {"relative": relative(absolute), "absolute": absolute, "integers": whole}
+    return {name: int(value) if value == int(value) else float(value) for name, value in stated.items() if value}
 
 
 def read(folder: Path, name: str) -> dict[str, NotebookNode]:
@@ -92,16 +107,6 @@ def watch(recorded: NotebookNode, runs: Iterable[NotebookNode]) -> tuple[Watcher
     for run in runs:
         worded += bool(differences(recorded.outputs, run.outputs, watcher))  # type: ignore[arg-type]
     return watcher, worded
-
-
-def tolerance(watchers: Sequence[Watcher]) -> dict[str, float | int]:
-    """Return the tolerance that allows all the deviations seen."""
-    largest = {
-        "relative": max(watcher.relative for watcher in watchers),
-        "absolute": max(watcher.absolute for watcher in watchers),
-        "integers": max(watcher.whole for watcher in watchers),
-    }
-    return {name: rounded_up(value) for name, value in largest.items() if value}
 
 
 def main() -> None:
