@@ -12,6 +12,7 @@ from scipy import stats
 
 from lowrank_helpers import cli, sweep, sweep_report
 from lowrank_helpers.data import PROJECT
+from lowrank_helpers.runner import notebook_names
 from lowrank_helpers.sweep import Shown, Sweep
 
 SHIPPED = sorted((PROJECT / "sweeps").glob("*.yaml"))
@@ -126,7 +127,9 @@ def test_shipped_sweeps_are_allowed_and_show_what_their_notebooks_file(file):
     definition = sweep.read(file)
     assert len(sweep.points(definition)) >= 5  # an interval needs seeds
     assert set(yaml.safe_load(file.read_text())) <= set(sweep.KEYS)
-    sources = "".join((PROJECT / "notebooks" / f"{name}.ipynb").read_text() for name in definition.notebooks)
+    sources = "".join(
+        (PROJECT / "notebooks" / f"{name}.ipynb").read_text() for name in definition.notebooks or notebook_names()
+    )
     for shown in definition.show:
         assert f'\\"{shown.finding}\\",' in sources
         assert f"{shown.quantity}=" in sources
