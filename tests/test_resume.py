@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+from interrupts import heed_interrupts
 
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.results import apart_from_time
@@ -103,6 +104,7 @@ def start(project: Path, *arguments: str, **options: Any) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed_interrupts,
         **options,
     )
 

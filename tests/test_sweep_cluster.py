@@ -22,6 +22,7 @@ import pandas as pd
 import psutil
 import pytest
 from click.testing import CliRunner
+from interrupts import heed_interrupts
 
 from lowrank_helpers.cli import main
 from lowrank_helpers.data import PROJECT
@@ -74,6 +75,7 @@ class Project:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_interrupts,
             **options,
         )
 
