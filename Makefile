@@ -20,7 +20,7 @@ report: $(VENV)/ready
 	$(BIN)/lowrank run
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest
 
 bench: $(VENV)/ready
 	mkdir -p reports/latest

@@ -35,7 +35,6 @@ TOOLS = {
     "mypy",
     "ruff",
     "pandas-stubs",
-    "pytest-xdist",
     "types-pyyaml",
     "types-tqdm",
 }
