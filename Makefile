@@ -8,7 +8,7 @@ PYTHON ?= python3
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
 	@echo "make test     run the tests; with MNIST at hand, re-execute and check the recorded notebooks too"
-	@echo "make bench    run the benchmarks, twenty minutes on MNIST; print the tables and save them in reports/latest/"
+	@echo "make bench    run the benchmarks, which takes long; print the tables and save them in reports/latest/"
 	@echo "make lab      open JupyterLab in notebooks/"
 	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
 	@echo "make lint     ruff and mypy"

@@ -52,9 +52,9 @@ class Tolerance:
 
     def allows(self, recorded: str, new: str) -> bool:
         """Say whether a number, as printed, is near enough to the recorded one."""
-        whole = not re.search("[.eE]", recorded + new)
-        allowed = self.integers if whole else max(self.absolute, self.relative * abs(_value(recorded)))
-        return abs(_value(new) - _value(recorded)) <= allowed
+        old, now = printed_value(recorded), printed_value(new)
+        allowed = self.integers if are_whole(recorded, new) else max(self.absolute, self.relative * abs(old))
+        return abs(now - old) <= allowed
 
     def __str__(self) -> str:
         stated = [f"{field.name} {getattr(self, field.name)}" for field in fields(self) if getattr(self, field.name)]
@@ -176,5 +176,11 @@ def _words(text: str) -> list[str]:
     return [re.sub(" +", " ", words).rstrip(" ") for words in NUMBER.split(text)]
 
 
-def _value(number: str) -> Decimal:
+def are_whole(recorded: str, new: str) -> bool:
+    """Say whether two numbers are both printed without decimal point and exponent."""
+    return not re.search("[.eE]", recorded + new)
+
+
+def printed_value(number: str) -> Decimal:
+    """Return the value of a number as printed, with or without commas between thousands."""
     return Decimal(number.replace(",", "").replace("−", "-"))

@@ -24,7 +24,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from lowrank_helpers.comparison import CHECKED, differences, treatment
+from lowrank_helpers.comparison import CHECKED, are_whole, differences, printed_value, treatment
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.runner import notebook_names, notebook_path
 from lowrank_helpers.store import write_atomically
@@ -52,11 +52,11 @@ class Watcher:
     decimal: list[tuple[Decimal, Decimal]] = field(default_factory=list)  # the recorded number's size, the gap
 
     def allows(self, recorded: str, new: str) -> bool:
-        old, now = (Decimal(number.replace(",", "").replace("−", "-")) for number in (recorded, new))
-        if any(mark in recorded + new for mark in ".eE"):
-            self.decimal.append((abs(old), abs(now - old)))
-        else:
+        old, now = printed_value(recorded), printed_value(new)
+        if are_whole(recorded, new):
             self.whole.append(abs(now - old))
+        else:
+            self.decimal.append((abs(old), abs(now - old)))
         return True
 
     def __str__(self) -> str:
