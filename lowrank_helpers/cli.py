@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from lowrank_helpers import parameters, report, results, runner
+from lowrank_helpers.__main__ import INTERRUPTED
 from lowrank_helpers.data import PROJECT, DatasetError
 from lowrank_helpers.parameters import ParameterError
 from lowrank_helpers.results import Outcome
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lowrank_helpers.sweep import Ended, Point, Sweep
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 CERTIFICATE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -267,6 +267,7 @@ def _followed(progress: Iterator[tuple[list["Ended"], int]], n_points: int) -> I
     bar = tqdm(
         total=n_points,
         file=sys.stderr if terminal else io.StringIO(),
+        disable=False,  # though the environment hides bars: this line alone says how the sweep stands
         bar_format="{desc}, {remaining} left",
         smoothing=0,  # points are few: their mean tells more than the last ones
     )

@@ -106,8 +106,20 @@ def run_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
         for leftover in folder.rglob(f".*{TEMPORARY}*"):
             leftover.unlink()
         # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
-        os.environ |= {RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}
-        yield folder
+        with _environment({RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}):
+            yield folder
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for what starts meanwhile, and leave no trace of them."""
+    before = dict(os.environ)
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 @contextmanager

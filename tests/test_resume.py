@@ -203,9 +203,11 @@ def test_killed_kernel_is_a_failed_notebook_and_resume_runs_it(project, referenc
 
 
 def test_second_run_into_a_folder_says_who_holds_it(project):
+    environment = dict(os.environ)
     with run_folder(project / "out"):
         process = start(project)
         shown, _ = process.communicate(timeout=60)
+    assert dict(os.environ) == environment
     assert process.returncode == 1
     assert f"in use by process {os.getpid()}" in shown
     assert "Traceback" not in shown

@@ -202,7 +202,8 @@ def test_sweep_stopped_by_ctrl_c_resumes_and_ends(reference):
     assert len(list((reference / "networks").glob("*.safetensors"))) == 3, "the common network was made once"
 
 
-def test_failing_point_is_tried_twice_reported_and_stops_no_other(project, cluster, tmp_path):
+def test_failing_point_is_tried_twice_reported_and_stops_no_other(project, cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # hides bars, but not this line
     out = tmp_path / "out"
     with project.told("fail 1"):
         shown = finish(project.sweep("-g", "seed=0..1", "--scheduler", cluster.address, "-o", out), 1)
