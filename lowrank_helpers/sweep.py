@@ -306,6 +306,7 @@ def run(client: Client, points: Sequence[Point], folder: Path) -> Iterator[tuple
             except TimeoutError:
                 ended = set()
             yield [_ended(futures.pop(future), future) for future in ended], _n_running(client)
+        runner.remove_leftovers(folder / "networks")  # of workers that were killed
     except (OSError, CancelledError) as error:
         raise ClusterError(f"the scheduler at {client.scheduler.address} is lost; add --resume to go on") from error
     except ModuleNotFoundError as error:
