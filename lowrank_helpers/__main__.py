@@ -7,6 +7,8 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; an interruption leaves no traceback, not even while PyTorch is being imported."""
+    # nbformat imports jsonschema, which would compile grammars for over a second to check a format no notebook has.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     try:
         from lowrank_helpers import cli
 

@@ -16,7 +16,7 @@ import nbformat
 from filelock import FileLock, Timeout
 from traitlets.config import Config
 
-from lowrank_helpers import data, parameters
+from lowrank_helpers import data, kernels, parameters
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.parameters import ParameterError
 from lowrank_helpers.results import Outcome, findings_file, read_findings
@@ -103,11 +103,16 @@ def run_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
         The folder cannot be written, or another run holds it.
     """
     with held(folder, wait=wait) as folder:
-        for leftover in folder.rglob(f".*{TEMPORARY}*"):
-            leftover.unlink()
+        remove_leftovers(folder)
         # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
-        with _environment({RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}):
+        with _environment({RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}), kernels.nursery():
             yield folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing below a folder; nothing else may be writing there."""
+    for leftover in folder.rglob(f".*{TEMPORARY}*"):
+        leftover.unlink()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
-from interrupts import heed_interrupts
+from processes import heed_interrupts, kernels
 
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.results import apart_from_time
@@ -130,11 +130,6 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen) -> Any:
     return value
 
 
-def kernels(process: subprocess.Popen) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
-
-
 def test_reference_holds_what_was_asked(reference):
     assert set(reference["notebooks"]) == set(NOTEBOOKS)
     assert set(reference["findings"]) == {"2.1", "2.1/took", "2.2", "2.2/took"}
@@ -149,22 +144,22 @@ def test_order_and_repetition_change_nothing(fresh, reference):
     assert found(fresh) == reference
 
 
-# What to wait for in the run's folder, and what then hits the run.
+# What to wait for in the run's folder or process, and what then hits the run.
 STOPS = {
-    "starting": (lambda out: (out / ".lock").exists(), signal.SIGKILL),
-    "executing": (lambda out: (out / ".01_first.tmp.ipynb").exists(), signal.SIGINT),
-    "trained": (lambda out: any((out / "networks").glob("*.safetensors")), signal.SIGKILL),
-    "between notebooks": (lambda out: (out / "01_first.ipynb").exists(), signal.SIGINT),
-    "rendering": (lambda out: (out / "03_conclusions.ipynb").exists(), signal.SIGKILL),
-    "rendered": (lambda out: (out / "03_conclusions.html").exists(), signal.SIGKILL),
+    "starting": (lambda out, _: (out / ".lock").exists(), signal.SIGKILL),
+    "executing": (lambda _, pid: kernels(pid), signal.SIGINT),
+    "trained": (lambda out, _: any((out / "networks").glob("*.safetensors")), signal.SIGKILL),
+    "between notebooks": (lambda out, _: (out / "01_first.ipynb").exists(), signal.SIGINT),
+    "rendering": (lambda out, _: (out / "03_conclusions.ipynb").exists(), signal.SIGKILL),
+    "rendered": (lambda out, _: (out / "03_conclusions.html").exists(), signal.SIGKILL),
 }
 
 
 def test_run_stopped_again_and_again_resumes_to_the_same_results(fresh, reference):
     for moment, (reached, stop) in STOPS.items():
         process = start(fresh, "--resume")
-        wait_for(lambda reached=reached: reached(fresh / "out"), process)
-        left = kernels(process)
+        wait_for(lambda reached=reached, pid=process.pid: reached(fresh / "out", pid), process)
+        left = kernels(process.pid)
         process.send_signal(stop)
         shown, _ = process.communicate(timeout=60)
         assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL), (moment, shown)
@@ -192,7 +187,7 @@ def test_interrupted_while_importing_leaves_no_traceback(fresh):
 def test_killed_kernel_is_a_failed_notebook_and_resume_runs_it(project, reference):
     (project / "out" / "01_first.ipynb").unlink()
     process = start(project, "--resume")
-    wait_for(lambda: kernels(process), process)[0].kill()
+    wait_for(lambda: kernels(process.pid), process)[0].kill()
     shown, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "Traceback" not in shown

@@ -22,10 +22,11 @@ import pandas as pd
 import psutil
 import pytest
 from click.testing import CliRunner
-from interrupts import heed_interrupts
+from processes import heed_interrupts, kernels
 
 from lowrank_helpers.cli import main
 from lowrank_helpers.data import PROJECT
+from lowrank_helpers.store import TEMPORARY
 from lowrank_helpers.sweep import ClusterError, connected
 
 PARAMETERS = 'dataset = "digits"\ndata_dir = ""\nseed = 0\ndevice = "cpu"\nprecision = "float32"'
@@ -139,12 +140,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 def busy(cluster: Cluster) -> list[psutil.Process]:
-    return [worker for worker in cluster.workers if kernels(worker)]
-
-
-def kernels(process: psutil.Process) -> list[psutil.Process]:
-    children = process.children(recursive=True)
-    return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
+    return [worker for worker in cluster.workers if kernels(worker.pid)]
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -243,7 +239,9 @@ def test_killed_client_and_killed_worker_lose_no_point(project, cluster, referen
         process = project.sweep(*arguments, "--resume")
         wait_for(project.begun)
         (killed,) = busy(cluster)
-        (orphan,) = kernels(killed)
+        (orphan,) = kernels(killed.pid)
+        leftover = out / "networks" / f".of-the-killed{TEMPORARY}"
+        leftover.write_bytes(b"half a network")
         killed.kill()
         assert psutil.wait_procs([orphan], timeout=5)[1] == [], "it would write into a folder that is another's now"
         wait_for(lambda: len(project.begun()) == 2)
@@ -256,6 +254,7 @@ def test_killed_client_and_killed_worker_lose_no_point(project, cluster, referen
     both = found[found["seed"] < 2].reset_index(drop=True)
     pd.testing.assert_frame_equal(both, untimed(reference))
     assert len(list((out / "networks").glob("*.safetensors"))) == 4
+    assert not leftover.exists()
 
 
 def test_unreachable_scheduler_is_an_error_within_ten_seconds(tmp_path):

@@ -1,0 +1,17 @@
+"""What the tests that interrupt and kill need of processes."""
+
+import signal
+
+import psutil
+
+
+def heed_interrupts() -> None:
+    """Undo, before a process starts, that programs in the background of a script ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def kernels(pid: int) -> list[psutil.Process]:
+    """Return the kernels that a process has: the children of its nursery."""
+    children = psutil.Process(pid).children()
+    nurseries = [child for child in children if "lowrank_helpers.kernels" in child.cmdline()]
+    return [kernel for nursery in nurseries for kernel in nursery.children()]

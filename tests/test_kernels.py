@@ -1,0 +1,88 @@
+"""Kernels forked from the nursery: separate processes that have imported already and that outlive nothing."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
+from jupyter_client.manager import KernelManager, start_new_kernel
+
+from lowrank_helpers import kernels
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def opened() -> Iterator[None]:
+    with kernel() as (manager, client):  # started as ever
+        assert psutil.Process(manager.provisioner.pid).ppid() == os.getpid()
+        assert printed(client, "import sys; print('torch' in sys.modules)") == "False"
+    with kernels.nursery():
+        yield
+    with kernel() as (manager, _):
+        assert psutil.Process(manager.provisioner.pid).ppid() == os.getpid()
+
+
+@contextmanager
+def kernel(**options) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+    manager, client = start_new_kernel(**options)
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def printed(client: BlockingKernelClient, source: str) -> str:
+    texts = []
+    client.execute_interactive(
+        source, timeout=30, output_hook=lambda message: texts.append(message["content"].get("text", ""))
+    )
+    return "".join(texts).strip()
+
+
+def test_kernel_has_imported_and_shares_nothing_else(tmp_path):
+    with kernel(cwd=tmp_path, env=os.environ | {"GREETING": "hello"}) as (_, first), kernel() as (_, second):
+        assert printed(first, "import sys; print('torch' in sys.modules)") == "True"
+        assert printed(first, "import os; print(os.environ['GREETING'], os.getcwd())") == f"hello {tmp_path}"
+        printed(first, "import torch; torch.set_num_threads(7); sys.left_behind = True")
+        assert printed(second, "import sys, torch; print(hasattr(sys, 'left_behind'), torch.get_num_threads())") == (
+            "False 1"
+        )
+
+
+def test_figures_are_drawn_inline():
+    with kernel() as (_, client):
+        assert printed(client, "import matplotlib; print(matplotlib.get_backend())").endswith("inline")
+
+
+def test_kernel_can_be_interrupted():
+    with kernel() as (manager, client):
+        message = client.execute("import time\ntime.sleep(60)")
+        while client.get_iopub_msg(timeout=30)["header"]["msg_type"] != "execute_input":
+            pass
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=30)["parent_header"]["msg_id"] == message
+        assert printed(client, "print('alive')") == "alive"
+
+
+def test_death_of_a_kernel_is_seen():
+    with kernel() as (manager, _):
+        os.kill(manager.provisioner.pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(manager.provisioner.pid)], timeout=5)
+        assert not manager.is_alive()
+        assert manager.provisioner.process.poll() == -signal.SIGKILL
+
+
+def test_kernels_end_with_the_nursery():
+    with kernels.nursery():
+        manager, client = start_new_kernel()
+        left = psutil.Process(manager.provisioner.pid)
+        client.stop_channels()
+    assert psutil.wait_procs([left], timeout=5)[1] == []
+    with pytest.raises(RuntimeError, match="the process that starts kernels has died"):
+        manager.is_alive()
