@@ -3,9 +3,8 @@
 PyTorch and the plotting stack take a fresh kernel seconds to import, eight times in a series. Here a *nursery*
 imports them once, and each kernel is a fork of it: a process of its own, as separate from the others as ever.
 
-Where a nursery is open, Jupyter takes its kernels from there, as this module is a kernel provisioner to it
-(https://jupyter-client.readthedocs.io/en/stable/provisioning.html); JupyterLab and others start theirs as they always
-do.
+To Jupyter this module is a kernel provisioner, which only the runs of this package choose
+(https://jupyter-client.readthedocs.io/en/stable/provisioning.html); JupyterLab starts its kernels as it always does.
 """
 
 import importlib
@@ -25,41 +24,44 @@ PROVISIONER = "lowrank-nursery"  # as pyproject.toml registers it
 IMPORTED = ("ipykernel.kernelapp", "ipykernel.zmqshell", "pandas", "lowrank_helpers.plots", "lowrank_helpers.run")
 PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a kernel sets it before it imports
 
-_nursery: "Nursery | None" = None
+_nursery: "Nursery | None" = None  # of this process, from the first kernel on
 
 
 @contextmanager
-def nursery() -> Iterator[None]:
-    """Open a nursery for the kernels that this process starts meanwhile.
+def forked() -> Iterator[None]:
+    """Let this process take the kernels that it starts meanwhile from its nursery.
 
     Only Linux forks a process with such libraries safely; elsewhere kernels start as they always do.
     """
-    global _nursery
-    if sys.platform != "linux":
-        yield
-        return
-    outer, _nursery = _nursery, Nursery()
     factory = KernelProvisionerFactory.instance()
-    usual, factory.default_provisioner_name = factory.default_provisioner_name, PROVISIONER
+    usual = factory.default_provisioner_name
+    if sys.platform == "linux":
+        factory.default_provisioner_name = PROVISIONER
     try:
         yield
     finally:
         factory.default_provisioner_name = usual
-        _nursery.close()
-        _nursery = outer
 
 
 class Nursery:
     """The process that imports and forks, seen from the one that wants kernels. It ends with it."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=PLOTTING | os.environ,
             start_new_session=True,  # Ctrl-C in the terminal is not for it
         )
+
+    @classmethod
+    def open(cls) -> "Nursery":
+        """Return this process's nursery, a new one if there is none or it has died."""
+        global _nursery
+        if _nursery is None or _nursery.process.poll() is not None:
+            _nursery = cls()
+        return _nursery
 
     def ask(self, **request: Any) -> Any:
         """Send a request and return the answer.
@@ -69,18 +71,13 @@ class Nursery:
         RuntimeError
             The process has died.
         """
-        assert self._process.stdin and self._process.stdout
+        assert self.process.stdin and self.process.stdout
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, ValueError) as error:
             raise RuntimeError("the process that starts kernels has died") from error
-
-    def close(self) -> None:
-        """End the process; kernels that are left see it and end too."""
-        self._process.kill()
-        self._process.communicate()
 
 
 class Provisioner(LocalProvisioner):
@@ -88,8 +85,7 @@ class Provisioner(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """Start a kernel; ``cmd`` is ``python -m ipykernel_launcher`` with its arguments."""
-        assert _nursery
-        kernel = Forked(_nursery, arguments=cmd[cmd.index("-m") + 2 :], options=kwargs)
+        kernel = Forked(Nursery.open(), arguments=cmd[cmd.index("-m") + 2 :], options=kwargs)
         self.process = kernel  # type: ignore[assignment]  # has what the base class uses of a Popen
         self.pid = self.pgid = kernel.pid
         self.cwd = kwargs.get("cwd", Path.cwd())

@@ -105,7 +105,7 @@ def run_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     with held(folder, wait=wait) as folder:
         remove_leftovers(folder)
         # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
-        with _environment({RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}), kernels.nursery():
+        with _environment({RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}), kernels.forked():
             yield folder
 
 

@@ -12,6 +12,6 @@ def heed_interrupts() -> None:
 
 def kernels(pid: int) -> list[psutil.Process]:
     """Return the kernels that a process has: the children of its nursery."""
-    children = psutil.Process(pid).children()
-    nurseries = [child for child in children if "lowrank_helpers.kernels" in child.cmdline()]
+    commands = {child: child.as_dict(["cmdline"])["cmdline"] or [] for child in psutil.Process(pid).children()}
+    nurseries = [child for child, command in commands.items() if "lowrank_helpers.kernels" in command]
     return [kernel for nursery in nurseries for kernel in nursery.children()]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ def opened() -> Iterator[None]:
     with kernel() as (manager, client):  # started as ever
         assert psutil.Process(manager.provisioner.pid).ppid() == os.getpid()
         assert printed(client, "import sys; print('torch' in sys.modules)") == "False"
-    with kernels.nursery():
+    with kernels.forked():
         yield
     with kernel() as (manager, _):
         assert psutil.Process(manager.provisioner.pid).ppid() == os.getpid()
@@ -78,11 +79,19 @@ def test_death_of_a_kernel_is_seen():
         assert manager.provisioner.process.poll() == -signal.SIGKILL
 
 
-def test_kernels_end_with_the_nursery():
-    with kernels.nursery():
-        manager, client = start_new_kernel()
-        left = psutil.Process(manager.provisioner.pid)
-        client.stop_channels()
-    assert psutil.wait_procs([left], timeout=5)[1] == []
+def test_kernels_end_with_the_nursery_and_the_next_ones_get_another():
+    manager, client = start_new_kernel()
+    client.stop_channels()
+    kernels.Nursery.open().process.kill()
+    assert psutil.wait_procs([psutil.Process(manager.provisioner.pid)], timeout=5)[1] == []
     with pytest.raises(RuntimeError, match="the process that starts kernels has died"):
         manager.is_alive()
+    with kernel() as (_, client):
+        assert printed(client, "print('alive')") == "alive"
+
+
+def test_nursery_ends_with_its_process():
+    opener = "from lowrank_helpers.kernels import Nursery; print(Nursery.open().process.pid)"
+    done = subprocess.run([sys.executable, "-c", opener], capture_output=True, text=True, check=True)
+    pid = int(done.stdout)
+    assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)[1] == []
