@@ -1,6 +1,7 @@
 """What the tests that interrupt and kill need of processes."""
 
 import signal
+from contextlib import suppress
 
 import psutil
 
@@ -12,6 +13,11 @@ def heed_interrupts() -> None:
 
 def kernels(pid: int) -> list[psutil.Process]:
     """Return the kernels that a process has: the children of its nursery."""
-    commands = {child: child.as_dict(["cmdline"])["cmdline"] or [] for child in psutil.Process(pid).children()}
-    nurseries = [child for child, command in commands.items() if "lowrank_helpers.kernels" in command]
+    nurseries = filter(_is_nursery, psutil.Process(pid).children())
     return [kernel for nursery in nurseries for kernel in nursery.children()]
+
+
+def _is_nursery(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # children such as git come and go
+        return "lowrank_helpers.kernels" in process.cmdline()
+    return False
