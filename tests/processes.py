@@ -1,5 +1,6 @@
 """What the tests that interrupt and kill need of processes."""
 
+import os
 import signal
 from contextlib import suppress
 
@@ -12,12 +13,10 @@ def heed_interrupts() -> None:
 
 
 def kernels(pid: int) -> list[psutil.Process]:
-    """Return the kernels that a process has: the children of its nursery."""
-    nurseries = filter(_is_nursery, psutil.Process(pid).children())
-    return [kernel for nursery in nurseries for kernel in nursery.children()]
-
-
-def _is_nursery(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):  # children such as git come and go
-        return "lowrank_helpers.kernels" in process.cmdline()
-    return False
+    """Return the kernels that a process has: what its nursery forked; other children, such as git, come and go."""
+    kernels = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if "lowrank_helpers.kernels" in child.cmdline():
+                kernels += [kernel for kernel in child.children() if os.getsid(kernel.pid) == kernel.pid]
+    return kernels
