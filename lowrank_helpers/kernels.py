@@ -1,6 +1,6 @@
 """Kernels that start at once: forked from a process that has imported what notebooks import.
 
-PyTorch and the plotting stack take a fresh kernel seconds to import, eight times in a series. Here a *nursery*
+PyTorch and Matplotlib take a fresh kernel seconds to import, eight times in a series. Here a *nursery*
 imports them once, and each kernel is a fork of it: a process of its own, as separate from the others as ever.
 
 To Jupyter this module is a kernel provisioner, which only the runs of this package choose
@@ -21,7 +21,8 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 PROVISIONER = "lowrank-nursery"  # as pyproject.toml registers it
-IMPORTED = ("ipykernel.kernelapp", "ipykernel.zmqshell", "pandas", "lowrank_helpers.plots", "lowrank_helpers.run")
+# Not pandas, which shows tables otherwise where it is not imported in a kernel.
+IMPORTED = ("ipykernel.kernelapp", "ipykernel.zmqshell", "lowrank_helpers.plots", "lowrank_helpers.run")
 PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a kernel sets it before it imports
 
 _nursery: "Nursery | None" = None  # of this process, from the first kernel on

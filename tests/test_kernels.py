@@ -56,8 +56,9 @@ def test_kernel_has_imported_and_shares_nothing_else(tmp_path):
         )
 
 
-def test_figures_are_drawn_inline():
+def test_libraries_know_that_they_are_in_a_kernel():
     with kernel() as (_, client):
+        assert printed(client, "import pandas; print(pandas.get_option('display.max_columns'))") == "20"
         assert printed(client, "import matplotlib; print(matplotlib.get_backend())").endswith("inline")
 
 
