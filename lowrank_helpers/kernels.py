@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -146,19 +147,21 @@ def _fork(arguments: list[str], environment: dict[str, str], folder: str) -> int
 def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str) -> NoReturn:
     from ipykernel import kernelapp
 
-    os.setsid()
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ |= environment
-    # Requests and answers are the nursery's alone.
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
-    sys.path.pop(0)  # where the nursery was started; the kernel puts its own folder there
-    sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}"]
     code = 1
     try:
+        os.setsid()
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ |= environment
+        # Requests and answers are the nursery's alone.
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)
+        sys.path.pop(0)  # where the nursery was started; the kernel puts its own folder there
+        sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}"]
         kernelapp.launch_new_instance()
         code = 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(code)  # what is left on the stack is the nursery's
 
