@@ -1,1 +1,5 @@
-"""Helpers of the series: data, models, training, rank, factorization, LoRA, and how notebooks run."""
+"""The science of the series: data, models, training, rank, factorization, LoRA, subspaces, statistics, costs, plots.
+
+These modules work on any tensors and networks and import nothing from the packages below, which run notebooks
+(``series``), render them (``report``) and check them (``checking``).
+"""

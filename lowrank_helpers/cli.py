@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from tqdm import tqdm
 
-from lowrank_helpers import parameters, report, results, runner
 from lowrank_helpers.__main__ import INTERRUPTED
 from lowrank_helpers.data import PROJECT, DatasetError
-from lowrank_helpers.parameters import ParameterError
-from lowrank_helpers.results import Outcome
-from lowrank_helpers.runner import RunFolderError
+from lowrank_helpers.report import index
+from lowrank_helpers.series import execution, parameters, results
+from lowrank_helpers.series.execution import RunFolderError
+from lowrank_helpers.series.parameters import ParameterError
+from lowrank_helpers.series.results import Outcome
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from lowrank_helpers.sweep import Ended, Point, Sweep
+    from lowrank_helpers.series.sweep import Ended, Point, Sweep
 
 BAD_INPUT = 2
 CERTIFICATE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -51,7 +52,7 @@ def _parameters_from(pairs: tuple[tuple[str, str], ...], file: Path | None) -> d
 
 def _choices() -> str:
     """List what ``run`` can be given, for its help."""
-    notebooks = "".join(f"\n  {name}" for name in runner.notebook_names())
+    notebooks = "".join(f"\n  {name}" for name in execution.notebook_names())
     rules = "".join(f"\n  {name:18} {rule.allowed}" for name, rule in parameters.RULES.items())
     return f"\b\nNotebooks:{notebooks}\n\n\b\nParameters, each for the notebooks that declare it:{rules}"
 
@@ -95,7 +96,7 @@ def run(
       lowrank run -f mine.yaml -p seed 1
     """  # noqa: D301
     try:
-        planned = runner.plan(notebooks, _parameters_from(pairs, file))
+        planned = execution.plan(notebooks, _parameters_from(pairs, file))
     except ParameterError as error:
         _fail(str(error))
     _run(planned, output, resume)
@@ -157,7 +158,7 @@ def sweep(
       lowrank sweep -f sweeps/widths.yaml --resume
       lowrank sweep -f sweeps/ranks.yaml --scheduler tcp://node7:8786
     """  # noqa: D301
-    from lowrank_helpers import sweep as sweeps  # here: other commands need not wait for the import of Dask
+    from lowrank_helpers.series import sweep as sweeps  # here: other commands need not wait for the import of Dask
 
     tls = [part for part in (tls_ca_file, tls_cert, tls_key) if part]
     if tls and not (scheduler and len(tls) == 3):
@@ -174,9 +175,9 @@ def sweep(
     output = output or PROJECT / "reports" / "sweeps" / name
     _sweep(definition, points, output, resume, sweeps.connected(scheduler, workers=workers, tls=tls))
     if recorded:
-        from lowrank_helpers import sweep_report
+        from lowrank_helpers.report import sweep_pages
 
-        sweep_report.publish(output, PROJECT / "reports" / "reference" / "sweeps" / name)
+        sweep_pages.publish(output, PROJECT / "reports" / "reference" / "sweeps" / name)
         click.echo(f"Recorded in reports/reference/sweeps/{name}/.")
 
 
@@ -184,9 +185,9 @@ def sweep(
 def record() -> None:
     """Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/."""
     latest = PROJECT / "reports" / "latest"
-    _run(runner.plan((), {}), latest, resume=False)
-    runner.record(latest)
-    report.publish(latest, PROJECT / "reports" / "reference")
+    _run(execution.plan((), {}), latest, resume=False)
+    execution.record(latest)
+    index.publish(latest, PROJECT / "reports" / "reference")
     click.echo("Recorded in notebooks/ and reports/reference/.")
 
 
@@ -195,11 +196,13 @@ def record() -> None:
 def check(notebooks: tuple[str, ...]) -> None:
     """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones."""
     try:
-        from lowrank_helpers import checking  # here, not above: pytest and nbval come with the extra `test` alone
+        from lowrank_helpers.checking import (
+            plugin,  # here, not above: pytest and nbval come with the extra `test` alone
+        )
     except ModuleNotFoundError as error:
         _fail(f"`lowrank check` needs {error.name}: pip install 'lowrank-helpers[test]'", code=1)
     try:
-        sys.exit(checking.check(notebooks))
+        sys.exit(plugin.check(notebooks))
     except (ParameterError, DatasetError) as error:
         _fail(str(error))
 
@@ -208,15 +211,15 @@ def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None
     """Execute, gather and render; exit with 1 if a notebook failed."""
     outcomes: list[Outcome] = []
     try:
-        with runner.run_folder(output) as folder:
-            if runner.settle_dataset(planned) == "digits":
+        with execution.run_folder(output) as folder:
+            if execution.settle_dataset(planned) == "digits":
                 _warn_of_digits()
             try:
-                for outcome in runner.execute(planned, folder, resume=resume):
+                for outcome in execution.execute(planned, folder, resume=resume):
                     outcomes.append(outcome)
             finally:
                 if outcomes:
-                    report.render(folder, results.gather(folder, outcomes))
+                    index.render(folder, results.gather(folder, outcomes))
     except DatasetError as error:
         _fail(str(error))
     except RunFolderError as error:
@@ -231,11 +234,11 @@ def _sweep(
     definition: "Sweep", points: list["Point"], output: Path, resume: bool, cluster: AbstractContextManager["Client"]
 ) -> None:
     """Run points on a cluster, gather table and page; exit with 1 if a point failed."""
-    from lowrank_helpers import sweep as sweeps
+    from lowrank_helpers.series import sweep as sweeps
 
     ended: list[Ended] = []
     try:
-        with runner.held(output) as folder:
+        with execution.held(output) as folder:
             if "digits" in sweeps.settle_datasets(points):
                 _warn_of_digits()
             with cluster as client:
@@ -243,9 +246,9 @@ def _sweep(
                 for news in _followed(sweeps.run(client, points, folder), len(points)):
                     ended += news
             failed = {end.point.name: end.error for end in ended if end.error}
-            from lowrank_helpers import sweep_report  # here, as what draws takes seconds to import
+            from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import
 
-            sweep_report.write(folder, definition, points, failed)
+            sweep_pages.write(folder, definition, points, failed)
     except DatasetError as error:
         _fail(str(error))
     except (RunFolderError, sweeps.ClusterError) as error:

@@ -17,6 +17,6 @@ def kernels(pid: int) -> list[psutil.Process]:
     kernels = []
     for child in psutil.Process(pid).children():
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if "lowrank_helpers.kernels" in child.cmdline():
+            if "lowrank_helpers.series.kernels" in child.cmdline():
                 kernels += [kernel for kernel in child.children() if os.getsid(kernel.pid) == kernel.pid]
     return kernels

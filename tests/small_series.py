@@ -7,13 +7,15 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lowrank_helpers import report, results, runner
+from lowrank_helpers.report import index
+from lowrank_helpers.series import execution, results
 
 PARAMETERS = 'dataset = "digits"\nseed = 3'
 SETUP = (
     "import pandas as pd\n"
-    "from lowrank_helpers import models, panel, plots\n"
-    "from lowrank_helpers.run import Run\n"
+    "from lowrank_helpers import models, plots\n"
+    "from lowrank_helpers.report import panel\n"
+    "from lowrank_helpers.series.run import Run\n"
     'run = Run("{name}", dataset=dataset, data_dir="", seed=seed, device="cpu", precision="float32")'
 )
 THEORY = r"""## Theory
@@ -75,7 +77,7 @@ def run_and_render(sources: Path, folder: Path) -> None:
     sources.mkdir()
     nbformat.write(rank_notebook(), sources / "03_rank.ipynb")
     nbformat.write(failing, sources / "04_overfit.ipynb")
-    with pytest.MonkeyPatch.context() as patch, runner.run_folder(folder):
-        patch.setattr(runner, "NOTEBOOK_FOLDER", sources)
-        outcomes = list(runner.execute({"03_rank": {"seed": 5}, "04_overfit": {}}, folder))
-        report.render(folder, results.gather(folder, outcomes))
+    with pytest.MonkeyPatch.context() as patch, execution.run_folder(folder):
+        patch.setattr(execution, "NOTEBOOK_FOLDER", sources)
+        outcomes = list(execution.execute({"03_rank": {"seed": 5}, "04_overfit": {}}, folder))
+        index.render(folder, results.gather(folder, outcomes))

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect
 from small_series import panel_notebook
 
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.run import RUN_DIR_VARIABLE
+from lowrank_helpers.series.run import RUN_DIR_VARIABLE
 
 pytestmark = [
     pytest.mark.browser,

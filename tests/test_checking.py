@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from nbclient import NotebookClient
 
-from lowrank_helpers.comparison import MetadataError, Tolerance, compare_text, treatment
+from lowrank_helpers.checking.comparison import MetadataError, Tolerance, compare_text, treatment
 
 FIGURE = """
 import io
@@ -49,7 +49,15 @@ def check(recorded: nbformat.NotebookNode, folder: Path) -> tuple[dict[str, str]
     file, report = folder / "recorded.ipynb", folder / "report.xml"
     nbformat.write(recorded, file)
     before = file.read_bytes()
-    command = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking", f"--junitxml={report}", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "lowrank_helpers.checking.plugin",
+        f"--junitxml={report}",
+        str(file),
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert file.read_bytes() == before, "the recorded notebook was altered"
     assert report.exists(), done.stdout + done.stderr

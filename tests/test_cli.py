@@ -11,9 +11,10 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
-from lowrank_helpers import cli, runner
+from lowrank_helpers import cli
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.parameters import parse
+from lowrank_helpers.series import execution
+from lowrank_helpers.series.parameters import parse
 
 LOWRANK = Path(sys.executable).with_name("lowrank")
 
@@ -39,7 +40,7 @@ def own_notebooks(monkeypatch, tmp_path):
     """A series of the test's own instead of the project's."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(runner, "NOTEBOOK_FOLDER", folder)
+    monkeypatch.setattr(execution, "NOTEBOOK_FOLDER", folder)
     return folder
 
 
@@ -162,13 +163,13 @@ def test_command_line_goes_over_file_and_each_notebook_gets_what_it_declares(own
 def test_help_lists_notebooks_parameters_and_examples():
     result = _lowrank("run", "--help")
     assert result.exit_code == 0
-    for part in [*runner.notebook_names(), *cli.parameters.RULES, "\n    lowrank run -f mine.yaml -p seed 1\n"]:
+    for part in [*execution.notebook_names(), *cli.parameters.RULES, "\n    lowrank run -f mine.yaml -p seed 1\n"]:
         assert part in result.output
 
 
 def test_the_readmes_parameter_file_is_accepted():
     (example,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
-    planned = runner.plan((), parse(example, "README.md"))
+    planned = execution.plan((), parse(example, "README.md"))
     assert planned["02_train"]["learning_rate"] == 1e-3
 
 

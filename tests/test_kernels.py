@@ -12,7 +12,7 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager, start_new_kernel
 
-from lowrank_helpers import kernels
+from lowrank_helpers.series import kernels
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
 
@@ -92,7 +92,7 @@ def test_kernels_end_with_the_nursery_and_the_next_ones_get_another():
 
 
 def test_nursery_ends_with_its_process():
-    opener = "from lowrank_helpers.kernels import Nursery; print(Nursery.open().process.pid)"
+    opener = "from lowrank_helpers.series.kernels import Nursery; print(Nursery.open().process.pid)"
     done = subprocess.run([sys.executable, "-c", opener], capture_output=True, text=True, check=True)
     pid = int(done.stdout)
     assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)[1] == []

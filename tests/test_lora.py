@@ -13,7 +13,7 @@ from lowrank_helpers import factorization, lora, rank
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import linear_layers, mlp, n_trainable
-from lowrank_helpers.store import Store
+from lowrank_helpers.series.store import Store
 from lowrank_helpers.training import Recipe
 
 WIDTHS = [784, 12, 9, 10]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lowrank_helpers import parameters, runner
-from lowrank_helpers.parameters import ParameterError
+from lowrank_helpers.series import execution, parameters
+from lowrank_helpers.series.parameters import ParameterError
 
 WIDTHS = [784, 512, 256, 10]
 
@@ -17,4 +17,4 @@ def test_the_adapters_rank_is_bounded_by_the_layers_chosen(layers, most):
 
 def test_the_notebooks_plan_refuses_it_by_name():
     with pytest.raises(ParameterError, match=r"bonus_lora: parameter rank = 11"):
-        runner.plan(["bonus_lora"], {"rank": 11})
+        execution.plan(["bonus_lora"], {"rank": 11})

@@ -9,13 +9,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lowrank_helpers.comparison import CHECKED, treatment
+from lowrank_helpers.checking.comparison import CHECKED, treatment
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.runner import notebook_names, notebook_path
+from lowrank_helpers.series.execution import notebook_names, notebook_path
 
 TOLERANCES = PROJECT / "docs" / "tolerances.md"
 LOWRANK = [sys.executable, "-m", "lowrank_helpers"]
-CHECK = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking", "--nbval-current-env"]
+CHECK = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking.plugin", "--nbval-current-env"]
 
 
 def passes(command: list[str], **environment: str) -> None:

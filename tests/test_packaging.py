@@ -14,8 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lowrank_helpers import runner
 from lowrank_helpers.data import PROJECT
+from lowrank_helpers.series import execution
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 RUN = [Requirement(line) for line in PYPROJECT["dependencies"]]
@@ -62,8 +62,8 @@ def _imported(*sources):
 
 
 def _notebook_code():
-    for name in runner.notebook_names():
-        cells = nbformat.read(runner.notebook_path(name), as_version=4).cells
+    for name in execution.notebook_names():
+        cells = nbformat.read(execution.notebook_path(name), as_version=4).cells
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         yield "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
 
@@ -85,7 +85,7 @@ def test_conda_users_get_the_same_versions():
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_used():
-    package = [path.read_text() for path in sorted((PROJECT / "lowrank_helpers").glob("*.py"))]
+    package = [path.read_text() for path in sorted((PROJECT / "lowrank_helpers").rglob("*.py"))]
     tests = [path.read_text() for path in sorted((PROJECT / "tests").rglob("*.py"))]
     run = {canonicalize_name(requirement.name) for requirement in RUN}
     test = {canonicalize_name(requirement.name) for requirement in TEST}

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_helpers import models, panel
-from lowrank_helpers.run import RUN_DIR_VARIABLE
+from lowrank_helpers import models
+from lowrank_helpers.report import panel
+from lowrank_helpers.series.run import RUN_DIR_VARIABLE
 from lowrank_helpers.training import evaluate
 
 WIDTHS = [784, 32, 16, 10]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_helpers import parameters, runner
-from lowrank_helpers.parameters import RULES, ParameterError, check, declared, full_ranks, parse
+from lowrank_helpers.series import execution, parameters
+from lowrank_helpers.series.parameters import RULES, ParameterError, check, declared, full_ranks, parse
 
 BIG = [784, 1024, 1024, 512, 256, 10]
 ANYTHING = st.recursive(
@@ -24,17 +24,17 @@ def test_any_value_is_accepted_or_refused_by_name_and_value(name, value):
         assert name in str(refusal) and repr(value) in str(refusal) and "allowed" in str(refusal)
 
 
-@pytest.mark.parametrize("notebook", runner.notebook_names())
+@pytest.mark.parametrize("notebook", execution.notebook_names())
 def test_a_notebooks_own_defaults_are_allowed_and_the_common_ones_come_first(notebook):
-    defaults = declared(runner.notebook_path(notebook))
+    defaults = declared(execution.notebook_path(notebook))
     check(defaults)
     assert list(defaults)[:5] == ["dataset", "data_dir", "seed", "device", "precision"]
 
 
 def test_a_name_has_one_default_in_all_notebooks():
     defaults: dict = {}
-    for notebook in runner.notebook_names():
-        for name, value in declared(runner.notebook_path(notebook)).items():
+    for notebook in execution.notebook_names():
+        for name, value in declared(execution.notebook_path(notebook)).items():
             assert defaults.setdefault(name, value) == value, f"{name} in {notebook}"
 
 
@@ -96,7 +96,7 @@ def test_a_notebook_without_parameters_is_refused(tmp_path):
 
 
 def test_planning_gives_each_notebook_what_it_declares_in_the_series_order():
-    planned = runner.plan(["02_train", "01_data"], {"seed": 3, "epochs": 2})
+    planned = execution.plan(["02_train", "01_data"], {"seed": 3, "epochs": 2})
     assert list(planned) == ["01_data", "02_train"]
     assert planned["02_train"] == {"seed": 3, "epochs": 2}
     assert "epochs" not in planned["01_data"]

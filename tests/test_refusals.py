@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_helpers import parameters, runner
 from lowrank_helpers.cli import main
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.models import ACTIVATIONS, mlp
-from lowrank_helpers.parameters import RULES, ParameterError
+from lowrank_helpers.series import execution, parameters
+from lowrank_helpers.series.parameters import RULES, ParameterError
 from lowrank_helpers.training import Recipe, fit
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=20)
@@ -38,7 +38,7 @@ def outcome(name: str, value: Any) -> Any:
     """Return what the command line makes of a value: itself if accepted, or the refusal."""
     try:
         given = parameters.parse(yaml.safe_dump(value), name)
-        runner.plan((), {name: given})
+        execution.plan((), {name: given})
     except ParameterError as refusal:
         return refusal
     return given

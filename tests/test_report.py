@@ -6,8 +6,9 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from lowrank_helpers import page, report
 from lowrank_helpers.data import PROJECT
+from lowrank_helpers.report import index as report
+from lowrank_helpers.report import pages
 
 
 def soup(file: Path) -> BeautifulSoup:
@@ -119,14 +120,14 @@ def test_no_page_names_another_machine(small_report):
 
 
 def test_a_formula_that_cannot_be_converted_is_shown_as_latex():
-    html = page.exporter().markdown2html({}, r"$x^{1}^{2}$")
+    html = pages.exporter().markdown2html({}, r"$x^{1}^{2}$")
     assert html == "<p><code>x^{1}^{2}</code></p>\n"
 
 
 @pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_formulas_of_the_series_use_only_what_mathml_can_show(notebook):
     sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown"]
-    html = "".join(page.exporter().markdown2html({}, source) for source in sources)
+    html = "".join(pages.exporter().markdown2html({}, source) for source in sources)
     assert not re.findall(r"<m\w+[^>]*>[^<]*[\\&](?!#|lt|gt|amp)[^<]*</m", html)
 
 

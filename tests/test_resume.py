@@ -20,8 +20,8 @@ import pytest
 from processes import heed_interrupts, kernels
 
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.results import apart_from_time
-from lowrank_helpers.runner import run_folder
+from lowrank_helpers.series.execution import run_folder
+from lowrank_helpers.series.results import apart_from_time
 
 PARAMETERS = """
 dataset = "digits"
@@ -33,7 +33,7 @@ epochs = 2
 """
 SETUP = """
 from lowrank_helpers.models import mlp
-from lowrank_helpers.run import Run
+from lowrank_helpers.series.run import Run
 run = Run("{name}", dataset=dataset, data_dir=data_dir, seed=seed, device=device, precision=precision, epochs=epochs)
 """
 TRAIN = """

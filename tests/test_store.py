@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lowrank_helpers import results
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import mlp
-from lowrank_helpers.store import Store, write_atomically
+from lowrank_helpers.series import results
+from lowrank_helpers.series.store import Store, write_atomically
 from lowrank_helpers.training import History, Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=64, learning_rate=1e-3)
@@ -136,7 +136,7 @@ def test_malicious_pickle_is_refused(saved, few, tmp_path):
 
 def test_nothing_in_the_project_unpickles():
     forbidden = re.compile(r"import pickle|pickle\.load|torch\.load|torch\.save|joblib|allow_pickle|read_pickle")
-    sources = [*PROJECT.glob("lowrank_helpers/*.py"), *PROJECT.glob("notebooks/*.ipynb")]
+    sources = [*PROJECT.glob("lowrank_helpers/**/*.py"), *PROJECT.glob("notebooks/*.ipynb")]
     assert len(sources) > 10
     assert [source.name for source in sources if forbidden.search(source.read_text())] == []
 
@@ -171,7 +171,7 @@ def test_findings_under_another_notebooks_name_are_left_out(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from lowrank_helpers.store import write_atomically
+from lowrank_helpers.series.store import write_atomically
 for i in range(10**6):
     write_atomically(Path(sys.argv[1]), bytes([i % 256]) * 3_000_000)
 """

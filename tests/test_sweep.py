@@ -10,10 +10,12 @@ from bs4 import BeautifulSoup
 from click.testing import CliRunner
 from scipy import stats
 
-from lowrank_helpers import cli, sweep, sweep_report
+from lowrank_helpers import cli
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.runner import notebook_names
-from lowrank_helpers.sweep import Shown, Sweep
+from lowrank_helpers.report import sweep_pages
+from lowrank_helpers.series import sweep
+from lowrank_helpers.series.execution import notebook_names
+from lowrank_helpers.series.sweep import Shown, Sweep
 
 SHIPPED = sorted((PROJECT / "sweeps").glob("*.yaml"))
 
@@ -169,7 +171,7 @@ def swept(tmp_path):
 
 
 def test_table_has_a_row_a_number_and_parameters_as_columns():
-    table = sweep_report.table({"one": _gathered(0, "relu"), "two": _gathered(1, "tanh")})
+    table = sweep_pages.table({"one": _gathered(0, "relu"), "two": _gathered(1, "tanh")})
     first = table[table["point"] == "one"]
     found = first[first["finding"] == "3.1"].set_index("quantity")
     assert dict(found["value"]) == {
@@ -191,19 +193,19 @@ def test_table_has_a_row_a_number_and_parameters_as_columns():
 
 def test_files_agree_and_are_the_same_each_time(swept):
     folder, definition, points = swept
-    sweep_report.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
-    files = {name: (folder / name).read_bytes() for name in sweep_report.FILES}
+    sweep_pages.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
+    files = {name: (folder / name).read_bytes() for name in sweep_pages.FILES}
     parquet = pd.read_parquet(folder / "table.parquet")
     csv = pd.read_csv(folder / "table.csv").astype(parquet.dtypes.to_dict())
     pd.testing.assert_frame_equal(csv, parquet)
     assert list(parquet["point"].unique()) == [point.name for point in points[:-1]], "in the grid's order"
-    sweep_report.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
-    assert {name: (folder / name).read_bytes() for name in sweep_report.FILES} == files
+    sweep_pages.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
+    assert {name: (folder / name).read_bytes() for name in sweep_pages.FILES} == files
 
 
 def test_interval_is_students():
     values = pd.DataFrame({"x": ["a", "a", "a", "b"], "value": [1.0, 2.0, 6.0, 5.0]})
-    a, b = sweep_report.intervals(values, ["x"]).to_dict("records")
+    a, b = sweep_pages.intervals(values, ["x"]).to_dict("records")
     assert (a["mean"], a["n"]) == (3, 3)
     by_hand = 4.302653 * math.sqrt(7) / math.sqrt(3)  # t of 2 degrees of freedom, from a printed table
     assert a["margin"] == pytest.approx(by_hand, rel=1e-6)
@@ -214,7 +216,7 @@ def test_interval_is_students():
 
 def _page(swept, **changes):
     folder, definition, points = swept
-    sweep_report.write(folder, Sweep(**vars(definition) | changes), points, {points[-1].name: "03_rank: no <luck>"})
+    sweep_pages.write(folder, Sweep(**vars(definition) | changes), points, {points[-1].name: "03_rank: no <luck>"})
     return BeautifulSoup((folder / "index.html").read_text(), "html.parser")
 
 
@@ -260,11 +262,11 @@ def test_sweep_that_found_nothing_has_a_page_that_says_why(swept, show):
     folder, definition, points = swept
     page = _page((folder, definition, points[-1:]), show=show)
     assert "1, 1 failed" in page.text and "no <luck>" in page.text
-    assert list(pd.read_csv(folder / "table.csv").columns) == list(sweep_report.COLUMNS)
+    assert list(pd.read_csv(folder / "table.csv").columns) == list(sweep_pages.COLUMNS)
 
 
 def test_publish_takes_page_and_table_alone(swept, tmp_path):
     folder, definition, points = swept
-    sweep_report.write(folder, definition, points, {})
-    sweep_report.publish(folder, tmp_path / "reference" / "mine")
-    assert {file.name for file in (tmp_path / "reference" / "mine").iterdir()} == set(sweep_report.FILES)
+    sweep_pages.write(folder, definition, points, {})
+    sweep_pages.publish(folder, tmp_path / "reference" / "mine")
+    assert {file.name for file in (tmp_path / "reference" / "mine").iterdir()} == set(sweep_pages.FILES)

@@ -26,8 +26,8 @@ from processes import heed_interrupts, kernels
 
 from lowrank_helpers.cli import main
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.store import TEMPORARY
-from lowrank_helpers.sweep import ClusterError, connected
+from lowrank_helpers.series.store import TEMPORARY
+from lowrank_helpers.series.sweep import ClusterError, connected
 
 PARAMETERS = 'dataset = "digits"\ndata_dir = ""\nseed = 0\ndevice = "cpu"\nprecision = "float32"'
 WORK = """
@@ -42,7 +42,7 @@ if Path(f"fail {seed}").exists():
     raise ValueError("no such luck")
 
 from lowrank_helpers.models import mlp
-from lowrank_helpers.run import Run
+from lowrank_helpers.series.run import Run
 
 run = Run("01_small", dataset=dataset, data_dir=data_dir, seed=seed, device=device, precision=precision)
 model, history = run.train(mlp([784, 16, 10], seed=seed), run.recipe(1, 64, 1e-3))

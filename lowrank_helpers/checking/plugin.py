@@ -1,8 +1,8 @@
 """Re-executes recorded notebooks and compares their outputs: a pytest plugin on nbval, and ``lowrank check``.
 
-``pytest -p lowrank_helpers.checking NOTEBOOK.ipynb …`` executes notebooks in the order given, sharing one fresh run
-folder, a test a cell. nbval runs the cells; what must agree is in :mod:`lowrank_helpers.comparison`, as nbval
-compares whole texts. The recorded files are only read.
+``pytest -p lowrank_helpers.checking.plugin NOTEBOOK.ipynb …`` executes notebooks in the order given, sharing one fresh
+run folder, a test a cell. nbval runs the cells; what must agree is in :mod:`lowrank_helpers.checking.comparison`, as
+nbval compares whole texts. The recorded files are only read.
 """
 
 import os
@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-from lowrank_helpers import data, runner
-from lowrank_helpers.comparison import (
+from lowrank_helpers import data
+from lowrank_helpers.checking.comparison import (
     CHECKED,
     TEXT_ONLY,
     UNCHECKED,
@@ -26,6 +26,7 @@ from lowrank_helpers.comparison import (
     differences,
     treatment,
 )
+from lowrank_helpers.series import execution
 
 PRINTING = pytest.StashKey[list["RecordedCell"]]()
 
@@ -50,11 +51,11 @@ def check(names: Sequence[str]) -> int:
     DatasetError
         MNIST, on which the notebooks are recorded, is not at hand.
     """
-    chosen = list(runner.plan(names, {}))
-    if any(runner.reads_findings(name) for name in chosen):
-        chosen = runner.notebook_names()
+    chosen = list(execution.plan(names, {}))
+    if any(execution.reads_findings(name) for name in chosen):
+        chosen = execution.notebook_names()
     os.environ[data.AUTO_VARIABLE] = data.resolve("mnist")
-    paths = [str(runner.notebook_path(name)) for name in chosen]
+    paths = [str(execution.notebook_path(name)) for name in chosen]
     return pytest.main(["-p", __name__, "--nbval-current-env", *paths])
 
 
@@ -63,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     stack = ExitStack()
     config.add_cleanup(stack.close)
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lowrank-check-"))
-    stack.enter_context(runner.run_folder(Path(folder)))
+    stack.enter_context(execution.run_folder(Path(folder)))
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "RecordedNotebook | None":

@@ -16,12 +16,13 @@ import nbformat
 from filelock import FileLock, Timeout
 from traitlets.config import Config
 
-from lowrank_helpers import data, kernels, parameters
+from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.parameters import ParameterError
-from lowrank_helpers.results import Outcome, findings_file, read_findings
-from lowrank_helpers.run import RUN_DIR_VARIABLE, software
-from lowrank_helpers.store import TEMPORARY, write_atomically
+from lowrank_helpers.series import kernels, parameters
+from lowrank_helpers.series.parameters import ParameterError
+from lowrank_helpers.series.results import Outcome, findings_file, read_findings
+from lowrank_helpers.series.run import RUN_DIR_VARIABLE, software
+from lowrank_helpers.series.store import TEMPORARY, write_atomically
 
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
 LOCK = ".lock"  # in a folder that a run holds: whose it is
@@ -274,7 +275,7 @@ def _checksum(notebook: nbformat.NotebookNode) -> str:
 def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
     """Hash what determines an executed notebook: its source and parameters, the package, and the libraries."""
     cells = nbformat.read(notebook_path(name), as_version=4).cells
-    package = sorted((PROJECT / "lowrank_helpers").glob("*.py"))
+    package = sorted((PROJECT / "lowrank_helpers").rglob("*.py"))
     parts = [cell.source for cell in cells] + [path.read_text() for path in package]
     made_with = [parts, dict(given), os.environ.get(data.AUTO_VARIABLE), software()["versions"]]
     return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:32]

@@ -24,10 +24,10 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from lowrank_helpers.comparison import CHECKED, are_whole, differences, printed_value, treatment
+from lowrank_helpers.checking.comparison import CHECKED, are_whole, differences, printed_value, treatment
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.runner import notebook_names, notebook_path
-from lowrank_helpers.store import write_atomically
+from lowrank_helpers.series.execution import notebook_names, notebook_path
+from lowrank_helpers.series.store import write_atomically
 
 TABLE = PROJECT / "docs" / "tolerances.md"
 CONDITIONS = ("seeds", "thread", "float32")

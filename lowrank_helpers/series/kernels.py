@@ -23,7 +23,7 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 
 PROVISIONER = "lowrank-nursery"  # as pyproject.toml registers it
 # Not pandas, which shows tables otherwise where it is not imported in a kernel.
-IMPORTED = ("ipykernel.kernelapp", "ipykernel.zmqshell", "lowrank_helpers.plots", "lowrank_helpers.run")
+IMPORTED = ("ipykernel.kernelapp", "ipykernel.zmqshell", "lowrank_helpers.plots", "lowrank_helpers.series.run")
 PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a kernel sets it before it imports
 
 _nursery: "Nursery | None" = None  # of this process, from the first kernel on

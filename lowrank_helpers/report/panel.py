@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lowrank_helpers import plots
 from lowrank_helpers.factorization import SVD, optimal_errors
 from lowrank_helpers.models import linear_layers
-from lowrank_helpers.run import RUN_DIR_VARIABLE
+from lowrank_helpers.series.run import RUN_DIR_VARIABLE
 from lowrank_helpers.training import evaluate
 
 Splits = Mapping[str, tuple[Tensor, Tensor]]

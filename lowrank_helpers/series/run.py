@@ -18,10 +18,11 @@ import torch
 from IPython.display import Markdown, display
 from torch import nn
 
-from lowrank_helpers import data, parameters
+from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT, Dataset
-from lowrank_helpers.results import file_findings, read_findings
-from lowrank_helpers.store import Store
+from lowrank_helpers.series import parameters
+from lowrank_helpers.series.results import file_findings, read_findings
+from lowrank_helpers.series.store import Store
 from lowrank_helpers.training import N_WORKERS, History, Recipe, pick_device, pick_precision, side_by_side
 
 RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"

@@ -14,9 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from lowrank_helpers import page, plots
-from lowrank_helpers.store import write_atomically
-from lowrank_helpers.sweep import Point, Shown, Sweep, as_text
+from lowrank_helpers import plots
+from lowrank_helpers.report import pages
+from lowrank_helpers.series.store import write_atomically
+from lowrank_helpers.series.sweep import Point, Shown, Sweep, as_text
 
 COLUMNS = ("point", "notebook", "finding", "quantity", "value", "timed", "dataset", "device", "precision")
 REPLICATES = "seed"  # the axis that intervals are over
@@ -34,7 +35,7 @@ def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[s
     Parameters
     ----------
     points : sequence of Point
-        As :func:`lowrank_helpers.sweep.points` returns them, which is the order of the table.
+        As :func:`lowrank_helpers.series.sweep.points` returns them, which is the order of the table.
     failed : mapping of str to str
         Names of the points that failed, and why. The table holds what they had found by then.
     """
@@ -46,7 +47,7 @@ def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[s
     findings.to_parquet(parquet, index=False)
     write_atomically(folder / "table.parquet", parquet.getvalue())
     write_atomically(folder / "table.csv", findings.to_csv(index=False).encode())
-    template = page.environment().get_template("sweep.html.j2")
+    template = pages.environment().get_template("sweep.html.j2")
     shown = template.render(
         name=folder.name,
         conditions=_conditions(sweep, len(points), len(failed), runs),
@@ -72,7 +73,7 @@ def table(gathered: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     Parameters
     ----------
     gathered : mapping
-        By point, what :func:`lowrank_helpers.results.gather` returned.
+        By point, what :func:`lowrank_helpers.series.results.gather` returned.
 
     Returns
     -------

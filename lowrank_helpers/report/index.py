@@ -13,7 +13,7 @@ import yaml
 from nbformat import NotebookNode
 from PIL import Image
 
-from lowrank_helpers.store import write_atomically
+from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
 THUMBNAIL = (640, 480)  # pixels at most; shown at half that, so crisp at 200 %
@@ -31,15 +31,17 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
         Holds ``<name>.ipynb`` or, of a notebook that failed, ``<name>.failed.ipynb``; the pages go beside them
         as ``<name>.html``.
     results : mapping
-        What :func:`lowrank_helpers.results.gather` returned for this folder.
+        What :func:`lowrank_helpers.series.results.gather` returned for this folder.
     """
-    from lowrank_helpers import page  # here: nbconvert takes seconds to import, which a refusal need not wait for
+    from lowrank_helpers.report import (
+        pages,  # here: nbconvert takes seconds to import, which a refusal need not wait for
+    )
 
     notebooks = _executed(folder, results["notebooks"])
     for name, notebook in notebooks.items():
-        html = page.page(notebook, name=name, run=results["notebooks"][name], names=list(notebooks))
+        html = pages.page(notebook, name=name, run=results["notebooks"][name], names=list(notebooks))
         write_atomically(folder / f"{name}.html", html.encode())
-    template = page.environment().get_template("index.html.j2")
+    template = pages.environment().get_template("index.html.j2")
     write_atomically(folder / "index.html", template.render(_index(notebooks, results)).encode())
 
 

@@ -23,10 +23,11 @@ from urllib.parse import quote
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Security, wait
 
-from lowrank_helpers import data, parameters, results, runner
+from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.parameters import ParameterError
-from lowrank_helpers.run import NETWORKS_VARIABLE, software
+from lowrank_helpers.series import execution, parameters, results
+from lowrank_helpers.series.parameters import ParameterError
+from lowrank_helpers.series.run import NETWORKS_VARIABLE, software
 
 KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
@@ -91,7 +92,7 @@ class Point:
     setting : dict
         What the grid gives it.
     planned : dict
-        As :func:`lowrank_helpers.runner.plan` returned it.
+        As :func:`lowrank_helpers.series.execution.plan` returned it.
     """
 
     setting: dict[str, Any]
@@ -181,7 +182,7 @@ def points(sweep: Sweep) -> list[Point]:
     Raises
     ------
     ParameterError
-        There is no grid, an axis is empty or repeats a value, or :func:`lowrank_helpers.runner.plan` refuses a point.
+        There is no grid, an axis is empty or repeats a value, or :func:`execution.plan` refuses a point.
     """
     if not sweep.grid:
         raise ParameterError("a sweep needs a grid: -g NAME=VALUES, or `grid` in a file; for one run: lowrank run")
@@ -191,7 +192,7 @@ def points(sweep: Sweep) -> list[Point]:
         if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
             raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
     combinations = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
-    return [Point(values, runner.plan(sweep.notebooks, sweep.parameters | values)) for values in combinations]
+    return [Point(values, execution.plan(sweep.notebooks, sweep.parameters | values)) for values in combinations]
 
 
 def settle_datasets(points: Sequence[Point]) -> set[str]:
@@ -206,7 +207,7 @@ def settle_datasets(points: Sequence[Point]) -> set[str]:
     for point in points:
         given = next(iter(point.planned.values()))
         plans[given.get("dataset"), given.get("data_dir")] = point.planned
-    return {runner.settle_dataset(planned) for planned in plans.values()}
+    return {execution.settle_dataset(planned) for planned in plans.values()}
 
 
 def forget(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
@@ -290,7 +291,7 @@ def run(client: Client, points: Sequence[Point], folder: Path) -> Iterator[tuple
     ClusterError
         A worker differs from this process, does not see the folder, or the scheduler is lost.
     """
-    ground = Ground(folder, (folder / runner.LOCK).read_text(), _installed())
+    ground = Ground(folder, (folder / execution.LOCK).read_text(), _installed())
     environment = {
         NETWORKS_VARIABLE: str(folder / "networks"),
         data.AUTO_VARIABLE: os.environ.get(data.AUTO_VARIABLE, ""),
@@ -306,7 +307,7 @@ def run(client: Client, points: Sequence[Point], folder: Path) -> Iterator[tuple
             except TimeoutError:
                 ended = set()
             yield [_ended(futures.pop(future), future) for future in ended], _n_running(client)
-        runner.remove_leftovers(folder / "networks")  # of workers that were killed
+        execution.remove_leftovers(folder / "networks")  # of workers that were killed
     except (OSError, CancelledError) as error:
         raise ClusterError(f"the scheduler at {client.scheduler.address} is lost; add --resume to go on") from error
     except ModuleNotFoundError as error:
@@ -356,7 +357,7 @@ class Ground:
         for name, theirs in _installed().items():
             if theirs != self.installed[name]:
                 raise ClusterError(f"worker {worker} has {name} {theirs}; the sweep needs {self.installed[name]}")
-        lock = self.folder / runner.LOCK
+        lock = self.folder / execution.LOCK
         if not lock.is_file() or lock.read_text() != self.holder:
             raise ClusterError(f"worker {worker} does not see {self.folder}: it must lie on a file system of them all")
 
@@ -364,7 +365,10 @@ class Ground:
 @cache
 def _installed() -> dict[str, str]:
     """Return the versions of all that decides what a point finds."""
-    files = [*sorted((PROJECT / "lowrank_helpers").glob("*.py")), *map(runner.notebook_path, runner.notebook_names())]
+    files = [
+        *sorted((PROJECT / "lowrank_helpers").rglob("*.py")),
+        *map(execution.notebook_path, execution.notebook_names()),
+    ]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     return {"code and notebooks": code, "python": software()["python"], **software()["versions"]}
 
@@ -384,9 +388,9 @@ def run_point(point: Point, ground: Ground, environment: Mapping[str, str]) -> N
     """
     ground.check()
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    with _one_at_a_time, runner.run_folder(point.folder(ground.folder), wait=True) as folder:
+    with _one_at_a_time, execution.run_folder(point.folder(ground.folder), wait=True) as folder:
         os.environ |= environment
-        outcomes = list(runner.execute(point.planned, folder, resume=True, progress=False))
+        outcomes = list(execution.execute(point.planned, folder, resume=True, progress=False))
         results.gather(folder, outcomes)
     if failed := [f"{outcome.notebook}: {outcome.error}" for outcome in outcomes if outcome.status == "failed"]:
         raise PointError("; ".join(failed))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_helpers.store import UnusableError, write_atomically
+from lowrank_helpers.series.store import UnusableError, write_atomically
 
 FORMAT = 1
 
