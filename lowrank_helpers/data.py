@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ N_PIXELS = IMAGE_SIDE**2
 N_CLASSES = 10
 TORCHVISION_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 DATASETS = ("auto", *TORCHVISION_SETS, "digits")
+SPLITS = ("train", "validation", "test")
 PROJECT = Path(__file__).resolve().parent.parent
 AUTO_VARIABLE = "LOWRANK_AUTO_DATASET"  # a runner's word of what auto stands for, so that each kernel need not try
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
@@ -57,52 +59,86 @@ class DatasetMissingError(DatasetError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Standardised images and their labels, train and test.
+    """Standardised images and their labels: for training, for choosing (validation) and for reporting (test).
 
     Attributes
     ----------
     name : str
         One of ``DATASETS`` but ``auto``.
-    train_images, test_images : Tensor of float32, shape (n, 784)
-        Pixels with the mean of all training pixels taken off, over their standard deviation.
-    train_labels, test_labels : Tensor of int64, shape (n,)
+    train_images, validation_images, test_images : Tensor of float32, shape (n, 784)
+        Pixels with the mean of all training pixels taken off, over their standard deviation. There are no
+        validation images until :meth:`hold_out` sets some of the training images aside.
+    train_labels, validation_labels, test_labels : Tensor of int64, shape (n,)
         Classes 0 to 9.
     mean, std : float
         Those of all training pixels, on a scale from 0 to 1: pixel = image·std + mean.
-    fingerprint : str
-        SHA-256 of the raw pixels and labels: what a stored network was trained on.
     """
 
     name: str
     train_images: Tensor
     train_labels: Tensor
+    validation_images: Tensor
+    validation_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     mean: float
     std: float
-    fingerprint: str
 
     def to(self, device: torch.device | str) -> "Dataset":
         """Return the same data on another device."""
-        tensors = ("train_images", "train_labels", "test_images", "test_labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return self._with({name: tensor.to(device) for name, tensor in self._tensors().items()})
 
-    def select(self, train: Tensor, test: Tensor) -> "Dataset":
-        """Return the part of the data at the given indices (int64) or where the given masks (bool) hold."""
+    def hold_out(self) -> "Dataset":
+        """Return the data with a sixth of the training images, 10,000 of MNIST's, set aside for validation.
+
+        Which ones depends on their number alone: they are the same in every run and on every machine.
+        """
+        n = len(self.train_labels)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(self.train_labels.device)
+        held_out, kept = (part.sort().values for part in order.split([n // 6, n - n // 6]))
         return replace(
             self,
-            train_images=self.train_images[train],
-            train_labels=self.train_labels[train],
-            test_images=self.test_images[test],
-            test_labels=self.test_labels[test],
-            fingerprint=checksum({f"{self.fingerprint} train": train, f"{self.fingerprint} test": test}),
+            train_images=self.train_images[kept],
+            train_labels=self.train_labels[kept],
+            validation_images=self.train_images[held_out],
+            validation_labels=self.train_labels[held_out],
         )
 
+    def select(self, **wanted: Tensor) -> "Dataset":
+        """Return part of the data.
+
+        Parameters
+        ----------
+        train, validation, test : Tensor, optional
+            Indices (int64) of the samples to keep, or a mask (bool); a split that is not named stays whole.
+        """
+        parts: dict[str, Tensor] = {}
+        for split, which in wanted.items():
+            parts |= {f"{split}_{kind}": getattr(self, f"{split}_{kind}")[which] for kind in ("images", "labels")}
+        return self._with(parts)
+
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return ``{"train": (images, labels), "test": (images, labels)}``."""
+        """Return ``{"train": (images, labels), …}``, with ``validation`` where there is one, and ``test``."""
+        pairs = {split: (getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")) for split in SPLITS}
+        return {split: (images, labels) for split, (images, labels) in pairs.items() if len(labels)}
+
+    def fingerprint(self) -> str:
+        """Return a hash (XXH3, 128 bits) of all images and labels as they are now, however they came to be so.
+
+        SHA-256 would take ten times as long, and before every training.
+        """
+        digest = xxhash.xxh3_128()
+        for name, tensor in self._tensors().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _with(self, tensors: Mapping[str, Tensor]) -> "Dataset":
+        return replace(self, **tensors)  # type: ignore[arg-type]  # the names are those of tensors
+
+    def _tensors(self) -> dict[str, Tensor]:
         return {
-            "train": (self.train_images, self.train_labels),
-            "test": (self.test_images, self.test_labels),
+            f"{split}_{kind}": getattr(self, f"{split}_{kind}") for split in SPLITS for kind in ("images", "labels")
         }
 
 
@@ -258,15 +294,17 @@ def _load_digits() -> Dataset:
 
 def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Dataset:
     std, mean = (moment.item() / 255 for moment in torch.std_mean(train.float()))
+    images = standardise(train, mean, std)
     return Dataset(
         name,
-        standardise(train, mean, std),
+        images,
         train_labels,
+        images[:0],
+        train_labels[:0],
         standardise(test, mean, std),
         test_labels,
         mean,
         std,
-        checksum({"train": train, "train labels": train_labels, "test": test, "test labels": test_labels}),
     )
 
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from threading import Event
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +25,36 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
 EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in cache
 
-# As much work side by side as PyTorch would take threads (OMP_NUM_THREADS, or all cores), and one thread for each:
-# networks of this size keep one core busy and several poorly, and no number depends on how many cores there are.
-N_WORKERS = torch.get_num_threads()
+SCORED_EACH_TIME = 10_000  # training images at most on which a network is scored while it trains
 
 T = TypeVar("T")
+Splits = Mapping[str, tuple[Tensor, Tensor]]
+
+_n_side_by_side = 1
+_this_thread = threading.local()
+
+
+def take_one_thread_each() -> None:
+    """Let this process train as many networks side by side as PyTorch has threads, each in one thread.
+
+    Networks of this size keep one core busy and several poorly; and no number depends on how many cores there are.
+    PyTorch's threads are ``OMP_NUM_THREADS``, or all cores. To be called once where a program begins: importing this
+    module leaves threads as they are, and then networks train one after the other.
+    """
+    global _n_side_by_side
+    _n_side_by_side = max(_n_side_by_side, torch.get_num_threads())
+    _prepare_thread()
+
+
+def n_side_by_side() -> int:
+    """Return how many networks train at once in this process, on the CPU."""
+    return _n_side_by_side
 
 
 def _prepare_thread() -> None:
     torch.set_num_threads(1)
     # Late in training most gradients underflow; arithmetic on denormal numbers is many times slower.
     torch.set_flush_denormal(True)
-
-
-_prepare_thread()
-_this_thread = threading.local()
 
 
 def _prepare_worker() -> None:
@@ -59,6 +74,8 @@ class Recipe:
         Passes over the training set and samples a step.
     learning_rate : float
         Of the first step.
+    scores_per_epoch : int
+        How often in an epoch the network is scored, at equal distances.
     seed : int
         Shuffles the samples; initialisation has its own.
     frobenius_decay : float
@@ -73,14 +90,18 @@ class Recipe:
     epochs: int
     batch_size: int
     learning_rate: float
+    scores_per_epoch: int = 1
     seed: int = 0
     frobenius_decay: float = 0.0
     weight_decay: float = 0.0
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs {self.epochs} and batch_size {self.batch_size} must be at least 1")
+        if self.epochs < 1 or self.batch_size < 1 or self.scores_per_epoch < 1:
+            raise ValueError(
+                f"epochs {self.epochs}, batch_size {self.batch_size} and scores_per_epoch {self.scores_per_epoch} "
+                "must be at least 1"
+            )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate {self.learning_rate} must be a positive number")
         if not (0 <= self.frobenius_decay < math.inf and 0 <= self.weight_decay < math.inf):
@@ -93,38 +114,58 @@ class Recipe:
 
 @dataclass
 class History:
-    """What a training did, epoch by epoch; entry 0 is the network before it.
+    """What a training did, score by score; entry 0 is the network before it.
 
     Attributes
     ----------
+    epochs : list of float
+        How many epochs the network had been trained for.
     loss : dict of str to list of float
-        Mean cross-entropy in nats, by split (``train``, ``test``, …).
+        Mean cross-entropy in nats, by split (``train``, ``validation``, ``test``, …). Of a training set on a fixed
+        sample of at most ``SCORED_EACH_TIME`` images.
     accuracy : dict of str to list of float
-        Share of samples classified rightly, 0 to 1, by split.
+        Share of samples classified correctly, 0 to 1, likewise.
     seconds : list of float
         Time spent training since the start, evaluation excluded.
+    whole : dict of str to dict of str to float
+        ``loss`` and ``accuracy`` after the last epoch on the whole of each split that was sampled.
     evaluation_seconds : float
-        Time spent evaluating, all epochs together.
+        Time spent evaluating, all together.
     """
 
+    epochs: list[float] = field(default_factory=list)
     loss: dict[str, list[float]] = field(default_factory=dict)
     accuracy: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    whole: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluation_seconds: float = 0.0
 
-    @property
-    def epochs(self) -> range:
-        """The epochs behind the entries, 0 first."""
-        return range(len(self.seconds))
-
     def final(self, split: str) -> "Score":
-        """Return the score after the last epoch."""
+        """Return the score after the last epoch, on the whole split."""
+        if split in self.whole:
+            return Score(**self.whole[split])
         return Score(self.loss[split][-1], self.accuracy[split][-1])
+
+    def reached(self, split: str, accuracy: float) -> "Reached | None":
+        """Return when an accuracy was first reached, interpolated linearly between scores; None if never."""
+        scores = self.accuracy[split]
+        after = next((i for i, score in enumerate(scores) if score >= accuracy), None)
+        if not after:
+            return None if after is None else Reached(0.0, 0.0)
+        share = (accuracy - scores[after - 1]) / (scores[after] - scores[after - 1])
+        return Reached(*(x[after - 1] + share * (x[after] - x[after - 1]) for x in (self.epochs, self.seconds)))
+
+
+class Reached(NamedTuple):
+    """A moment of a training, by epochs and by seconds of training."""
+
+    epochs: float
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean cross-entropy in nats and share of right answers, 0 to 1, of a network on one split."""
+    """Mean cross-entropy in nats and share of correct answers, 0 to 1, of a network on one split."""
 
     loss: float
     accuracy: float
@@ -148,15 +189,28 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the hardware multiplies it natively."""
+    """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where products are clearly faster in it.
+
+    That is measured: what a processor can do does not say what PyTorch's libraries make of it, and without native
+    instructions bfloat16 is many times slower.
+    """
     if name != "auto":
         return name
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return "bfloat16" if native else "float32"
+    seconds = {dtype: _product_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    return "bfloat16" if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else "float32"
+
+
+def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Time a product of the size that a training step has; the best of several, as other work only slows it."""
+    images, weight = torch.ones(256, 512, dtype=dtype, device=device), torch.ones(512, 512, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(6):
+        synchronise(device)
+        start = time.perf_counter()
+        F.linear(images, weight)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def products_in(precision: str, device: torch.device) -> AbstractContextManager:
@@ -175,7 +229,7 @@ def fit(
     label: str = "training",
     stop: Event | None = None,
 ) -> History:
-    """Train a network in place on ``data``'s training set, with its scores before and after each epoch.
+    """Train a network in place on ``data``'s training set, with its scores before, meanwhile and after.
 
     Parameters
     ----------
@@ -184,7 +238,7 @@ def fit(
     data : Dataset
     recipe : Recipe
     others : mapping of str to Dataset, optional
-        Further data to score the network on, as splits ``"<name> train"`` and ``"<name> test"``.
+        Further data to score the network on, as splits ``"<name> train"``, ``"<name> test"`` and so on.
     label : str
         Names the progress bar.
     stop : Event, optional
@@ -206,20 +260,24 @@ def fit(
     # Rounded once, not in every epoch.
     splits = {name: (images.to(getattr(torch, recipe.precision)), labels) for name, (images, labels) in splits.items()}
     images, labels = splits["train"]
+    scored = {name: _sample(*pair) if name.endswith("train") else pair for name, pair in splits.items()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(
         trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
     )
-    n_steps = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
+    steps_per_epoch = math.ceil(len(labels) / recipe.batch_size)
+    n_steps = recipe.epochs * steps_per_epoch
     step = 0
+    pauses = {round((i + 1) * steps_per_epoch / recipe.scores_per_epoch) for i in range(recipe.scores_per_epoch)}
     history = History()
     # tqdm reads TQDM_DISABLE by itself in a terminal, but not in a notebook.
     hidden = "TQDM_DISABLE" in os.environ
     with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
-        _record(history, model, splits, recipe.precision, seconds=0.0)
+        _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
+        start = time.perf_counter()
         for epoch in range(1, recipe.epochs + 1):
-            start = time.perf_counter()
-            for index in batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch):
+            order = batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch)
+            for i, index in enumerate(order, start=1):
                 if stop and stop.is_set():
                     raise CancelledError
                 optimiser.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / n_steps)
@@ -227,16 +285,30 @@ def fit(
                 # Not images[index], which copies number by number where this copies rows: a quarter of the time.
                 _step(model, optimiser, images.index_select(0, index), labels.index_select(0, index), recipe)
                 step += 1
-            synchronise(device)
-            seconds = history.seconds[-1] + time.perf_counter() - start
-            _record(history, model, splits, recipe.precision, seconds=seconds)
-            bar.update(step - bar.n)
-            bar.set_postfix(test_accuracy=f"{history.accuracy['test'][-1]:.2%}")
+                if i in pauses:
+                    synchronise(device)
+                    seconds = history.seconds[-1] + time.perf_counter() - start
+                    _record(history, model, scored, recipe.precision, epochs=step / steps_per_epoch, seconds=seconds)
+                    bar.update(step - bar.n)
+                    bar.set_postfix(test_accuracy=f"{history.accuracy['test'][-1]:.2%}")
+                    start = time.perf_counter()
+        _record_whole(
+            history, model, {k: pair for k, pair in splits.items() if pair is not scored[k]}, recipe.precision
+        )
     return history
 
 
+def _sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images on which a training set is scored each time: the same ones in every training."""
+    if len(labels) <= SCORED_EACH_TIME:
+        return images, labels
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(len(labels), generator=generator)[:SCORED_EACH_TIME].to(labels.device)
+    return images.index_select(0, index), labels.index_select(0, index)
+
+
 def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device) -> list[T]:
-    """Do several trainings at the same time: on the CPU ``N_WORKERS``, elsewhere one.
+    """Do several trainings at the same time: on the CPU :func:`n_side_by_side`, elsewhere one.
 
     Parameters
     ----------
@@ -267,7 +339,7 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
 
 def _n_workers(device: torch.device) -> int:
     """Return how many may work here: a worker has no workers of its own."""
-    return N_WORKERS if device.type == "cpu" and not hasattr(_this_thread, "is_worker") else 1
+    return _n_side_by_side if device.type == "cpu" and not hasattr(_this_thread, "is_worker") else 1
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
@@ -305,13 +377,23 @@ def _step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, la
     optimiser.step()
 
 
-def _record(history: History, model: nn.Module, splits: dict, precision: str, *, seconds: float) -> None:
+def _record(
+    history: History, model: nn.Module, splits: Splits, precision: str, *, epochs: float, seconds: float
+) -> None:
     start = time.perf_counter()
     for name, (images, labels) in splits.items():
         score = evaluate(model, images, labels, precision)
         history.loss.setdefault(name, []).append(score.loss)
         history.accuracy.setdefault(name, []).append(score.accuracy)
+    history.epochs.append(epochs)
     history.seconds.append(seconds)
+    history.evaluation_seconds += time.perf_counter() - start
+
+
+def _record_whole(history: History, model: nn.Module, splits: Splits, precision: str) -> None:
+    start = time.perf_counter()
+    for name, (images, labels) in splits.items():
+        history.whole[name] = asdict(evaluate(model, images, labels, precision))
     history.evaluation_seconds += time.perf_counter() - start
 
 

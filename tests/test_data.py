@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_digits_are_standardised_stratified_and_always_the_same(digits):
         shares = torch.bincount(labels) / len(labels)
         assert shares.sub(0.1).abs().max() < 0.01
     again = data.load("digits")
-    assert again.fingerprint == digits.fingerprint and torch.equal(again.train_images, digits.train_images)
+    assert again.fingerprint() == digits.fingerprint() and torch.equal(again.train_images, digits.train_images)
     rows = {row.numpy().tobytes() for row in digits.train_images}
     assert not any(row.numpy().tobytes() in rows for row in digits.test_images)
 
@@ -184,18 +185,59 @@ def test_digits_show_scikit_learns_images_enlarged(digits):
     np.testing.assert_allclose(together, np.sort(load_digits().images.mean(axis=(1, 2)) / 16), atol=0.02)
 
 
-def test_a_part_of_a_set_has_its_own_fingerprint(digits):
+def test_a_part_of_a_set_is_that_part_with_its_own_fingerprint(digits):
     one, two = torch.tensor([1]), torch.tensor([1, 2])
-    part = digits.select(two, one)
+    part = digits.select(train=two, test=one)
     assert torch.equal(part.train_labels, digits.train_labels[1:3])
     assert torch.equal(part.test_images, digits.test_images[1:2])
-    assert part.fingerprint != digits.fingerprint
-    assert part.fingerprint == digits.select(two, one).fingerprint
-    # The same numbers in the same order, but cut elsewhere.
-    cut = digits.select(torch.tensor([1]), torch.tensor([2, 1])).fingerprint
-    assert cut != part.fingerprint
+    assert part.fingerprint() == digits.select(train=two, test=one).fingerprint() != digits.fingerprint()
     mask = digits.train_labels != 7
-    assert 7 not in digits.select(mask, one).train_labels
+    assert 7 not in digits.select(train=mask).train_labels and len(digits.select(train=mask).test_labels) == 360
+
+
+def _shuffled_labels(data):
+    data.train_labels[:] = data.train_labels.flip(0)
+    return data
+
+
+def _shuffled_by_numpy(data):
+    data.train_labels.numpy()[:] = data.train_labels.numpy()[::-1].copy()
+    return data
+
+
+def _noise_in_place(data):
+    data.train_images.add_(0.1)
+    return data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _shuffled_labels,
+        _shuffled_by_numpy,
+        _noise_in_place,
+        lambda data: replace(data, train_labels=data.train_labels.flip(0)),
+        lambda data: replace(data, train_images=data.train_images + 0.1 * torch.randn_like(data.train_images)),
+        lambda data: data.select(train=torch.arange(100)),
+        lambda data: data.select(train=torch.arange(len(data.train_labels)).flip(0)),
+        lambda data: data.select(validation=torch.arange(10)),
+    ],
+)
+def test_whatever_a_student_does_to_the_data_changes_its_fingerprint(change):
+    data_set = data.load("digits").hold_out()
+    before = data_set.fingerprint()
+    assert change(data_set).fingerprint() != before
+
+
+def test_validation_images_are_training_images_set_aside(digits):
+    split = digits.hold_out()
+    assert {name: len(labels) for name, (_, labels) in split.splits().items()} == {
+        "train": 1198, "validation": 239, "test": 360
+    }  # fmt: skip
+    together = torch.cat([split.train_images, split.validation_images]).numpy()
+    assert sorted(map(bytes, together)) == sorted(map(bytes, digits.train_images.numpy()))
+    assert split.fingerprint() == digits.hold_out().fingerprint(), "the same ones each time"
+    assert list(digits.splits()) == ["train", "test"]
 
 
 def test_batches_are_those_of_a_textbook_loader():

@@ -47,7 +47,7 @@ run.finding("{id}/took", "It took {{seconds:.3f}} s.", timings={{"seconds": time
 CONCLUDE = """
 for id, finding in run.findings().items():
     if not finding["timings"]:
-        print(id, finding["sentence"])
+        print(id, finding["answer"])
 """
 NOTEBOOKS = {"01_first": TRAIN.format(id="2.1"), "02_same": TRAIN.format(id="2.2"), "03_conclusions": CONCLUDE}
 

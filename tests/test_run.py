@@ -37,7 +37,7 @@ def _filed(run):
 def test_a_finding_is_filed_with_what_produced_it(run):
     run.finding("2.1", "{accuracy:.1%} after {n}", met=True, accuracy=np.float32(0.5), n=torch.tensor(3), never=np.nan)
     finding = _filed(run)["findings"]["2.1"]
-    assert finding["sentence"] == "50.0 % after 3" and finding["met"] is True
+    assert finding["answer"] == "50.0 % after 3" and finding["met"] is True
     assert finding["values"] == {"accuracy": 0.5, "n": 3, "never": None}
     assert _filed(run)["parameters"] == COMMON
     assert _filed(run)["environment"]["dataset"] == "digits"
@@ -94,7 +94,7 @@ def test_several_trainings_come_back_under_their_keys_as_if_done_one_by_one(run)
 
 
 def test_the_same_training_asked_for_twice_at_once_is_done_once(run, monkeypatch):
-    monkeypatch.setattr(training, "N_WORKERS", 2)
+    monkeypatch.setattr(training, "_n_side_by_side", 2)
     same = [Training(mlp([784, 64, 10], seed=0), run.recipe(3, 64, 1e-3)) for _ in range(2)]
     (first, history), (second, other) = run.train_all(dict(enumerate(same))).values()
     assert history == other, "the durations would differ had both been trained"
@@ -124,4 +124,4 @@ def test_the_reader_is_told_what_stands_in_for_mnist(monkeypatch, tmp_path, shel
             Run("02_train", **COMMON | {"dataset": dataset})
         (header,) = (output.data["text/markdown"] for output in shown.outputs)
         assert ("MNIST could not be had" in header) is told
-        assert "Dataset **digits** (1,437 training and 360 test images) · seed **3**" in header
+        assert "Dataset **digits** (1,437 training images, 239 of them for validation, and 360 test images) · seed **3**" in header

@@ -28,7 +28,7 @@ RECIPE = Recipe(epochs=1, batch_size=64, learning_rate=1e-3)
 @pytest.fixture(scope="module")
 def few(digits) -> Dataset:
     """A hundred digits: training takes milliseconds."""
-    return digits.select(torch.arange(100), torch.arange(100))
+    return digits.select(train=torch.arange(100), test=torch.arange(100))
 
 
 def train(folder: Path, data: Dataset, recipe: Recipe = RECIPE, *, seed: int = 0) -> tuple[torch.Tensor, History]:
@@ -57,7 +57,7 @@ def test_key_is_of_all_that_determines_a_training(saved, few, digits, tmp_path):
     train(tmp_path, few, seed=1)
     train(tmp_path, few, Recipe(epochs=1, batch_size=64, learning_rate=2e-3))
     train(tmp_path, few, Recipe(epochs=1, batch_size=64, learning_rate=1e-3, seed=1))
-    train(tmp_path, digits.select(torch.arange(50), torch.arange(50)))
+    train(tmp_path, digits.select(train=torch.arange(50), test=torch.arange(50)))
     frozen = mlp([784, 8, 10], seed=0)
     frozen.fc1.weight.requires_grad_(False)
     Store(tmp_path).trained(frozen, few, RECIPE)

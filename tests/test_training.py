@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import CancelledError
 from functools import partial
@@ -21,7 +22,7 @@ from lowrank_helpers import training
 from lowrank_helpers.data import epoch_generator
 from lowrank_helpers.factorization import factorize
 from lowrank_helpers.models import mlp
-from lowrank_helpers.training import Recipe, evaluate, fit, pick_device, pick_precision, predict, side_by_side
+from lowrank_helpers.training import History, Recipe, evaluate, fit, pick_device, pick_precision, predict, side_by_side
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -118,7 +119,7 @@ def test_frozen_parameters_stay(digits):
 def test_history_starts_at_the_untrained_network_and_ends_at_the_trained_one(digits):
     model = _model()
     untrained = evaluate(model, digits.test_images, digits.test_labels)
-    half = digits.select(digits.train_labels < 5, digits.test_labels < 5)
+    half = digits.select(train=digits.train_labels < 5, test=digits.test_labels < 5)
     history = fit(model, digits, Recipe(3, 128, 1e-3), others={"low": half})
     assert list(history.epochs) == [0, 1, 2, 3]
     assert (history.loss["test"][0], history.accuracy["test"][0]) == (untrained.loss, untrained.accuracy)
@@ -127,6 +128,39 @@ def test_history_starts_at_the_untrained_network_and_ends_at_the_trained_one(dig
     assert set(history.loss) == set(history.accuracy) == {"train", "test", "low train", "low test"}
     assert history.seconds[0] == 0 and np.all(np.diff(history.seconds) > 0)
     assert history.evaluation_seconds > 0
+
+
+def test_a_network_is_scored_at_equal_distances_within_epochs(digits):
+    model, same = _model(), _model()
+    history = fit(model, digits, Recipe(2, 100, 1e-3, scores_per_epoch=5))
+    expected = fit(same, digits, Recipe(2, 100, 1e-3))
+    assert history.epochs == pytest.approx(np.linspace(0, 2, 11), abs=0.5 / 15)
+    assert history.accuracy["test"][::5] == expected.accuracy["test"] and torch.equal(_weights(model), _weights(same))
+    assert np.all(np.diff(history.seconds) > 0)
+
+
+def test_a_large_training_set_is_scored_on_a_sample_and_in_the_end_as_a_whole(digits, monkeypatch):
+    monkeypatch.setattr(training, "SCORED_EACH_TIME", 500)
+    model = _model()
+    history = fit(model, digits, Recipe(1, 100, 1e-3))
+    assert history.final("train") == evaluate(model, digits.train_images, digits.train_labels)
+    n_correct = 500 * history.accuracy["train"][-1]
+    assert n_correct == pytest.approx(round(n_correct), abs=1e-3), "of 500 images"
+    assert history.accuracy["train"][-1] == pytest.approx(history.final("train").accuracy, abs=0.05)
+    assert "test" not in history.whole and history.final("test").loss == history.loss["test"][-1]
+
+
+def test_validation_is_scored_where_the_data_has_it(digits):
+    assert "validation" not in fit(_model(), digits, Recipe(1, 500, 1e-3)).loss
+    assert len(fit(_model(), digits.hold_out(), Recipe(1, 500, 1e-3)).loss["validation"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "expected"), [(0.05, (0.0, 0.0)), (0.5, (1.0, 3.0)), (0.6, (1.5, 4.0)), (0.71, None)]
+)
+def test_when_an_accuracy_was_reached_is_interpolated(accuracy, expected):
+    history = History(epochs=[0, 1, 2, 3], seconds=[0, 3, 5, 9], accuracy={"test": [0.1, 0.5, 0.7, 0.65]})
+    assert history.reached("test", accuracy) == expected
 
 
 def test_scores_are_scikit_learns(digits):
@@ -178,16 +212,22 @@ def test_auto_takes_the_gpu_where_there_is_one():
 
 
 @pytest.mark.skipif(not CPU_INFO.exists(), reason="only Linux tells what the processor has in /proc/cpuinfo")
-def test_auto_takes_bfloat16_only_where_the_processor_has_it():
+@pytest.mark.parametrize(("allowed", "lacks"), [("", ""), ("AVX2", "its instructions")])
+def test_auto_takes_bfloat16_only_where_its_products_are_faster(allowed, lacks):
     flags = CPU_INFO.read_text()
-    native = "amx_bf16" in flags or "avx512_bf16" in flags
-    assert pick_precision("auto", torch.device("cpu")) == ("bfloat16" if native else "float32")
+    native = not lacks and ("amx_bf16" in flags or "avx512_bf16" in flags)
+    says = (
+        "import torch; from lowrank_helpers.training import pick_precision as p; print(p('auto', torch.device('cpu')))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ONEDNN_MAX_CPU_ISA": allowed} if allowed else {})
+    done = subprocess.run([sys.executable, "-c", says], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("bfloat16" if native else "float32")
     assert pick_precision("float32", torch.device("cpu")) == "float32"
 
 
 @pytest.fixture
 def two_workers(monkeypatch):
-    monkeypatch.setattr(training, "N_WORKERS", 2)
+    monkeypatch.setattr(training, "_n_side_by_side", 2)
 
 
 def test_numbers_depend_neither_on_workers_nor_on_what_is_trained_beside(digits, two_workers):
@@ -236,7 +276,7 @@ def test_a_failure_stops_the_trainings_beside_it(digits, two_workers):
 def test_predictions_do_not_depend_on_workers(digits, monkeypatch):
     images = digits.train_images.repeat(5, 1)  # more than one batch of them
     by_one = predict(_model(), images)
-    monkeypatch.setattr(training, "N_WORKERS", 3)
+    monkeypatch.setattr(training, "_n_side_by_side", 3)
     assert torch.equal(by_one, predict(_model(), images))
 
 
@@ -248,12 +288,20 @@ def test_models_that_keep_state_while_they_compute_predict_the_same_by_several_w
             return self.kept[:, :10]
 
     images = torch.arange(5.0)[:, None].repeat_interleave(training.EVALUATION_BATCH, 0).expand(-1, 784)
-    monkeypatch.setattr(training, "N_WORKERS", 3)
+    monkeypatch.setattr(training, "_n_side_by_side", 3)
     assert torch.equal(predict(Keeping(), images), images[:, :10])
 
 
 def test_workers_are_as_many_as_the_environment_allows_threads():
-    says = "import torch; from lowrank_helpers import training; print(training.N_WORKERS, torch.get_num_threads())"
+    says = """
+        import torch
+        from lowrank_helpers import training
+        for _ in range(2):
+            print(training.n_side_by_side(), torch.get_num_threads())
+            training.take_one_thread_each()
+            training.take_one_thread_each()
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", says], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2", "1"]
+    command = [sys.executable, "-c", textwrap.dedent(says)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "2", "2", "1"], "the import leaves threads alone"

@@ -56,7 +56,7 @@ def gather(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     -------
     dict
         ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on what.
-        ``findings``: by id, the sentence, the values, the timings, and whether a bar was met.
+        ``findings``: by id, the answer, the evidence, the values, the timings, and whether a bar was met.
     """
     notebooks: dict[str, Any] = {
         outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}
@@ -76,7 +76,7 @@ def gather(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def apart_from_time(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of gathered results must be the same in every run of the same series on the same machine.
 
-    That is all but dates, durations, and what follows from them: a finding's timings and the sentence that tells them.
+    That is all but dates, durations, and what follows from them: a finding's timings and the text that tells them.
     """
     notebooks = {
         name: notebook
@@ -85,7 +85,7 @@ def apart_from_time(results: Mapping[str, Any]) -> dict[str, Any]:
         for name, notebook in results["notebooks"].items()
     }
     findings = {
-        id: finding | ({"timings": None, "sentence": None} if finding["timings"] else {})
+        id: finding | ({"timings": None, "answer": None, "evidence": None} if finding["timings"] else {})
         for id, finding in results["findings"].items()
     }
     return {**results, "notebooks": notebooks, "findings": findings}

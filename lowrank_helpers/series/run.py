@@ -23,7 +23,15 @@ from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.series import parameters
 from lowrank_helpers.series.results import file_findings, read_findings
 from lowrank_helpers.series.store import Store
-from lowrank_helpers.training import N_WORKERS, History, Recipe, pick_device, pick_precision, side_by_side
+from lowrank_helpers.training import (
+    History,
+    Recipe,
+    n_side_by_side,
+    pick_device,
+    pick_precision,
+    side_by_side,
+    take_one_thread_each,
+)
 
 RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"
 NETWORKS_VARIABLE = "LOWRANK_NETWORKS_DIR"  # where several runs share what they train
@@ -69,18 +77,23 @@ class Run:
     precision : str
         ``float32`` or ``bfloat16``, of the matrix products.
     data : Dataset
-        On the device.
+        On the device, with a sixth of the training images set aside for validation: choices are made on these.
+    whole_data : Dataset
+        The same with all training images in their published order and no validation set: for networks all of whose
+        choices have been made.
     folder : Path
         The run's folder: ``findings/`` is below it, and ``networks/`` unless ``LOWRANK_NETWORKS_DIR`` names a folder.
     """
 
     def __init__(self, notebook: str, **values: Any) -> None:
         parameters.check(values)
+        take_one_thread_each()
         self.notebook = notebook
         self.parameters = values
         self.device = pick_device(values["device"])
         self.precision = pick_precision(values["precision"], self.device)
-        self.data = data.load(values["dataset"], values["data_dir"]).to(self.device)
+        self.whole_data = data.load(values["dataset"], values["data_dir"]).to(self.device)
+        self.data = self.whole_data.hold_out()
         self.folder = Path(os.environ.get(RUN_DIR_VARIABLE) or PROJECT / "reports" / "lab")
         self._store = Store(Path(os.environ.get(NETWORKS_VARIABLE) or self.folder / "networks"))
         self._findings: dict[str, dict[str, Any]] = {}
@@ -95,8 +108,9 @@ class Run:
                 "scikit-learn's bundled 8×8 digits resampled to 28×28.\n"
             )
         lines.append(
-            f"Dataset **{self.data.name}** ({len(self.data.train_labels):,} training and "
-            f"{len(self.data.test_labels):,} test images) · seed **{self.parameters['seed']}** · "
+            f"Dataset **{self.data.name}** ({len(self.whole_data.train_labels):,} training images, "
+            f"{len(self.data.validation_labels):,} of them for validation, and {len(self.data.test_labels):,} test "
+            f"images) · seed **{self.parameters['seed']}** · "
             f"device **{self.device.type}** · matrix products in **{self.precision}**, weights in float32"
         )
         return "\n".join(lines)
@@ -170,20 +184,24 @@ class Run:
     def finding(
         self,
         id: str,
-        sentence: str,
+        answer: str,
+        evidence: str = "",
         *,
         met: bool | None = None,
         timings: Mapping[str, Any] | None = None,
         **values: Any,
     ) -> None:
-        """Show a measured sentence and file its numbers under a stable id.
+        """Show an answer with its evidence, and file its numbers under a stable id.
 
         Parameters
         ----------
         id : str
             An item of the assignment, ``"3.1"``, or a part of one, ``"3.1/stable_rank"``.
-        sentence : str
-            Markdown with the values in braces, formatted as by ``str.format``: ``"{accuracy:.2%} right"``.
+        answer : str
+            One plain sentence that can be repeated by heart. Markdown with values in braces, formatted as by
+            ``str.format``: ``"{accuracy:.2%} are correct"``.
+        evidence : str
+            The sentences that support it, likewise; rows of numbers belong in tables and figures.
         met : bool, optional
             For an item with a bar: whether it is reached.
         timings : mapping, optional
@@ -196,17 +214,21 @@ class Run:
                 f"finding id {id!r} is not allowed; allowed: an item such as '3.1' or a part, '3.1/spread'"
             )
         values, timings = _plain(values), _plain(timings or {})
-        text = re.sub(r"(?<=\d)%", " %", sentence.format(**values, **timings))  # str.format sets no space
-        finding = {"sentence": text, "met": _plain(met), "values": values, "timings": timings}
+        answer, evidence = (
+            re.sub(r"(?<=\d)%", " %", text.format(**values, **timings))  # str.format sets no space
+            for text in (answer, evidence)
+        )
+        finding = {"answer": answer, "evidence": evidence, "met": _plain(met), "values": values, "timings": timings}
         # JSON knows no NaN; what was not measured is null.
         self._findings[id] = json.loads(json.dumps(finding), parse_constant=lambda name: None)
         self._file_findings()
         verdict = {True: " ✓ met", False: " ✗ **not met**", None: ""}[met]
-        display(Markdown(f"**{id}**{verdict} · {text}"), metadata={"lowrank": {"finding": id}})
+        shown = f"**{id}**{verdict} · **{answer}**" + (f"\n\n{evidence}" if evidence else "")
+        display(Markdown(shown), metadata={"lowrank": {"finding": id}})
 
     def answers(self) -> None:
         """Show this notebook's answers to the assignment's items: its findings without the parts."""
-        items = [f"- **{id}** {finding['sentence']}" for id, finding in self._findings.items() if "/" not in id]
+        items = [f"- **{id}** {finding['answer']}" for id, finding in self._findings.items() if "/" not in id]
         display(Markdown("\n".join(items)))
 
     def findings(self) -> dict[str, dict[str, Any]]:
@@ -226,7 +248,7 @@ class Run:
                 "started": self._started.isoformat(timespec="seconds"),
                 "device": _device_name(self.device),
                 "precision": self.precision,
-                "threads": N_WORKERS,
+                "threads": n_side_by_side(),
             }
             | software(),
             "findings": self._findings,

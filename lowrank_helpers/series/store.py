@@ -88,8 +88,8 @@ def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, D
     parts = {
         "structure": repr(model),
         "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
-        "data": data.fingerprint,
-        "others": {name: other.fingerprint for name, other in others.items()},
+        "data": data.fingerprint(),
+        "others": {name: other.fingerprint() for name, other in others.items()},
         "recipe": asdict(recipe),
         "code": _code_version(model),
         "torch": torch.__version__,
