@@ -1,44 +1,56 @@
-"""One style for every figure of the series, and the figures that more than one notebook draws.
+"""One style for every figure of the series, on seaborn's, and the figures that more than one notebook draws.
 
-Train is dashed and test is solid, everywhere. Colours are Okabe & Ito's palette, which colour-blind readers
-tell apart.
+Train is dashed and test is solid, everywhere. Colours are seaborn's ``colorblind``, which colour-blind readers tell
+apart. Importing this module changes no setting of Matplotlib's: a notebook's :class:`Run` calls :func:`use_style`.
 """
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import matplotlib as mpl
-from cycler import cycler
+import numpy as np
+import pandas as pd
+import seaborn as sns
 from IPython.display import Image, display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as pillow
 
-from lowrank_helpers.training import History
+from lowrank_helpers.statistics import interval
+from lowrank_helpers.training import SCORED_EACH_TIME, History
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINE_STYLES = {"train": "--", "test": "-"}
-SPLIT_COLOURS = {"train": PALETTE[5], "test": PALETTE[0]}  # for bars, which have no line style
+PALETTE: tuple[str, ...] = tuple(sns.color_palette("colorblind").as_hex())
+LINE_STYLES: dict[str, Any] = {"train": "--", "test": "-"}
+SPLIT_COLOURS = {"train": PALETTE[9], "test": PALETTE[0]}  # for bars, which have no line style
 PANEL = (4.2, 3.1)  # inches, width and height of one panel
 RESOLUTION = 180  # dots per inch: crisp at twice the size shown
 SHOWN_RESOLUTION = 90
+BAND = 0.15  # opacity of an interval
 
-mpl.rcParams.update(
-    {
-        "axes.prop_cycle": cycler(color=PALETTE),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.titlesize": "medium",
-        "grid.alpha": 0.25,
-        "legend.frameon": False,
-        "legend.fontsize": "small",
-        "figure.constrained_layout.use": True,
-        "savefig.facecolor": "white",
-    }
-)
+STYLE = sns.axes_style("ticks") | {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.titlesize": "medium",
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": "small",
+    "figure.constrained_layout.use": True,
+    "savefig.facecolor": "white",
+}
+
+
+def use_style() -> None:
+    """Give all figures that this process draws from now on the series' style."""
+    plt.rcParams.update(STYLE)
+
+
+def style() -> AbstractContextManager:
+    """Return a context in which figures have the series' style."""
+    return plt.rc_context(STYLE)
 
 
 def panels(
@@ -50,16 +62,20 @@ def panels(
         return plt.subplots(n_rows, n_columns, figsize=(width * n_columns, height * n_rows), **options)
 
 
-def show(figure: Figure, alt: str) -> None:
+def show(figure: Figure, alt: str, key: str = "") -> None:
     """Display a figure and close it.
 
     Parameters
     ----------
     alt : str
         Says what the figure shows, for readers who cannot see it.
+    key : str
+        The item, such as ``5.2``, that the report's index shows this figure for: best one panel with few words, as
+        it is shown 420 pixels wide there.
     """
     png, width, height = drawn(figure)
-    display(Image(png, format="png", width=width, height=height, alt=alt))
+    image = Image(png, format="png", width=width, height=height, alt=alt)
+    display(image, metadata={"lowrank": {"figure": key}} if key else {})
 
 
 def drawn(figure: Figure) -> tuple[bytes, int, int]:
@@ -76,33 +92,72 @@ def drawn(figure: Figure) -> tuple[bytes, int, int]:
 def learning_curves(
     histories: Mapping[str, Sequence[History]], *, against: str = "epoch", log_loss: bool = False
 ) -> Figure:
-    """Plot loss and accuracy, train and test, of one or more trainings, from the end of the first epoch on.
+    """Plot loss and accuracy, train and test, of one or more trainings, from the first score after the start on.
+
+    Of several seeds the mean is drawn with its 95 % interval (Student's t) as a band.
 
     Parameters
     ----------
     histories : mapping of str to sequence of History
         By label, one history a seed; each label has one colour.
     against : {"epoch", "seconds"}
-        The horizontal axis: epochs, or seconds of training without evaluation.
+        The horizontal axis: epochs, or seconds of training without evaluation (mean of the seeds).
     log_loss : bool
         Logarithmic loss axis, where the training loss gets tiny.
     """
-    figure, (loss_axes, accuracy_axes) = panels(2)
-    for colour, (label, seeds) in zip(PALETTE, histories.items(), strict=False):
-        for history in seeds:
-            x: Sequence[float] = history.epochs if against == "epoch" else history.seconds
-            for split, style in LINE_STYLES.items():
-                accuracy = [100 * share for share in history.accuracy[split]]
-                loss_axes.plot(x[1:], history.loss[split][1:], style, color=colour, linewidth=1.2)
-                accuracy_axes.plot(x[1:], accuracy[1:], style, color=colour, linewidth=1.2)
-        accuracy_axes.plot([], [], color=colour, label=label)
-    for split, style in LINE_STYLES.items():
-        accuracy_axes.plot([], [], style, color="black", label=split)
-    x_label = "epoch" if against == "epoch" else "training time (s)"
-    loss_axes.set(xlabel=x_label, ylabel="cross-entropy (nats)", title="Loss", yscale="log" if log_loss else "linear")
-    accuracy_axes.set(xlabel=x_label, ylabel="accuracy (%)", title="Accuracy")
-    if against == "epoch":
-        for axes in (loss_axes, accuracy_axes):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside right center")  # inside it would cover one curve or another
+    scores = pd.concat([_scores(label, seeds, against) for label, seeds in histories.items()])
+    figure, axes = panels(2)
+    colours = dict(zip(histories, PALETTE, strict=False))
+    for ax, measure in zip(axes, ("loss", "accuracy"), strict=True):
+        band_over_seeds(ax, scores, x=against, y=measure, hue="label", palette=colours)
+        ax.set(xlabel="epoch" if against == "epoch" else "training time (s)", title=measure.capitalize())
+        if against == "epoch":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set(ylabel="cross-entropy (nats)", yscale="log" if log_loss else "linear")
+    axes[1].set(ylabel="accuracy (%)")
+    lines = [plt.Line2D([], [], color=colour) for colour in colours.values()]
+    styles = [plt.Line2D([], [], color="black", linestyle=line) for line in LINE_STYLES.values()]
+    sampled = any("train" in history.whole for seeds in histories.values() for history in seeds)
+    train = f"train\n({SCORED_EACH_TIME:,} images)" if sampled else "train"
+    figure.legend(lines + styles, [*colours, train, "test"], loc="outside right center")
     return figure
+
+
+def band_over_seeds(ax: plt.Axes, table: pd.DataFrame, *, x: str, y: str, **options: Any) -> None:
+    """Draw the mean of a column over seeds with its 95 % interval, a line style a split if there is a column ``split``.
+
+    Parameters
+    ----------
+    table : DataFrame
+        One row a seed and ``x``, at least; further options are those of seaborn's ``lineplot``, such as ``hue``.
+    """
+    if "split" in table:
+        options = {"style": "split", "dashes": {"train": (4, 2), "test": "", "validation": (1, 1)}} | options
+    sns.lineplot(
+        table, x=x, y=y, ax=ax, errorbar=_limits, err_kws={"alpha": BAND, "linewidth": 0}, legend=False, **options
+    )
+
+
+def _limits(values: pd.Series) -> tuple[float, float]:
+    """Return the limits of the mean's interval; of one value that value, which has none."""
+    found = interval(values)
+    return (found.low, found.high) if found.n > 1 else (found.mean, found.mean)
+
+
+def _scores(label: str, seeds: Sequence[History], against: str) -> pd.DataFrame:
+    """Return the scores of trainings that differ in their seed alone, one row a seed, score and split."""
+    x = seeds[0].epochs if against == "epoch" else np.mean([history.seconds for history in seeds], axis=0)
+    rows = [
+        pd.DataFrame(
+            {
+                "label": label,
+                "split": split,
+                against: x[1:],
+                "loss": history.loss[split][1:],
+                "accuracy": 100 * np.array(history.accuracy[split][1:]),
+            }
+        )
+        for history in seeds
+        for split in LINE_STYLES
+    ]
+    return pd.concat(rows)

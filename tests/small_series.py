@@ -33,7 +33,7 @@ $$\begin{aligned} a &= b \\ c &= d \end{aligned}$$
 Next: [overfitting](04_overfit.ipynb).
 """
 TABLE = 'pd.DataFrame({f"a long column name {i}": [i, 2 * i] for i in range(12)})'
-FIGURE = 'figure, axes = plots.panels()\naxes.plot([3, 2, 1])\nplots.show(figure, alt="A line that <falls>")'
+FIGURE = 'figure, axes = plots.panels()\naxes.plot([3, 2, 1])\nplots.show(figure, alt="A line that <falls>", key="3.1")'
 PANEL = "panel.explore(models.mlp([784, 32, 16, 10], seed=seed), run.data.splits())"
 FINDING = (
     'run.finding("3.1", "The average rank is **{average_numerical_rank:.1f}**, $r<n$.", met=True,'

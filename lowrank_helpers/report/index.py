@@ -16,7 +16,7 @@ from PIL import Image
 from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
-THUMBNAIL = (640, 480)  # pixels at most; shown at half that, so crisp at 200 %
+THUMBNAIL = (840, 720)  # pixels at most; shown at half that, so crisp at 200 %
 THUMBNAIL_COLOURS = 128
 
 Figure = dict[str, Any]
@@ -150,16 +150,10 @@ def _filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _key_figures(notebook: NotebookNode) -> dict[str, Figure]:
-    """Return, for each finding of a notebook, a thumbnail of the figure shown last before it."""
-    figures: dict[str, Figure] = {}
-    figure = None
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                figure = _thumbnail(output)
-            elif (finding := output.get("metadata", {}).get("lowrank", {}).get("finding")) and figure:
-                figures[finding] = figure
-    return figures
+    """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    marked = [(output.get("metadata", {}).get("lowrank", {}).get("figure"), output) for output in outputs]
+    return {item: _thumbnail(output) for item, output in marked if item}
 
 
 def _thumbnail(output: NotebookNode) -> Figure:

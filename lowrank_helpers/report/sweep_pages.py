@@ -186,7 +186,8 @@ def _section(findings: pd.DataFrame, shown: Shown, sweep: Sweep) -> dict[str, An
     series = [name for name in (*sweep.grid, shown.keys or "key") if name in values and name not in (x, REPLICATES)]
     joined = values[series].astype(str).agg(", ".join, axis="columns") if series else ""
     summary = intervals(values.assign(series=joined), [x, "series"])
-    png, width, height = plots.drawn(_figure(summary, x, label))
+    with plots.style():
+        png, width, height = plots.drawn(_figure(summary, x, label))
     return {
         "label": label,
         "source": f"data:image/png;base64,{base64.b64encode(png).decode()}",

@@ -22,7 +22,6 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 PROVISIONER = "lowrank-nursery"  # as pyproject.toml registers it
-# Not pandas, which shows tables otherwise where it is not imported in a kernel.
 IMPORTED = ("ipykernel.kernelapp", "ipykernel.zmqshell", "lowrank_helpers.plots", "lowrank_helpers.series.run")
 PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a kernel sets it before it imports
 
@@ -129,6 +128,10 @@ def _serve() -> None:
     """Be the nursery: import, then answer requests, a line of JSON each, until there are no more."""
     for module in IMPORTED:
         importlib.import_module(module)
+    import pandas  # here, not above: the command that starts kernels need not wait for it
+
+    # In a process that is no kernel pandas would cut tables to the width of a terminal; this is what a kernel has.
+    pandas.set_option("display.max_columns", 20)
     for line in sys.stdin.buffer:
         request = json.loads(line)
         answer = _exit_code(request["ended"]) if "ended" in request else _fork(**request)

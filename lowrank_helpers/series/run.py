@@ -18,7 +18,7 @@ import torch
 from IPython.display import Markdown, display
 from torch import nn
 
-from lowrank_helpers import data
+from lowrank_helpers import data, plots
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.series import parameters
 from lowrank_helpers.series.results import file_findings, read_findings
@@ -88,6 +88,7 @@ class Run:
     def __init__(self, notebook: str, **values: Any) -> None:
         parameters.check(values)
         take_one_thread_each()
+        plots.use_style()
         self.notebook = notebook
         self.parameters = values
         self.device = pick_device(values["device"])
@@ -223,7 +224,7 @@ class Run:
         self._findings[id] = json.loads(json.dumps(finding), parse_constant=lambda name: None)
         self._file_findings()
         verdict = {True: " ✓ met", False: " ✗ **not met**", None: ""}[met]
-        shown = f"**{id}**{verdict} · **{answer}**" + (f"\n\n{evidence}" if evidence else "")
+        shown = f"**{id}**{verdict} · {answer}" + (f"\n\n{evidence}" if evidence else "")
         display(Markdown(shown), metadata={"lowrank": {"finding": id}})
 
     def answers(self) -> None:
