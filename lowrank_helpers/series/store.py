@@ -11,11 +11,12 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from threading import Event
+from types import ModuleType
 
 import torch
 from filelock import FileLock
@@ -101,16 +102,20 @@ def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, D
 
 
 def _code_version(model: nn.Module) -> str:
-    """Hash the modules that decide what a training gives; PyTorch's layers are covered by its version."""
+    """Hash the code that decides what a training gives; PyTorch's layers are covered by its version.
+
+    Of the module ``data`` that is the order of the samples: the data themselves are hashed.
+    """
     defining = {type(layer).__module__ for layer in model.modules()}
     ours = {name for name in defining if name.startswith("lowrank_helpers.")}
-    names = sorted(ours | {module.__name__ for module in (data, models, training)})
-    return hashlib.sha256("".join(map(_source, names)).encode()).hexdigest()
+    modules = [sys.modules[name] for name in sorted(ours | {models.__name__, training.__name__})]
+    sources = map(_source, [data.batches, data.epoch_generator, *modules])
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
 @cache  # what was imported, even if the file changes under a running kernel
-def _source(module: str) -> str:
-    return inspect.getsource(sys.modules[module])
+def _source(code: Callable | ModuleType) -> str:
+    return inspect.getsource(code)
 
 
 def _save(file: Path, key: str, model: nn.Module, history: History) -> None:
