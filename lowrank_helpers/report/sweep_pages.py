@@ -4,24 +4,23 @@ import base64
 import io
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
 from lowrank_helpers import plots
 from lowrank_helpers.report import pages
 from lowrank_helpers.series.store import write_atomically
 from lowrank_helpers.series.sweep import Point, Shown, Sweep, as_text
+from lowrank_helpers.statistics import interval
 
 COLUMNS = ("point", "notebook", "finding", "quantity", "value", "timed", "dataset", "device", "precision")
 REPLICATES = "seed"  # the axis that intervals are over
-CONFIDENCE = 0.95
 DECADE = 10  # a numeric axis that spans more is logarithmic
 PANEL = (6.4, 3.4)  # inches
 CATEGORY_WIDTH = 0.6  # of the distance between two categories, over which the colours are spread
@@ -133,10 +132,11 @@ def intervals(values: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     DataFrame
         The columns ``by``, ``mean``, ``n`` and ``margin``: the interval is mean ± margin; NaN where n is 1.
     """
-    summary = values.groupby(list(by), sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    t = stats.t.ppf((1 + CONFIDENCE) / 2, summary["count"] - 1)
-    summary["margin"] = t * summary["std"] / np.sqrt(summary["count"])
-    return summary.drop(columns="std").rename(columns={"count": "n"})
+    rows = []
+    for case, group in values.groupby(list(by), sort=False)["value"]:
+        found = interval(group)
+        rows.append([*case, found.mean, found.n, found.half_width if found.n > 1 else math.nan])
+    return pd.DataFrame(rows, columns=[*by, "mean", "n", "margin"])
 
 
 def _conditions(sweep: Sweep, n_points: int, n_failed: int, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
