@@ -3,6 +3,7 @@
 import json
 import math
 
+import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.report import sweep_pages
 from lowrank_helpers.series import sweep
 from lowrank_helpers.series.execution import notebook_names
+from lowrank_helpers.series.parameters import declared
 from lowrank_helpers.series.sweep import Shown, Sweep
 
 SHIPPED = sorted((PROJECT / "sweeps").glob("*.yaml"))
@@ -52,6 +54,15 @@ def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares():
     }
 
 
+def test_as_many_points_as_allowed_are_planned_from_one_reading_of_the_notebook(monkeypatch):
+    reads = []
+    read = nbformat.read
+    monkeypatch.setattr(nbformat, "read", lambda *given, **options: reads.append(given) or read(*given, **options))
+    declared.cache_clear()
+    assert len(sweep.points(Sweep(["02_train"], {"seed": list(range(sweep.MAX_POINTS))}))) == sweep.MAX_POINTS
+    assert len(reads) == 1
+
+
 def test_point_names_can_be_read_told_apart_and_used_as_folders(tmp_path):
     grid = {"ranks": [[64, 64, 64, 8], [64, 64, 64, 80]], "data_dir": ["a/b", "a_b", "a%2Fb", "", "ü: *?"], "seed": [3]}
     points = sweep.points(Sweep(["06_factorized"], grid))
@@ -78,6 +89,8 @@ def test_command_line_goes_over_file(tmp_path):
     ("arguments", "named"),
     [
         ([], ["needs a grid"]),
+        (["-g", "epochs=1..99999999999"], ["1..99999999999 has 99,999,999,999 points", "at most 10,000"]),
+        (["-g", "seed=0..100", "-g", "epochs=1..100"], ["the grid has 10,100 points", "at most 10,000"]),
         (["-g", "seed"], ["'seed'", "NAME=VALUES"]),
         (["-g", "seed="], ["'seed='", "NAME=VALUES"]),
         (["-g", "seed=3..1"], ["seed", "no values"]),

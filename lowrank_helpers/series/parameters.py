@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ def full_ranks(widths: list[int]) -> list[int]:
     return [min(pair) for pair in pairwise(widths[:-1])]
 
 
+@cache  # for a sweep, which asks once a point
 def declared(notebook: Path) -> dict[str, Any]:
     """Return the parameters of a notebook and their defaults, from its cell tagged ``parameters``.
 

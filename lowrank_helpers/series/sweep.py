@@ -5,6 +5,7 @@ A worker runs one point at a time, and the kernel that it starts takes as many t
 """
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -31,6 +32,7 @@ from lowrank_helpers.series.run import NETWORKS_VARIABLE, software
 
 KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
 CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
 TICK = 1  # seconds between two looks at what is running
 
@@ -166,10 +168,11 @@ def grid_values(text: str) -> list[Any]:
     Raises
     ------
     ParameterError
-        A value is not YAML.
+        A value is not YAML, or a range has more values than a sweep may have points.
     """
     if match := WHOLE_RANGE.fullmatch(text):
         first, last = map(int, match.groups())
+        _check_size(f"the range {text}", last - first + 1)
         return list(range(first, last + 1))
     parts = [text] if text.startswith("[") else text.split(",")
     values = [parameters.parse(part, f"grid value {part!r}") for part in parts]
@@ -182,7 +185,8 @@ def points(sweep: Sweep) -> list[Point]:
     Raises
     ------
     ParameterError
-        There is no grid, an axis is empty or repeats a value, or :func:`execution.plan` refuses a point.
+        There is no grid, an axis is empty or repeats a value, there are more than ``MAX_POINTS`` points, or
+        :func:`execution.plan` refuses one.
     """
     if not sweep.grid:
         raise ParameterError("a sweep needs a grid: -g NAME=VALUES, or `grid` in a file; for one run: lowrank run")
@@ -191,8 +195,14 @@ def points(sweep: Sweep) -> list[Point]:
             raise ParameterError(f"grid {name} has no values")
         if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
             raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
+    _check_size("the grid", math.prod(map(len, sweep.grid.values())))
     combinations = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
     return [Point(values, execution.plan(sweep.notebooks, sweep.parameters | values)) for values in combinations]
+
+
+def _check_size(what: str, n_points: int) -> None:
+    if n_points > MAX_POINTS:
+        raise ParameterError(f"{what} has {n_points:,} points; allowed: at most {MAX_POINTS:,}")
 
 
 def settle_datasets(points: Sequence[Point]) -> set[str]:
