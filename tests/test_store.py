@@ -1,5 +1,6 @@
 """What is stored must come back as it was saved, or be recognised as damaged: never as something else."""
 
+import importlib
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import mlp
-from lowrank_helpers.series import results
+from lowrank_helpers.series import results, store
 from lowrank_helpers.series.store import Store, write_atomically
 from lowrank_helpers.training import History, Recipe
 
@@ -64,6 +65,45 @@ def test_key_is_of_all_that_determines_a_training(saved, few, digits, tmp_path):
     Store(tmp_path).trained(mlp([784, 8, 10], "tanh", seed=0), few, RECIPE)
     Store(tmp_path).trained(mlp([784, 8, 10], seed=0), few, RECIPE, others={"first": few})
     assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_data_changed_in_place_make_another_network(few, tmp_path):
+    """A student shuffles the labels and trains: nobody must find that network under the true labels' key."""
+    shuffled = few.select(train=torch.arange(len(few.train_labels)))  # a copy
+    train(tmp_path, few)
+    shuffled.train_labels[:] = shuffled.train_labels.flip(0)
+    changed, _ = train(tmp_path, shuffled)
+    again, _ = train(tmp_path, few)
+    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(changed, again)
+
+
+CODE = '''
+def order(n):
+    """Return the order."""
+    # Any will do.
+    return list(range(n))
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("Return the order.", "Say in which order.", True),
+        ("# Any will do.", "# Not any.", True),
+        ("range(n)", "range(n, 0, -1)", False),
+        ("def order(n):", "def order(n, seed=0):", False),
+    ],
+)
+def test_the_key_follows_what_code_does_and_not_what_it_says(old, new, same, tmp_path, monkeypatch):
+    def key_part(name: str, source: str) -> str:
+        (tmp_path / f"{name}.py").write_text(source)
+        return store._source(importlib.import_module(name))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    changed = CODE.replace(old, new)
+    assert changed != CODE
+    token = f"code_{abs(hash((old, new)))}"
+    assert (key_part(f"{token}_a", CODE) == key_part(f"{token}_b", changed)) is same
 
 
 def recomputed(saved, few, folder: Path, content: bytes) -> None:
