@@ -256,8 +256,11 @@ def _sweep(
     except KeyboardInterrupt:
         click.echo(f"\nStopped; {len(ended)} of {len(points)} points are done. Add --resume to go on.", err=True)
         sys.exit(INTERRUPTED)
+    by_reason: dict[str, list[str]] = {}
     for name, reason in failed.items():
-        click.echo(f"Failed twice: {name}: {reason}")
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        click.echo(f"Failed twice: {_first_few(names)}: {reason}")
     click.echo(f"Points: {len(points)}, failed: {len(failed)}. Open {os.path.relpath(output / 'index.html')}")
     if failed:
         sys.exit(1)
@@ -287,12 +290,19 @@ def _followed(progress: Iterator[tuple[list["Ended"], int]], n_points: int) -> I
             yield ended
 
 
+def _first_few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _summarise(outcomes: list[Outcome], output: Path) -> None:
     for outcome in outcomes:
-        click.echo(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s  {outcome.error}")
+        click.echo(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s")
     click.echo(f"{'together':16} {'':7} {sum(outcome.seconds for outcome in outcomes):7.1f} s")
+    failures = results.failures(outcomes)
+    for failure in failures:
+        click.echo(f"Failed: {failure}")
     click.echo(f"Open {os.path.relpath(output / 'index.html')}")
-    if any(outcome.status == "failed" for outcome in outcomes):
+    if failures:
         sys.exit(1)
 
 

@@ -140,7 +140,7 @@ def test_a_failing_notebook_leaves_its_partial_output_and_the_rest_still_runs(ow
     _notebook(own_notebooks, "02_works", "print('fine')")
     result = _lowrank("run", "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert "ZeroDivisionError" in result.output
+    assert "Failed: 01_fails (cell 3): ZeroDivisionError: division by zero\n" in result.output
     assert not (tmp_path / "out" / "01_fails.ipynb").exists()
     partial = nbformat.read(tmp_path / "out" / "01_fails.failed.ipynb", as_version=4)
     assert "so far" in str(partial.cells) and "ZeroDivisionError" in str(partial.cells)
@@ -150,6 +150,17 @@ def test_a_failing_notebook_leaves_its_partial_output_and_the_rest_still_runs(ow
         "01_fails": "failed",
         "02_works": "done",
     }
+
+
+def test_what_fails_several_notebooks_is_said_once(own_notebooks, tmp_path):
+    _notebook(own_notebooks, "01_fails", "raise ValueError('no luck')")
+    _notebook(own_notebooks, "02_fails", "print('so far')", "raise ValueError('no luck')")
+    _notebook(own_notebooks, "03_fails", "raise ValueError('other luck')")
+    result = _lowrank("run", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.output.count("no luck") == 1
+    assert "Failed: 01_fails (cell 2), 02_fails (cell 3): ValueError: no luck\n" in result.output
+    assert "Failed: 03_fails (cell 2): ValueError: other luck\n" in result.output
 
 
 def test_command_line_goes_over_file_and_each_notebook_gets_what_it_declares(own_notebooks, tmp_path):

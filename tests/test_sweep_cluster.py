@@ -198,18 +198,19 @@ def test_sweep_stopped_by_ctrl_c_resumes_and_ends(reference):
     assert len(list((reference / "networks").glob("*.safetensors"))) == 3, "the common network was made once"
 
 
-def test_failing_point_is_tried_twice_reported_and_stops_no_other(project, cluster, tmp_path, monkeypatch):
+def test_failing_points_are_tried_twice_reported_once_and_stop_no_other(project, cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")  # hides bars, but not this line
     out = tmp_path / "out"
-    with project.told("fail 1"):
-        shown = finish(project.sweep("-g", "seed=0..1", "--scheduler", cluster.address, "-o", out), 1)
+    with project.told("fail 1", "fail 2"):
+        shown = finish(project.sweep("-g", "seed=0..2", "--scheduler", cluster.address, "-o", out), 1)
     begun = sorted(project.begun())
     project.forget_begun()
-    assert begun == [0, 1, 1]
-    assert "Failed twice: seed=1: 01_small: cell 3: ValueError: no such luck" in shown
-    assert "Points: 2, failed: 1" in shown
-    assert "1 of 2 points done, 0 running, 1 failed" in shown
+    assert begun == [0, 1, 1, 2, 2]
+    assert "Failed twice: seed=1, seed=2: 01_small (cell 3): ValueError: no such luck" in shown
+    assert "Points: 3, failed: 2" in shown
+    assert "1 of 3 points done, 0 running, 2 failed" in shown
     assert set(untimed(out)["point"]) == {"seed=0"}
+    assert shown.count("no such luck") == 1
     assert "no such luck" in (out / "index.html").read_text()
 
 

@@ -198,7 +198,7 @@ def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: 
 
     partial = folder / f".{name}{TEMPORARY}.ipynb"
     start = time.perf_counter()
-    error = ""
+    reason, cell = "", None
     try:
         papermill.execute_notebook(
             notebook_path(name),
@@ -211,15 +211,15 @@ def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: 
             shutdown_kernel="immediate",  # all that it keeps is written by then
         )
     except papermill.PapermillExecutionError as failure:
-        error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
+        reason, cell = f"{failure.ename}: {failure.evalue}", failure.exec_count
     except RuntimeError as failure:  # DeadKernelError and, of a kernel that died before its first answer, no better
-        error = f"{failure} (out of memory?)"
+        reason = f"{failure} (out of memory?)"
     except KeyboardInterrupt:
         partial.unlink(missing_ok=True)
         raise
     seconds = round(time.perf_counter() - start, 2)
-    _finish(partial, folder / (f"{name}.failed.ipynb" if error else f"{name}.ipynb"), fingerprint, seconds)
-    return Outcome(name, "failed" if error else "done", seconds, error)
+    _finish(partial, folder / (f"{name}.failed.ipynb" if reason else f"{name}.ipynb"), fingerprint, seconds)
+    return Outcome(name, "failed" if reason else "done", seconds, reason, cell)
 
 
 def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> None:

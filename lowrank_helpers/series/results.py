@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,31 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook's execution ended: ``done``, ``kept`` (done in an earlier run) or ``failed``."""
+    """How one notebook's execution ended: ``done``, ``kept`` (done in an earlier run) or ``failed``.
+
+    Of one that failed, ``reason`` is what was raised, and ``cell`` the number of the cell, where one raised it.
+    """
 
     notebook: str
     status: str
     seconds: float
-    error: str = ""
+    reason: str = ""
+    cell: int | None = None
+
+    @property
+    def error(self) -> str:
+        """Where it failed and why; empty unless it did."""
+        return f"cell {self.cell}: {self.reason}" if self.cell else self.reason
+
+
+def failures(outcomes: Iterable[Outcome]) -> list[str]:
+    """Say why notebooks failed, each reason once: ``02_train (cell 3), 03_rank (cell 2): ValueError: no luck``."""
+    where: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            cell = f" (cell {outcome.cell})" if outcome.cell else ""
+            where.setdefault(outcome.reason, []).append(f"{outcome.notebook}{cell}")
+    return [f"{', '.join(notebooks)}: {reason}" for reason, notebooks in where.items()]
 
 
 def findings_file(folder: Path, notebook: str) -> Path:

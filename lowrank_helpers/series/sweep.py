@@ -42,7 +42,7 @@ class ClusterError(Exception):
 
 
 class PointError(Exception):
-    """Notebooks of a point failed; the message names each with its error."""
+    """Notebooks of a point failed; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -402,8 +402,8 @@ def run_point(point: Point, ground: Ground, environment: Mapping[str, str]) -> N
         os.environ |= environment
         outcomes = list(execution.execute(point.planned, folder, resume=True, progress=False))
         results.gather(folder, outcomes)
-    if failed := [f"{outcome.notebook}: {outcome.error}" for outcome in outcomes if outcome.status == "failed"]:
-        raise PointError("; ".join(failed))
+    if failures := results.failures(outcomes):
+        raise PointError("; ".join(failures))
 
 
 def _one_place_each(grid: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
