@@ -91,6 +91,7 @@ RULES: dict[str, Rule] = {
     "big_widths": WIDTHS,
     "epochs": _whole(1),
     "big_epochs": _whole(1),
+    "big_batch_size": _whole_between(1, 2**63 - 1),
     "batch_size": _whole_between(1, 2**63 - 1),  # what PyTorch can count
     "learning_rate": POSITIVE,
     "big_learning_rate": POSITIVE,
