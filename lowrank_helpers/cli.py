@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +19,7 @@ from lowrank_helpers.series import execution, parameters, results
 from lowrank_helpers.series.execution import RunFolderError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome
+from lowrank_helpers.series.settings import Settings
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -211,9 +213,10 @@ def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None
     """Execute, gather and render; exit with 1 if a notebook failed."""
     outcomes: list[Outcome] = []
     try:
-        with execution.run_folder(output) as folder:
-            if execution.settle_dataset(planned) == "digits":
-                _warn_of_digits()
+        dataset = execution.settle_dataset(planned)
+        if dataset == "digits":
+            _warn_of_digits()
+        with execution.run_folder(output, replace(Settings.of_command(), auto_dataset=dataset)) as folder:
             try:
                 for outcome in execution.execute(planned, folder, resume=resume):
                     outcomes.append(outcome)
@@ -239,11 +242,12 @@ def _sweep(
     ended: list[Ended] = []
     try:
         with execution.held(output) as folder:
-            if "digits" in sweeps.settle_datasets(points):
+            datasets = sweeps.settle_datasets(points)
+            if "digits" in datasets.values():
                 _warn_of_digits()
             with cluster as client:
                 sweeps.forget(points, folder, resume=resume)
-                for news in _followed(sweeps.run(client, points, folder), len(points)):
+                for news in _followed(sweeps.run(client, points, folder, datasets), len(points)):
                     ended += news
             failed = {end.point.name: end.error for end in ended if end.error}
             from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import

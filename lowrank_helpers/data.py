@@ -27,7 +27,6 @@ TORCHVISION_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist":
 DATASETS = ("auto", *TORCHVISION_SETS, "digits")
 SPLITS = ("train", "validation", "test")
 PROJECT = Path(__file__).resolve().parent.parent
-AUTO_VARIABLE = "LOWRANK_AUTO_DATASET"  # a runner's word of what auto stands for, so that each kernel need not try
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
 # The files of each of torchvision's sets: train images, train labels, test images, test labels.
@@ -152,6 +151,7 @@ def load(name: str = "auto", data_dir: str | Path = "") -> Dataset:
     data_dir : str or Path, optional
         The folder that holds torchvision's layout (``MNIST/raw/…``). Empty: ``LOWRANK_DATA_DIR``, then the
         project's ``data/``. Where none of them has the set, it is downloaded into ``data_dir`` or ``data/``.
+        A relative folder is, as everywhere, relative to the current one.
 
     Raises
     ------
@@ -172,8 +172,6 @@ def resolve(name: str, data_dir: str | Path = "") -> str:
     DatasetError
         As :func:`load` does.
     """
-    if name == "auto" and (chosen := os.environ.get(AUTO_VARIABLE)):
-        return chosen
     if name == "digits":
         return name
     try:

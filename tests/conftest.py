@@ -33,7 +33,7 @@ def mnist_dir() -> Path:
     """The folder with MNIST, where this machine has one."""
     for folder in (os.environ.get("LOWRANK_DATA_DIR"), data.PROJECT / "data"):
         if folder and (Path(folder) / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
-            return Path(folder)
+            return Path(folder).resolve()
     pytest.skip("MNIST is not on this machine: set LOWRANK_DATA_DIR")
 
 

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect
 from small_series import panel_notebook
 
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.series.run import RUN_DIR_VARIABLE
+from lowrank_helpers.series.settings import VARIABLES
 
 pytestmark = [
     pytest.mark.browser,
@@ -167,7 +167,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     token = secrets.token_hex()
     own = {f"JUPYTER_{kind}_DIR": str(folder / f".{kind}") for kind in ("CONFIG", "DATA", "RUNTIME")}
-    environment = {name: value for name, value in os.environ.items() if name != RUN_DIR_VARIABLE} | own
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLES["run_folder"]} | own
     options = [f"--ServerApp.root_dir={folder}", f"--port={port}", f"--IdentityProvider.token={token}"]
     command = ["jupyter", "lab", "--no-browser", "--allow-root", "--LabApp.expose_app_in_browser=True", *options]
     executable = str(Path(sys.executable).parent / command[0])

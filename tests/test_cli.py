@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from click.testing import CliRunner
+from idx_files import write_small_fashion_mnist
 
 from lowrank_helpers import cli
 from lowrank_helpers.data import PROJECT
@@ -169,6 +170,32 @@ def test_command_line_goes_over_file_and_each_notebook_gets_what_it_declares(own
     result = _lowrank("run", "-f", tmp_path / "mine.yaml", "-p", "seed", "7", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "seed 7 int digits" in str(nbformat.read(tmp_path / "out" / "01_seed.ipynb", as_version=4).cells)
+
+
+LOADS = """
+from lowrank_helpers import data
+from lowrank_helpers.series.run import Run
+
+run = Run("01_loads", dataset=dataset, data_dir=data_dir, seed=seed, device=device, precision="float32")
+textbook = data.torchvision_set(run.data.name, run.data_dir, train=True)
+run.finding("1.1", "{n} images.", n=len(textbook))
+"""
+
+
+@pytest.mark.parametrize("way", ["parameter", "variable"])
+def test_relative_data_folder_is_relative_to_where_the_command_runs(way, own_notebooks, tmp_path, monkeypatch):
+    write_small_fashion_mnist(tmp_path / "here" / "images")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("LOWRANK_DATA_DIR", "images" if way == "variable" else "nowhere")
+    _notebook(own_notebooks, "01_loads", LOADS)
+    given = ["-p", "data_dir", "images"] if way == "parameter" else []
+    result = _lowrank("run", "-p", "dataset", "fashion_mnist", *given, "-o", "out")
+    assert result.exit_code == 0, result.output
+    results = Path("out", "results.json").read_text()
+    assert json.loads(results)["findings"]["1.1"]["values"]["n"] == 60
+    for left in (results, Path("out", "01_loads.ipynb").read_text()):
+        assert str(tmp_path) not in left, "what is recorded holds no path of this machine"
+    assert os.environ["LOWRANK_DATA_DIR"] == ("images" if way == "variable" else "nowhere")
 
 
 def test_help_lists_notebooks_parameters_and_examples():

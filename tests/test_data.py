@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 import socket
-import struct
 import time
 import urllib.request
 from dataclasses import replace
@@ -12,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from idx_files import write_idx
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import data
@@ -42,14 +42,6 @@ def _use_proxy(monkeypatch, port):
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     urllib.request.install_opener(None)  # urllib reads the proxies once, when it makes its opener
-
-
-def _write_idx(folder, prefix, images, labels):
-    """Write images and labels in the format of the MNIST files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(">iiii", 2051, *images.shape)
-    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, len(labels)) + labels.tobytes())
 
 
 def _damaged_mnist(folder):
@@ -129,11 +121,6 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch, empty_project):
     assert socket.getdefaulttimeout() is None
 
 
-def test_the_runners_word_decides_what_auto_is(monkeypatch, mnist_dir):
-    monkeypatch.setenv(data.AUTO_VARIABLE, "digits")
-    assert data.load("auto", mnist_dir).name == "digits"
-
-
 def test_an_unknown_name_is_refused_with_those_allowed():
     with pytest.raises(DatasetError, match=r"'cifar' is unknown; allowed: auto, mnist, fashion_mnist, kmnist, digits"):
         data.load("cifar")
@@ -145,14 +132,14 @@ def test_files_of_other_sets_are_read_as_they_lie(tmp_path):
     images = {split: rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for split, n in (("train", 20), ("t10k", 5))}
     labels = {split: rng.integers(0, 10, len(images[split]), dtype=np.uint8) for split in images}
     for split in images:
-        _write_idx(raw, split, images[split], labels[split])
+        write_idx(raw, split, images[split], labels[split])
     fashion = data.load("fashion_mnist", tmp_path)
     assert fashion.test_labels.tolist() == labels["t10k"].tolist()
     pixels = images["train"] / 255
     np.testing.assert_allclose(fashion.mean, pixels.mean(), rtol=1e-6)
     expected = (images["t10k"].reshape(5, 784) / 255 - pixels.mean()) / pixels.std(ddof=1)
     np.testing.assert_allclose(fashion.test_images.numpy(), expected, atol=1e-5)
-    _write_idx(raw, "t10k", images["t10k"], labels["t10k"])
+    write_idx(raw, "t10k", images["t10k"], labels["t10k"])
     os.truncate(raw / "t10k-images-idx3-ubyte", 1000)
     with pytest.raises(DatasetError, match=r"FashionMNIST/raw are damaged"):
         data.load("fashion_mnist", tmp_path)

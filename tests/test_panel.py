@@ -7,7 +7,7 @@ import torch
 
 from lowrank_helpers import models
 from lowrank_helpers.report import panel
-from lowrank_helpers.series.run import RUN_DIR_VARIABLE
+from lowrank_helpers.series.settings import VARIABLES
 from lowrank_helpers.training import evaluate
 
 WIDTHS = [784, 32, 16, 10]
@@ -64,10 +64,10 @@ def test_with_a_base_the_update_is_cut_and_the_base_kept(digits):
 
 def test_a_run_shows_a_figure_and_a_lab_a_panel(digits, monkeypatch, capsys):
     model = models.mlp(WIDTHS, seed=0)
-    monkeypatch.setenv(RUN_DIR_VARIABLE, "somewhere")
+    monkeypatch.setenv(VARIABLES["run_folder"], "somewhere")
     panel.explore(model, digits.splits())
     assert "IPython.core.display.Image" in capsys.readouterr().out
-    monkeypatch.delenv(RUN_DIR_VARIABLE)
+    monkeypatch.delenv(VARIABLES["run_folder"])
     panel.explore(model, digits.splits())
     assert "VBox" in capsys.readouterr().out
 

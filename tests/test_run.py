@@ -1,15 +1,18 @@
 """What a notebook works with: findings are filed as data and shown as sentences."""
 
 import json
+import os
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from idx_files import write_small_fashion_mnist
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from lowrank_helpers import training
+from lowrank_helpers.data import PROJECT
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.run import Run, Training, histories_by_label
@@ -111,6 +114,18 @@ def test_networks_are_kept_where_several_runs_share_them(monkeypatch, tmp_path):
     assert not (tmp_path / "one" / "networks").exists()
 
 
+def test_without_a_command_a_relative_data_folder_is_relative_to_the_project(monkeypatch, tmp_path):
+    write_small_fashion_mnist(tmp_path / "images")
+    images = os.path.relpath(tmp_path / "images", PROJECT)
+    monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
+    monkeypatch.chdir(PROJECT / "notebooks")  # as JupyterLab does
+    for variable, parameter in ((images, ""), ("nowhere", images)):
+        monkeypatch.setenv("LOWRANK_DATA_DIR", variable)
+        run = Run("02_train", **COMMON | {"dataset": "fashion_mnist", "data_dir": parameter})
+        assert len(run.whole_data.train_labels) == 60
+        assert run.parameters["data_dir"] == parameter
+
+
 def test_impossible_parameters_are_refused_before_anything_else():
     with pytest.raises(ParameterError, match="epochs = -1"):
         Run("02_train", **COMMON, epochs=-1)
@@ -124,4 +139,5 @@ def test_the_reader_is_told_what_stands_in_for_mnist(monkeypatch, tmp_path, shel
             Run("02_train", **COMMON | {"dataset": dataset})
         (header,) = (output.data["text/markdown"] for output in shown.outputs)
         assert ("MNIST could not be had" in header) is told
-        assert "Dataset **digits** (1,437 training images, 239 of them for validation, and 360 test images) · seed **3**" in header
+        images = "1,437 training images, 239 of them for validation, and 360 test images"
+        assert f"Dataset **digits** ({images}) · seed **3**" in header

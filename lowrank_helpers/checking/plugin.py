@@ -5,7 +5,6 @@ run folder, a test a cell. nbval runs the cells; what must agree is in :mod:`low
 nbval compares whole texts. The recorded files are only read.
 """
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -54,7 +53,7 @@ def check(names: Sequence[str]) -> int:
     chosen = list(execution.plan(names, {}))
     if any(execution.reads_findings(name) for name in chosen):
         chosen = execution.notebook_names()
-    os.environ[data.AUTO_VARIABLE] = data.resolve("mnist")
+    data.resolve("mnist")  # here, that it is said once if it cannot be had
     paths = [str(execution.notebook_path(name)) for name in chosen]
     return pytest.main(["-p", __name__, "--nbval-current-env", *paths])
 

@@ -4,7 +4,6 @@ Where nobody can move a slider, in a run or a report, it is a figure of the same
 """
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cache
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from lowrank_helpers import plots
 from lowrank_helpers.factorization import SVD, optimal_errors
 from lowrank_helpers.models import linear_layers
-from lowrank_helpers.series.run import RUN_DIR_VARIABLE
+from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.training import evaluate
 
 Splits = Mapping[str, tuple[Tensor, Tensor]]
@@ -52,7 +51,7 @@ def explore(model: nn.Module, splits: Splits, *, base: nn.Module | None = None, 
         Of the matrix products when accuracy is measured.
     """
     cuts = Cuts(model, splits, base, precision)
-    if os.environ.get(RUN_DIR_VARIABLE):
+    if Settings.inherited().run_folder:
         layer = next(iter(cuts.layers))
         ranks = cuts.ranks(layer)[2::4][:3]
         plots.show(static_figure(cuts, layer, ranks), alt=_alt(cuts, layer, ranks))

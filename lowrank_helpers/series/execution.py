@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import kernels, parameters
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome, findings_file, read_findings
-from lowrank_helpers.series.run import RUN_DIR_VARIABLE, software
+from lowrank_helpers.series.run import software
+from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import TEMPORARY, write_atomically
 
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
@@ -90,11 +92,13 @@ def reads_findings(name: str) -> bool:
 
 
 @contextmanager
-def run_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
+def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = False) -> Iterator[Path]:
     """Make a run folder ready and hold it: no second run may write into it meanwhile.
 
     Parameters
     ----------
+    settings : Settings, optional
+        What else the kernels are told; by default what this command was.
     wait : bool
         Wait for a run that holds the folder instead of raising.
 
@@ -105,8 +109,8 @@ def run_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     """
     with held(folder, wait=wait) as folder:
         remove_leftovers(folder)
-        # For the kernels, which inherit them. Progress bars would stay in the outputs as debris.
-        with _environment({RUN_DIR_VARIABLE: str(folder), "TQDM_DISABLE": "1"}), kernels.forked():
+        told = replace(settings or Settings.of_command(), run_folder=folder, hide_bars=True)
+        with told.applied(), kernels.forked():
             yield folder
 
 
@@ -114,18 +118,6 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes were writing below a folder; nothing else may be writing there."""
     for leftover in folder.rglob(f".*{TEMPORARY}*"):
         leftover.unlink()
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for what starts meanwhile, and leave no trace of them."""
-    before = dict(os.environ)
-    os.environ |= variables
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
 
 
 @contextmanager
@@ -178,7 +170,7 @@ def execute(
 
 
 def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
-    """Find out once, for all kernels, what the run's dataset is; download it if need be.
+    """Find out once, for all kernels, what the run's dataset is, and return it; download it if need be.
 
     Raises
     ------
@@ -187,10 +179,7 @@ def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
     """
     name, given = next(iter(planned.items()))
     values = parameters.declared(notebook_path(name)) | dict(given)
-    resolved = data.resolve(values["dataset"], values["data_dir"])
-    if values["dataset"] == "auto":
-        os.environ[data.AUTO_VARIABLE] = resolved
-    return resolved
+    return data.resolve(values["dataset"], values["data_dir"])
 
 
 def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: Path, progress: bool) -> Outcome:
@@ -277,7 +266,7 @@ def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     package = sorted((PROJECT / "lowrank_helpers").rglob("*.py"))
     parts = [cell.source for cell in cells] + [path.read_text() for path in package]
-    made_with = [parts, dict(given), os.environ.get(data.AUTO_VARIABLE), software()["versions"]]
+    made_with = [parts, dict(given), Settings.inherited().auto_dataset, software()["versions"]]
     return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:32]
 
 

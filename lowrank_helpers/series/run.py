@@ -1,7 +1,6 @@
 """What a notebook works with: its checked parameters, the device, the data, trained networks, and its findings."""
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -9,7 +8,6 @@ from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +20,7 @@ from lowrank_helpers import data, plots
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.series import parameters
 from lowrank_helpers.series.results import file_findings, read_findings
+from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import Store
 from lowrank_helpers.training import (
     History,
@@ -33,8 +32,6 @@ from lowrank_helpers.training import (
     take_one_thread_each,
 )
 
-RUN_DIR_VARIABLE = "LOWRANK_RUN_DIR"
-NETWORKS_VARIABLE = "LOWRANK_NETWORKS_DIR"  # where several runs share what they train
 FINDING_ID = re.compile(r"[1-7B]\.\d(/[a-z0-9_]+)?")
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
 Key = TypeVar("Key", bound=Hashable)
@@ -81,22 +78,27 @@ class Run:
     whole_data : Dataset
         The same with all training images in their published order and no validation set: for networks all of whose
         choices have been made.
+    data_dir : str
+        The parameter of this name as an absolute path, for functions that look for data themselves; empty if it is.
     folder : Path
-        The run's folder: ``findings/`` is below it, and ``networks/`` unless ``LOWRANK_NETWORKS_DIR`` names a folder.
+        The run's folder: ``findings/`` is below it, and ``networks/`` unless several runs share what they train.
     """
 
     def __init__(self, notebook: str, **values: Any) -> None:
         parameters.check(values)
+        settings = Settings.inherited()
+        settings.apply()  # from here on, no relative folder in a variable depends on where the notebook lies
         take_one_thread_each()
         plots.use_style()
         self.notebook = notebook
         self.parameters = values
         self.device = pick_device(values["device"])
         self.precision = pick_precision(values["precision"], self.device)
-        self.whole_data = data.load(values["dataset"], values["data_dir"]).to(self.device)
+        self.data_dir = settings.path(values["data_dir"])
+        self.whole_data = data.load(settings.dataset(values["dataset"]), self.data_dir).to(self.device)
         self.data = self.whole_data.hold_out()
-        self.folder = Path(os.environ.get(RUN_DIR_VARIABLE) or PROJECT / "reports" / "lab")
-        self._store = Store(Path(os.environ.get(NETWORKS_VARIABLE) or self.folder / "networks"))
+        self.folder = settings.run_folder or PROJECT / "reports" / "lab"
+        self._store = Store(settings.networks_folder or self.folder / "networks")
         self._findings: dict[str, dict[str, Any]] = {}
         self._started = datetime.now(UTC)
         display(Markdown(self._header()))

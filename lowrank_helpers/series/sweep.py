@@ -24,11 +24,11 @@ from urllib.parse import quote
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Security, wait
 
-from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import execution, parameters, results
 from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.run import NETWORKS_VARIABLE, software
+from lowrank_helpers.series.run import software
+from lowrank_helpers.series.settings import Settings
 
 KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
@@ -205,19 +205,23 @@ def _check_size(what: str, n_points: int) -> None:
         raise ParameterError(f"{what} has {n_points:,} points; allowed: at most {MAX_POINTS:,}")
 
 
-def settle_datasets(points: Sequence[Point]) -> set[str]:
-    """Find out once, for all workers, which datasets the points run on; download what is missing.
+def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
+    """Find out once, for all workers, which dataset each point, by its name, runs on; download what is missing.
 
     Raises
     ------
     DatasetError
         A dataset cannot be had or is damaged.
     """
-    plans = {}
+    settled: dict[tuple[Any, Any], str] = {}
+    datasets = {}
     for point in points:
         given = next(iter(point.planned.values()))
-        plans[given.get("dataset"), given.get("data_dir")] = point.planned
-    return {execution.settle_dataset(planned) for planned in plans.values()}
+        asked = given.get("dataset"), given.get("data_dir")
+        if asked not in settled:
+            settled[asked] = execution.settle_dataset(point.planned)
+        datasets[point.name] = settled[asked]
+    return datasets
 
 
 def forget(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
@@ -280,7 +284,9 @@ def _client(scheduler: str, tls: Sequence[Path]) -> Client:
         raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error
 
 
-def run(client: Client, points: Sequence[Point], folder: Path) -> Iterator[tuple[list[Ended], int]]:
+def run(
+    client: Client, points: Sequence[Point], folder: Path, datasets: Mapping[str, str]
+) -> Iterator[tuple[list[Ended], int]]:
     """Run points on a cluster's workers.
 
     A point that fails is tried once more; what it had done by then is kept. So it is when its worker dies and
@@ -290,6 +296,8 @@ def run(client: Client, points: Sequence[Point], folder: Path) -> Iterator[tuple
     ----------
     folder : Path
         The sweep's, held by this process.
+    datasets : mapping of str to str
+        As :func:`settle_datasets` returned it.
 
     Yields
     ------
@@ -302,15 +310,13 @@ def run(client: Client, points: Sequence[Point], folder: Path) -> Iterator[tuple
         A worker differs from this process, does not see the folder, or the scheduler is lost.
     """
     ground = Ground(folder, (folder / execution.LOCK).read_text(), _installed())
-    environment = {
-        NETWORKS_VARIABLE: str(folder / "networks"),
-        data.AUTO_VARIABLE: os.environ.get(data.AUTO_VARIABLE, ""),
-    }
+    told = replace(Settings.of_command(), networks_folder=folder / "networks")
     try:
         client.run(ground.check)
-        futures = {
-            client.submit(run_point, point, ground, environment, retries=1, pure=False): point for point in points
-        }
+        futures = {}
+        for point in points:
+            settings = replace(told, auto_dataset=datasets[point.name])
+            futures[client.submit(run_point, point, ground, settings, retries=1, pure=False)] = point
         while futures:
             try:
                 ended = wait(list(futures), timeout=TICK, return_when="FIRST_COMPLETED").done
@@ -386,9 +392,10 @@ def _installed() -> dict[str, str]:
 _one_at_a_time = threading.Lock()  # in a worker with several threads: kernels inherit the environment of the process
 
 
-def run_point(point: Point, ground: Ground, environment: Mapping[str, str]) -> None:
+def run_point(point: Point, ground: Ground, settings: Settings) -> None:
     """Execute a point's notebooks in a worker and gather what they found.
 
+    The kernels are told what the sweep's command was, but for the folder with data: that variable is the worker's.
     No pages are rendered: they take megabytes a point, and ``lowrank run`` with the same parameters makes them.
 
     Raises
@@ -398,8 +405,8 @@ def run_point(point: Point, ground: Ground, environment: Mapping[str, str]) -> N
     """
     ground.check()
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    with _one_at_a_time, execution.run_folder(point.folder(ground.folder), wait=True) as folder:
-        os.environ |= environment
+    told = replace(settings, data_folder=Settings.of_command().data_folder)
+    with _one_at_a_time, execution.run_folder(point.folder(ground.folder), told, wait=True) as folder:
         outcomes = list(execution.execute(point.planned, folder, resume=True, progress=False))
         results.gather(folder, outcomes)
     if failures := results.failures(outcomes):
