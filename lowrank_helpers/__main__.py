@@ -1,8 +1,7 @@
 """The command's entry point, ``lowrank`` or ``python -m lowrank_helpers``."""
 
+import signal
 import sys
-
-INTERRUPTED = 130
 
 
 def main() -> None:
@@ -14,7 +13,7 @@ def main() -> None:
 
         cli.main()
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from tqdm import tqdm
 
-from lowrank_helpers.__main__ import INTERRUPTED
 from lowrank_helpers.data import PROJECT, DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, parameters, results
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lowrank_helpers.series.sweep import Ended, Point, Sweep
 
 BAD_INPUT = 2
+INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 CERTIFICATE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
