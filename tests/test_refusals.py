@@ -31,7 +31,7 @@ anything = st.recursive(scalars, lambda items: st.lists(items, max_size=4) | st.
 
 @pytest.fixture(scope="module")
 def tiny(digits) -> Dataset:
-    return digits.select(torch.arange(40), torch.arange(40))
+    return digits.select(train=torch.arange(40), test=torch.arange(40))
 
 
 def outcome(name: str, value: Any) -> Any:
