@@ -1,0 +1,225 @@
+"""Choose the learning rates of the series' comparisons on validation images.
+
+Every arm of a comparison (a network and how it is trained) is trained at every rate of one grid on 50,000 of MNIST's
+training images and scored on the 10,000 set aside, from seeds that no notebook uses. The rate of an arm is the one with
+the highest mean accuracy: the default of the notebook that compares it. A test sees to that.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from threading import Event
+
+import click
+import pandas as pd
+from filelock import FileLock
+from torch import nn
+from tqdm import tqdm
+
+from lowrank_helpers import data, factorization
+from lowrank_helpers.data import PROJECT, Dataset
+from lowrank_helpers.models import linear_layers, mlp
+from lowrank_helpers.series.execution import notebook_path
+from lowrank_helpers.series.parameters import declared
+from lowrank_helpers.series.store import Store, write_atomically
+from lowrank_helpers.training import (
+    History,
+    Recipe,
+    pick_device,
+    pick_precision,
+    side_by_side,
+    take_one_thread_each,
+)
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = (100, 101)
+STRENGTHS = (1e-4, 1e-3, 1e-2)  # of decay
+TABLE = PROJECT / "sweeps" / "rates.csv"
+KEY = ["arm", "learning_rate", "epochs", "seed"]
+
+
+class Bench:
+    """What arms are trained with: the data, and a store that trains nothing twice."""
+
+    def __init__(self, data_dir: str, networks: Path) -> None:
+        self.device = pick_device()
+        self.precision = pick_precision("auto", self.device)
+        self.data = data.load("mnist", data_dir).hold_out().to(self.device)
+        self._store = Store(networks)
+
+    def train(self, model: nn.Module, data: Dataset, recipe: Recipe, stop: Event | None = None) -> History:
+        """Train a network in place, or load it."""
+        return self._store.trained(model.to(self.device), data, recipe, stop=stop)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A network and its training, but for the rate.
+
+    Attributes
+    ----------
+    start : callable
+        Of the bench and a seed: returns the network before the training.
+    epochs, batch_size : int
+    penalty : dict
+        ``weight_decay`` or ``frobenius_decay`` of the recipe.
+    select : callable
+        Of the bench's data: returns those to train and score on.
+    """
+
+    start: Callable[[Bench, int], nn.Module]
+    epochs: int
+    batch_size: int
+    penalty: dict[str, float] = field(default_factory=dict)
+    select: Callable[[Dataset], Dataset] = lambda whole: whole
+
+
+def dense(bench: Bench, seed: int, *, widths: Sequence[int], activation: str) -> nn.Module:
+    """Return a fresh dense network."""
+    return mlp(widths, activation, seed=seed)
+
+
+def standard(bench: Bench, seed: int, *, widths: Sequence[int], activation: str, ranks: Sequence[int]) -> nn.Module:
+    """Return a network of freshly drawn factors."""
+    network = mlp(widths, activation, seed=seed)
+    return factorization.factorize_standard(network, by_layer(network, ranks), seed=seed)
+
+
+def spectral(bench: Bench, seed: int, *, widths: Sequence[int], activation: str, ranks: Sequence[int]) -> nn.Module:
+    """Return a network of the best factors of a fresh dense one."""
+    network = mlp(widths, activation, seed=seed)
+    return factorization.factorize(network, by_layer(network, ranks))
+
+
+def cut(bench: Bench, seed: int, *, ranks: Sequence[int], teacher: Arm, rate: float) -> nn.Module:
+    """Return the best factors of a dense network that this seed has trained."""
+    network = teacher.start(bench, seed)
+    recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
+    bench.train(network, teacher.select(bench.data), recipe)
+    return factorization.factorize(network, by_layer(network, ranks))
+
+
+def by_layer(network: nn.Module, ranks: Sequence[int]) -> dict[str, int]:
+    """Name the layers that the ranks are of."""
+    return dict(zip(linear_layers(network), ranks, strict=False))
+
+
+def arms_of_06() -> dict[str, Arm]:
+    """Dense, factorised and tuned networks, and a small network at a low rank."""
+    p = declared(notebook_path("06_factorized"))
+    small = {"widths": p["widths"], "activation": p["activation"], "ranks": [p["low_rank"]] * (len(p["widths"]) - 2)}
+    big = {"widths": p["big_widths"], "activation": p["activation"]}
+    # The ranks that the chain finds for seed 0, or near them: the notebook finds its own.
+    effective, least = [28, 28, 28, 28], [19, 19, 19, 19]
+    arm = partial(Arm, epochs=p["factorized_epochs"], batch_size=p["batch_size"])
+    low = partial(Arm, epochs=p["epochs"], batch_size=p["batch_size"])
+    tuned = partial(Arm, epochs=p["tuning_epochs"], batch_size=p["batch_size"])
+    teacher = arm(partial(dense, **big))
+    from_teacher = partial(cut, teacher=teacher, rate=p["dense_learning_rate"])
+    return {
+        "dense": teacher,
+        "narrow": arm(partial(dense, widths=[784, 166, 166, 83, 41, 10], activation=p["activation"])),
+        "published": arm(partial(standard, ranks=p["ranks"], **big)),
+        "effective": arm(partial(standard, ranks=effective, **big)),
+        "effective, longer": Arm(
+            partial(standard, ranks=effective, **big), p["factorized_epochs"] + p["tuning_epochs"], p["batch_size"]
+        ),
+        "effective, tuned": tuned(partial(from_teacher, ranks=effective)),
+        "least, tuned": tuned(partial(from_teacher, ranks=least)),
+        "low, standard": low(partial(standard, **small)),
+        "low, spectral": low(partial(spectral, **small)),
+        **{
+            f"low, {kind} {strength:g}": low(partial(standard, **small), penalty={kind: strength})
+            for kind in ("weight_decay", "frobenius_decay")
+            for strength in STRENGTHS
+        },
+    }
+
+
+ARMS: dict[str, Callable[[], dict[str, Arm]]] = {"06": arms_of_06}  # by notebook
+
+
+def all_arms() -> dict[str, Arm]:
+    """Return every arm by its name, ``notebook/arm``."""
+    return {f"{notebook}/{name}": arm for notebook, arms in ARMS.items() for name, arm in arms().items()}
+
+
+def chosen(table: pd.DataFrame) -> pd.Series:
+    """Return for each arm the rate whose accuracy is highest in the mean over seeds; of equals the lowest."""
+    means = table.groupby(["arm", "learning_rate"])["validation_accuracy"].mean().unstack()
+    return means.idxmax(axis="columns")
+
+
+def read(file: Path = TABLE) -> pd.DataFrame:
+    """Read the table; without a file it is empty."""
+    columns = [*KEY, "validation_accuracy", "validation_loss"]
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=columns)
+
+
+def add(row: dict[str, float | str], file: Path = TABLE) -> None:
+    """Add a row to the table, in place of one with the same key; others may be adding theirs."""
+    with FileLock(Path(tempfile.gettempdir()) / f"{file.name}.lock"):
+        table = pd.concat([frame for frame in (read(file), pd.DataFrame([row])) if len(frame)])
+        table = table.drop_duplicates(KEY, keep="last").sort_values(KEY)
+        write_atomically(file, table.to_csv(index=False, float_format="%g").encode())
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1)
+@click.option("--data-dir", default="", help="Folder with torchvision's layout; else LOWRANK_DATA_DIR, then data/.")
+@click.option(
+    "--networks",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=PROJECT / "reports" / "rates",
+    show_default="reports/rates",
+    help="Where trained networks are kept.",
+)
+@click.option("--list", "only_list", is_flag=True, help="Show the arms, with the rate chosen so far, and stop.")
+def main(names: tuple[str, ...], data_dir: str, networks: Path, only_list: bool) -> None:
+    """Train arms at every rate of the grid and add their scores on validation images to sweeps/rates.csv.
+
+    NAMES are arms or patterns such as '06/*'; without any, all. What the table has is not trained again: stop when
+    you like and go on with the same command.
+    """
+    arms = {name: arm for name, arm in all_arms().items() if any(fnmatch(name, wanted) for wanted in names or "*")}
+    if not arms:
+        raise click.UsageError(f"no arm is called {' or '.join(names)}; there are {', '.join(all_arms())}")
+    if only_list:
+        rates = chosen(read())
+        for name, arm in arms.items():
+            click.echo(f"{name:32} {arm.epochs} epochs  {rates.get(name, '')}")
+        return
+    table = read()
+    done = set(table[KEY].itertuples(index=False, name=None))
+    missing = [
+        key
+        for name, arm in arms.items()
+        for rate in RATES
+        for seed in SEEDS
+        if (key := (name, rate, arm.epochs, seed)) not in done
+    ]
+    take_one_thread_each()
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of single trainings
+    bench = Bench(data_dir, networks)
+    bar = tqdm(total=len(missing), unit="network", disable=False)
+
+    def score(key: tuple[str, float, int, int], stop: Event) -> None:
+        name, rate, _, seed = key
+        arm = arms[name]
+        recipe = Recipe(arm.epochs, arm.batch_size, rate, seed=seed, precision=bench.precision, **arm.penalty)
+        history = bench.train(arm.start(bench, seed), arm.select(bench.data), recipe, stop)
+        result = history.final("validation")
+        row = dict(zip(KEY, key, strict=True))
+        add(row | {"validation_accuracy": result.accuracy, "validation_loss": result.loss})
+        bar.update()
+
+    side_by_side([partial(score, key) for key in missing], bench.device)
+    bar.close()
+
+
+if __name__ == "__main__":
+    main()
