@@ -196,18 +196,46 @@ def record() -> None:
 
 @main.command()
 @click.argument("notebooks", nargs=-1)
-def check(notebooks: tuple[str, ...]) -> None:
-    """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones."""
-    try:
-        from lowrank_helpers.checking import (
-            plugin,  # here, not above: pytest and nbval come with the extra `test` alone
-        )
+@click.option(
+    "-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Another value than the recorded."
+)
+def check(notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> None:
+    """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones.
+
+    \b
+    Examples:
+      lowrank check
+      lowrank check 02_train -p precision float32
+    """  # noqa: D301
+    try:  # here, not above: pytest and nbval come with the extra `test` alone
+        from lowrank_helpers.checking import plugin
     except ModuleNotFoundError as error:
         _fail(f"`lowrank check` needs {error.name}: pip install 'lowrank-helpers[test]'", code=1)
     try:
-        sys.exit(plugin.check(notebooks))
+        sys.exit(plugin.check(notebooks, _parameters_from(pairs, None)))
     except (ParameterError, DatasetError) as error:
         _fail(str(error))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def tolerances(folder: Path) -> None:
+    """Set where recorded numbers may lie, from the points of a sweep over seeds and precisions in FOLDER.
+
+    \b
+    Example:
+      lowrank sweep -f sweeps/chains.yaml
+      lowrank tolerances reports/sweeps/chains
+    """  # noqa: D301
+    from lowrank_helpers.checking import tolerances as limits
+
+    try:
+        worded = limits.set_limits(folder)
+    except limits.ChainsError as error:
+        _fail(str(error), code=1)
+    click.echo("Set in notebooks/; docs/tolerances.md says what they are worth.")
+    if worded:
+        _fail("words differ between chains, so these cells cannot be checked:\n" + "\n".join(worded), code=1)
 
 
 def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None:

@@ -79,6 +79,16 @@ def test_the_same_training_is_done_once(run):
     assert run.train(mlp([784, 8, 10], seed=1), recipe)[1] != history
 
 
+def test_moved_starts_are_other_networks_that_start_next_to_the_old_ones(run, monkeypatch, tmp_path):
+    recipe = run.recipe(1, 256, 1e-3)
+    network, _ = run.train(mlp([784, 8, 10], seed=0), recipe)
+    monkeypatch.setenv("LOWRANK_MOVED_STARTS", "1")
+    moved, _ = Run("02_train", **COMMON).train(mlp([784, 8, 10], seed=0), recipe)
+    assert len(list((run.folder / "networks").iterdir())) == 2
+    assert not torch.equal(moved.fc1.weight, network.fc1.weight)
+    torch.testing.assert_close(moved.fc1.weight, network.fc1.weight, rtol=0, atol=1e-5)
+
+
 def test_several_trainings_come_back_under_their_keys_as_if_done_one_by_one(run):
     keys = [("a", 0), ("a", 1), ("b", 0)]
 

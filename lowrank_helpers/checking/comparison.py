@@ -3,27 +3,30 @@
 Outputs must agree in number and kind, in all text outside numbers, in the count of numbers, and in each number.
 Runs of spaces count as one, as a table's padding follows the width of its numbers. Images must agree in kind and
 pixel size; widgets in being there; any other kind of data exactly. Digits that continue a word (``fc1``) are text.
+Of a table, which is there as HTML and as plain text, the HTML is compared: the other breaks its lines as numbers
+have more or fewer digits.
 
-What a cell allows stands in its metadata, under ``lowrank``, as at most one of three keys:
+What a cell allows stands in its metadata, under ``lowrank``, as at most one of these keys:
 
-``"tolerance": {"relative": 0.01, "absolute": 0.3, "integers": 2}``
-    Numbers with a decimal point or an exponent may differ by 1 % or, in the unit printed, by 0.3; those without
-    (ranks, counts) by 2. Each may be left out and is then 0.
+``"intervals": {"0 text/html": [null, [97.5, 98.6], …], …}``
+    By output and kind of data, for each number in the order of the text the limits between which it must lie, both
+    included; null: as recorded. :mod:`lowrank_helpers.checking.tolerances` sets them from other runs.
+``"exact": "why"``
+    Every number as recorded; other runs, whose seed differs, do not change that.
 ``"unchecked_numbers": "why"``
     The text must agree, the numbers are free: timings.
 ``"unchecked": "why"``
     The outputs are not compared: a description of this machine.
 
-A cell with none of them has the notebook's tolerance (the same key in its metadata), and where there is none, must
-agree exactly.
+A cell with none of them must agree exactly.
 """
 
 import base64
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -33,49 +36,27 @@ from PIL import Image
 NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CHECKED, TEXT_ONLY, UNCHECKED = "checked", "text only", "unchecked"
+KEYS = ("intervals", "exact", "unchecked_numbers", "unchecked")
+
+Limits = list[float] | None  # [low, high], or None for exactly as recorded
+Intervals = Mapping[str, Sequence[Limits]]  # by output and kind of data, for each number
 
 
 class MetadataError(ValueError):
-    """A cell's or notebook's ``lowrank`` metadata is not in the vocabulary; the message says what is."""
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a number may be from the recorded one: the wider of ``relative`` and ``absolute``.
-
-    ``integers`` is for numbers written without decimal point and exponent, which the others leave exact.
-    """
-
-    relative: Decimal = Decimal(0)
-    absolute: Decimal = Decimal(0)
-    integers: Decimal = Decimal(0)
-
-    def allows(self, recorded: str, new: str) -> bool:
-        """Say whether a number, as printed, is near enough to the recorded one."""
-        old, now = printed_value(recorded), printed_value(new)
-        allowed = self.integers if are_whole(recorded, new) else max(self.absolute, self.relative * abs(old))
-        return abs(now - old) <= allowed
-
-    def __str__(self) -> str:
-        stated = [f"{field.name} {getattr(self, field.name)}" for field in fields(self) if getattr(self, field.name)]
-        return ", ".join(stated) or "none"
-
-
-EXACT = Tolerance()
-ANY_NUMBER = Tolerance(absolute=Decimal("Infinity"), integers=Decimal("Infinity"))
+    """A cell's ``lowrank`` metadata is not in the vocabulary; the message says what is."""
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What a cell's metadata asks for: how far it is checked, within which tolerance, and why not farther."""
+    """What a cell's metadata asks for: how far it is checked, where its numbers may lie, and why not farther."""
 
     extent: str = CHECKED
-    tolerance: Tolerance = EXACT
+    intervals: Intervals = field(default_factory=dict)
     reason: str = ""
 
 
-def treatment(cell: NotebookNode, notebook: NotebookNode) -> Treatment:
-    """Read what a cell's metadata, or else the notebook's, allows.
+def treatment(cell: NotebookNode) -> Treatment:
+    """Read what a cell's metadata allows.
 
     Raises
     ------
@@ -83,47 +64,66 @@ def treatment(cell: NotebookNode, notebook: NotebookNode) -> Treatment:
         A value is not in the vocabulary, a reason is missing, or two keys exclude each other.
     """
     stated = cell.metadata.get("lowrank", {})
-    chosen = [key for key in ("tolerance", "unchecked_numbers", "unchecked") if key in stated]
-    if len(chosen) > 1:
-        raise MetadataError(f"{' and '.join(chosen)} exclude each other")
-    if not chosen:
-        return Treatment(tolerance=_tolerance(notebook.metadata.get("lowrank", {}).get("tolerance", {})))
-    value = stated[chosen[0]]
-    if chosen == ["tolerance"]:
-        return Treatment(tolerance=_tolerance(value))
+    if unknown := stated.keys() - set(KEYS):
+        raise MetadataError(f"{min(unknown)!r} is unknown; allowed: {', '.join(KEYS)}")
+    if len(stated) > 1:
+        raise MetadataError(f"{' and '.join(stated)} exclude each other")
+    if not stated:
+        return Treatment()
+    ((key, value),) = stated.items()
+    if key == "intervals":
+        return Treatment(intervals=_intervals(value))
     if not isinstance(value, str) or not value.strip():
-        raise MetadataError(f"{chosen[0]} = {value!r} must be the reason, in words")
-    return Treatment(UNCHECKED, reason=value) if chosen == ["unchecked"] else Treatment(TEXT_ONLY, ANY_NUMBER, value)
+        raise MetadataError(f"{key} = {value!r} must be the reason, in words")
+    extent = {"exact": CHECKED, "unchecked_numbers": TEXT_ONLY, "unchecked": UNCHECKED}[key]
+    return Treatment(extent, reason="" if key == "exact" else value)
 
 
-def _tolerance(stated: Any) -> Tolerance:
-    allowed = [field.name for field in fields(Tolerance)]
-    valid = isinstance(stated, Mapping) and all(
-        name in allowed and isinstance(value, (int, float)) and value >= 0 for name, value in stated.items()
-    )
-    if not valid:
-        raise MetadataError(f"tolerance = {stated!r} must give numbers of 0 or more by name: {', '.join(allowed)}")
-    return Tolerance(**{name: Decimal(str(value)) for name, value in stated.items()})
+def _intervals(stated: Any) -> Intervals:
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    def is_limits(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1]
+        )
+
+    if not isinstance(stated, Mapping) or not all(
+        isinstance(limits, list) and all(map(is_limits, limits)) for limits in stated.values()
+    ):
+        raise MetadataError(f"intervals = {stated!r} must give by output a list of [low, high] or null, one a number")
+    return stated
 
 
-def differences(recorded: Sequence[NotebookNode], new: Sequence[NotebookNode], tolerance: Tolerance) -> list[str]:
+def differences(recorded: Sequence[NotebookNode], new: Sequence[NotebookNode], treated: Treatment) -> list[str]:
     """Compare a cell's outputs with the recorded ones.
 
     Returns
     -------
     list of str
-        One line a difference, with both values and the tolerance; empty where the outputs agree.
+        One line a difference, with both values and where the new one might lie; empty where the outputs agree.
     """
-    found: list[str] = []
+    if treated.extent == UNCHECKED:
+        return []
     if len(recorded) != len(new):
         return [f"{len(recorded)} outputs recorded ({_kinds(recorded)}), now {len(new)} ({_kinds(new)})"]
-    for i, (old_parts, new_parts) in enumerate(zip(map(_parts, recorded), map(_parts, new), strict=True), start=1):
+    found: list[str] = []
+    for i, (old_parts, new_parts) in enumerate(zip(map(_parts, recorded), map(_parts, new), strict=True)):
         if old_parts.keys() != new_parts.keys():
             found.append(f"output {i}: recorded as {', '.join(old_parts)}, now as {', '.join(new_parts)}")
             continue
         for kind, old in old_parts.items():
-            found += [f"output {i}, {kind}: {line}" for line in _compare(kind, old, new_parts[kind], tolerance)]
+            place = f"{i} {kind}"
+            found += [f"output {place}: {line}" for line in _compare(kind, old, new_parts[kind], treated, place)]
     return found
+
+
+def texts(outputs: Sequence[NotebookNode]) -> Iterator[tuple[str, str]]:
+    """Yield the texts of outputs that are compared number by number, each after its place, such as ``0 text/html``."""
+    for i, output in enumerate(outputs):
+        for kind, data in _parts(output).items():
+            if isinstance(data, str) and kind not in ("image/png", "image/jpeg"):
+                yield f"{i} {kind}", data
 
 
 def _kinds(outputs: Sequence[NotebookNode]) -> str:
@@ -136,18 +136,23 @@ def _parts(output: NotebookNode) -> dict[str, Any]:
         return {output.name: output.text}
     if output.output_type == "error":
         return {"error": f"{output.ename}: {output.evalue}"}
-    return {**output.data, "metadata": json.dumps(output.metadata, sort_keys=True, ensure_ascii=False)}
+    data = {
+        kind: value for kind, value in output.data.items() if kind != "text/plain" or "text/html" not in output.data
+    }
+    return {**data, "metadata": json.dumps(output.metadata, sort_keys=True, ensure_ascii=False)}
 
 
-def _compare(kind: str, recorded: Any, new: Any, tolerance: Tolerance) -> list[str]:
+def _compare(kind: str, recorded: Any, new: Any, treated: Treatment, place: str) -> list[str]:
     if kind == WIDGET:  # its content is a random id
         return []
     if kind in ("image/png", "image/jpeg"):
         old_size, new_size = _pixels(recorded), _pixels(new)
         return [] if old_size == new_size else [f"recorded {old_size} pixels, now {new_size}"]
-    if isinstance(recorded, str) and isinstance(new, str):
-        return compare_text(recorded, new, tolerance)
-    return [] if recorded == new else [f"recorded {recorded!r}, now {new!r}"]
+    if not (isinstance(recorded, str) and isinstance(new, str)):
+        return [] if recorded == new else [f"recorded {recorded!r}, now {new!r}"]
+    if treated.extent == TEXT_ONLY:
+        return compare_words(recorded, new)
+    return compare_text(recorded, new, treated.intervals.get(place, ()))
 
 
 def _pixels(image: str) -> str:
@@ -155,30 +160,40 @@ def _pixels(image: str) -> str:
     return f"{width}×{height}"
 
 
-def compare_text(recorded: str, new: str, tolerance: Tolerance) -> list[str]:
-    """Compare two texts: all but the numbers exactly, spaces before numbers aside, and the numbers by tolerance."""
-    old_words, new_words = _words(recorded), _words(new)
+def compare_text(recorded: str, new: str, limits: Sequence[Limits] = ()) -> list[str]:
+    """Compare two texts: all but the numbers exactly, spaces before numbers aside, and each number by its limits.
+
+    Without limits every number must be as recorded.
+    """
+    if worded := compare_words(recorded, new):
+        return worded
+    old_numbers, new_numbers = NUMBER.findall(recorded), NUMBER.findall(new)
+    if limits and len(limits) != len(old_numbers):
+        return [f"{len(old_numbers)} numbers recorded, but limits for {len(limits)}: set them anew"]
+    allowed = limits or [None] * len(old_numbers)
+    return [
+        f"after {before[-40:]!r}: recorded {old}, now {now}"
+        + (f" (allowed: {low} to {high})" if within else " (exact)")
+        for old, now, before, within in zip(old_numbers, new_numbers, words(recorded), allowed, strict=False)
+        for low, high in [within or (printed_value(old), printed_value(old))]
+        if not Decimal(str(low)) <= printed_value(now) <= Decimal(str(high))
+    ]
+
+
+def compare_words(recorded: str, new: str) -> list[str]:
+    """Compare the texts outside numbers, and how many numbers there are."""
+    old_words, new_words = words(recorded), words(new)
     for old, now in zip(old_words, new_words, strict=False):
         if old != now:
             return [f"recorded text {old!r}, now {now!r}"]
     if len(old_words) != len(new_words):
         return [f"recorded {len(old_words) - 1} numbers, now {len(new_words) - 1}: {recorded!r}, now {new!r}"]
-    numbers = zip(NUMBER.findall(recorded), NUMBER.findall(new), old_words, strict=False)
-    return [
-        f"after {before[-40:]!r}: recorded {old}, now {now} (tolerance: {tolerance})"
-        for old, now, before in numbers
-        if not tolerance.allows(old, now)
-    ]
+    return []
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     """Return the texts between the numbers, without the padding that makes columns of them."""
-    return [re.sub(" +", " ", words).rstrip(" ") for words in NUMBER.split(text)]
-
-
-def are_whole(recorded: str, new: str) -> bool:
-    """Say whether two numbers are both printed without decimal point and exponent."""
-    return not re.search("[.eE]", recorded + new)
+    return [re.sub(" +", " ", between).rstrip(" ") for between in NUMBER.split(text)]
 
 
 def printed_value(number: str) -> Decimal:

@@ -5,9 +5,10 @@ run folder, a test a cell. nbval runs the cells; what must agree is in :mod:`low
 nbval compares whole texts. The recorded files are only read.
 """
 
+import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ from lowrank_helpers.series import execution
 PRINTING = pytest.StashKey[list["RecordedCell"]]()
 
 
-def check(names: Sequence[str]) -> int:
+def check(names: Sequence[str], given: Mapping[str, Any]) -> int:
     """Re-execute recorded notebooks of the series and compare their outputs with the recorded ones.
 
     Parameters
     ----------
     names : sequence of str
         Empty for all. With a notebook that reads the others' findings, all are executed.
+    given : mapping
+        Parameters in place of the recorded ones, such as another ``precision``, in the notebooks that declare them.
 
     Returns
     -------
@@ -46,16 +49,21 @@ def check(names: Sequence[str]) -> int:
     Raises
     ------
     ParameterError
-        A notebook is unknown.
+        A notebook or a parameter is unknown, or a value is not allowed.
     DatasetError
         MNIST, on which the notebooks are recorded, is not at hand.
     """
-    chosen = list(execution.plan(names, {}))
-    if any(execution.reads_findings(name) for name in chosen):
-        chosen = execution.notebook_names()
+    planned = execution.plan(names, given)
+    if any(map(execution.reads_findings, planned)):
+        planned = execution.plan((), given)
     data.resolve("mnist")  # here, that it is said once if it cannot be had
-    paths = [str(execution.notebook_path(name)) for name in chosen]
-    return pytest.main(["-p", __name__, "--nbval-current-env", *paths])
+    paths = [str(execution.notebook_path(name)) for name in planned]
+    return pytest.main(["-p", __name__, "--nbval-current-env", f"--given={json.dumps(planned)}", *paths])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let notebooks be executed with other parameters than those recorded."""
+    parser.addoption("--given", type=json.loads, default={}, help="JSON: by notebook, parameters and their values")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,9 +102,12 @@ class RecordedNotebook(IPyNbFile):
 
     def collect(self) -> Iterator["RecordedCell"]:
         """Yield the code cells under their ids."""
+        given = self.config.getoption("given").get(self.path.stem, {})
         for item in super().collect():
+            if "parameters" in item.cell.metadata.get("tags", []):
+                item.cell.source += "".join(f"\n{name} = {value!r}" for name, value in given.items())
             try:
-                treated = treatment(item.cell, self.nb)
+                treated = treatment(item.cell)
             except MetadataError as error:
                 raise self.CollectError(f"{self.path.name}, cell {item.cell.id}: {error}") from error
             cell = RecordedCell.from_parent(
@@ -120,8 +131,7 @@ class RecordedCell(IPyNbCell):
 
     def compare_outputs(self, test: Any, ref: Any, skip_compare: Any = None) -> bool:
         """Put this module's comparison in the place of nbval's."""
-        if self.treatment.extent != UNCHECKED:
-            self.differences = differences(ref, test, self.treatment.tolerance)
+        self.differences = differences(ref, test, self.treatment)
         self.comparison_traceback = list(self.differences)
         return not self.differences
 
@@ -130,7 +140,7 @@ class RecordedCell(IPyNbCell):
         return self.path, 0, f"{self.path.name}, cell {self.cell.id}"
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo) -> Any:
-        """Name the cell, and both values and the tolerance of each difference."""
+        """Name the cell, and both values and the limits of each difference."""
         if not self.differences:
             return super().repr_failure(excinfo)
         return "\n".join(["not as recorded:", *self.differences])

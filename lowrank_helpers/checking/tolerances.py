@@ -1,141 +1,355 @@
-"""Sets the tolerances of the recorded notebooks from runs under other conditions, and writes the table of them.
+"""Sets where each recorded number may lie, from many runs of the series, and writes what such a check is worth.
 
-Record the series, then run it under other conditions, and give this script the run folders::
+A *chain* is one run of the whole series from one seed in one precision. Another machine rounds otherwise, training is
+chaotic, and so another machine is another seed: a number that it finds should lie in the prediction interval for one
+more chain (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8),
 
-    make record
-    lowrank sweep -f sweeps/seeds.yaml
-    OMP_NUM_THREADS=1 lowrank run -o reports/one-thread
-    lowrank run -p precision float32 -o reports/float32
-    python tests/tolerances.py --seeds reports/sweeps/seeds/points/seed=[1-4] \\
-        --thread reports/one-thread --float32 reports/float32
+    mean ± t·s·√(1 + 1/n),
 
-A cell's tolerance is the least that allows all the deviations that these runs show, rounded up to 1, 2 or 5 times a
-power of ten, whether absolute, relative or the wider of both. A machine that rounds otherwise draws, in effect, another
-order of the same sums; other seeds are the wider draw. A cell of which no run changes a number must agree exactly.
+made of the chains' values of that number. The standard deviation s is pooled over the precisions, each about its own
+mean, and the interval reaches from the lowest to the highest of their means, so that it holds for either. The level of
+t divides one in a hundred among all numbers that vary (Bonferroni): a sound machine fails the whole check less often.
+Printing rounds: half a unit of the last printed place is added on either side.
+
+A number that is the same in all chains may be so by luck, as an accuracy of 100.00 %. One unit of its last place is
+allowed, unless it is a whole number of at least ``COUNT``: no such number that training moves stays the same.
 """
 
-import argparse
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 from nbformat import NotebookNode
+from scipy import stats
 
-from lowrank_helpers.checking.comparison import CHECKED, are_whole, differences, printed_value, treatment
+from lowrank_helpers.checking.comparison import (
+    CHECKED,
+    NUMBER,
+    Intervals,
+    Limits,
+    compare_text,
+    printed_value,
+    texts,
+    treatment,
+    words,
+)
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.execution import notebook_names, notebook_path
+from lowrank_helpers.series.results import read_findings
 from lowrank_helpers.series.store import write_atomically
 
+FALSE_ALARM = 0.01  # of the whole check, on a sound machine
+LEAST_CHAINS = 10
+COUNT = 100
+FACTORS = (1.5, 2, 5, 10)  # of an interval's half-width: how far the power study moves each number
+TURNED = {"✓ met": "✗ **not met**", "larger": "smaller", "smaller": "larger", "the same": "larger"}
 TABLE = PROJECT / "docs" / "tolerances.md"
-CONDITIONS = ("seeds", "thread", "float32")
-HEAD = """# Tolerances of the recorded outputs
-
-The recorded run has seed 0, two threads and matrix products in bfloat16. How far do its numbers move with other seeds
-({n_seeds} runs), with one thread, and in float32? Each column has the largest deviation of whole numbers, then of
-decimals, absolute and relative to the recorded number, where there is one. *Words*: in how many of the runs
-the text beside the numbers differs, as where a comparison comes out the other way. The tolerance of a cell is set
-from these by `tests/tolerances.py`, which says how. Checked cells that are not listed agree exactly in all runs.
-
-| notebook | cell | seeds | one thread | float32 | words | tolerance |
-|---|---|---|---|---|---|---|
-"""
 
 
-@dataclass
-class Watcher:
-    """Stands in for a tolerance: allows every number, and remembers by how much each is off the recorded one."""
-
-    whole: list[Decimal] = field(default_factory=list)
-    decimal: list[tuple[Decimal, Decimal]] = field(default_factory=list)  # the recorded number's size, the gap
-
-    def allows(self, recorded: str, new: str) -> bool:
-        old, now = printed_value(recorded), printed_value(new)
-        if are_whole(recorded, new):
-            self.whole.append(abs(now - old))
-        else:
-            self.decimal.append((abs(old), abs(now - old)))
-        return True
-
-    def __str__(self) -> str:
-        whole = max(self.whole, default=0)
-        gap = max((gap for _, gap in self.decimal), default=0)
-        share = max((gap / size for size, gap in self.decimal if size), default=0)
-        parts = [f"{whole:,}" if whole else "", f"{gap:.2g} ({100 * share:.2g} %)" if gap else ""]
-        return "; ".join(filter(None, parts)) or "–"
+class ChainsError(Exception):
+    """The chains cannot give intervals; the message says why."""
 
 
-def rounded_up(value: Decimal) -> Decimal:
-    """Return the least of 1, 2 and 5 times a power of ten that is not below a value."""
-    if not value:
-        return value
-    power = Decimal(10) ** math.floor(value.log10())
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value)
+@dataclass(frozen=True)
+class Chain:
+    """One run of the series: its folder's name, the precision of its products, and its cells by notebook and id."""
+
+    name: str
+    precision: str
+    cells: Mapping[tuple[str, str], NotebookNode]
 
 
-def tolerance(watchers: Sequence[Watcher]) -> dict[str, float | int]:
-    """Return the tolerance that allows all the deviations seen, and of the decimals as little else as can be."""
-    seen = [pair for watcher in watchers for pair in watcher.decimal]
+@dataclass(frozen=True)
+class Passage:
+    """One text of a recorded cell, and the same text as each chain shows it.
 
-    def relative(absolute: Decimal) -> Decimal:
-        beyond = [(size, gap) for size, gap in seen if gap > absolute]
-        if any(size == 0 for size, _ in beyond):
-            return Decimal("Infinity")
-        return rounded_up(max((gap / size for size, gap in beyond), default=Decimal(0)))
+    Attributes
+    ----------
+    cell : (str, str)
+        Notebook and id.
+    place : str
+        Output and kind of data, as in the cell's metadata.
+    recorded : str
+    values : array of float64, shape (chains, numbers)
+    """
 
-    def slack(absolute: Decimal) -> Decimal:
-        share = relative(absolute)
-        return sum((min(Decimal(1), max(absolute / size, share)) for size, _ in seen if size), Decimal(0))
+    cell: tuple[str, str]
+    place: str
+    recorded: str
+    values: np.ndarray
 
-    candidates = {rounded_up(gap) for _, gap in seen} | {Decimal(0)}
-    absolute = min(sorted(candidates), key=slack)
-    whole = rounded_up(max((gap for watcher in watchers for gap in watcher.whole), default=Decimal(0)))
-    stated = {"relative": relative(absolute), "absolute": absolute, "integers": whole}
-    return {name: int(value) if value == int(value) else float(value) for name, value in stated.items() if value}
-
-
-def read(folder: Path, name: str) -> dict[str, NotebookNode]:
-    """Return the cells of an executed notebook by id."""
-    return {cell.id: cell for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells}
-
-
-def watch(recorded: NotebookNode, runs: Iterable[NotebookNode]) -> tuple[Watcher, int]:
-    """Compare a recorded cell with the same cell of other runs: its deviations, and how many differ in words."""
-    watcher, worded = Watcher(), 0
-    for run in runs:
-        worded += bool(differences(recorded.outputs, run.outputs, watcher))  # type: ignore[arg-type]
-    return watcher, worded
+    @property
+    def printed(self) -> list[str]:
+        """The recorded numbers as printed."""
+        return NUMBER.findall(self.recorded)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for condition in CONDITIONS:
-        parser.add_argument(f"--{condition}", nargs="+", type=Path, required=True, metavar="FOLDER")
-    folders = vars(parser.parse_args())
-    rows = []
+def read_chains(folder: Path) -> list[Chain]:
+    """Read the executed notebooks of a sweep's points, those of the series that are there.
+
+    Raises
+    ------
+    ChainsError
+        There are fewer than ``LEAST_CHAINS``.
+    """
+    chains = []
+    for point in sorted(path for path in (folder / "points").glob("*") if any(path.glob("*.ipynb"))):
+        precisions = {filed["environment"]["precision"] for filed in read_findings(point).values()}
+        cells = {
+            (name, cell.id): cell
+            for name in notebook_names()
+            if (file := point / f"{name}.ipynb").exists()
+            for cell in nbformat.read(file, as_version=4).cells
+        }
+        chains.append(Chain(point.name, ", ".join(sorted(precisions)), cells))
+    if len(chains) < LEAST_CHAINS:
+        raise ChainsError(
+            f"{folder} has {len(chains)} chains with executed notebooks; at least {LEAST_CHAINS} are needed"
+        )
+    return chains
+
+
+def passages(chains: Sequence[Chain]) -> tuple[list[Passage], list[str]]:
+    """Collect the recorded texts that are checked number by number, with the chains' values.
+
+    Returns
+    -------
+    list of Passage
+    list of str
+        A line for every cell whose words differ between the recording and a chain: such a cell cannot be checked.
+    """
+    found, worded = [], []
     for name in notebook_names():
-        notebook = nbformat.read(notebook_path(name), as_version=4)
-        notebook.metadata.get("lowrank", {}).pop("tolerance", None)
-        runs = {condition: [read(folder, name) for folder in folders[condition]] for condition in CONDITIONS}
-        for cell in notebook.cells:
-            if not cell.get("outputs") or treatment(cell, notebook).extent != CHECKED:
+        for cell in nbformat.read(notebook_path(name), as_version=4).cells:
+            key = (name, cell.id)
+            if (
+                cell.cell_type != "code"
+                or treatment(cell).extent != CHECKED
+                or "exact" in cell.metadata.get("lowrank", {})
+            ):
                 continue
-            seen = [watch(cell, [run[cell.id] for run in runs[condition]]) for condition in CONDITIONS]
-            watchers = [watcher for watcher, _ in seen]
-            stated = tolerance(watchers)
+            others = {chain.name: dict(texts(chain.cells[key].outputs)) for chain in chains if key in chain.cells}
+            for place, recorded in texts(cell.get("outputs", [])):
+                turned = [chain for chain, shown in others.items() if words(shown.get(place, "")) != words(recorded)]
+                if turned:
+                    shown = others[turned[0]].get(place, "nothing")
+                    worded.append(
+                        f"{name}, {cell.id}: {turned[0]} and {len(turned) - 1} more say\n  {shown}\n  not\n  {recorded}"
+                    )
+                elif NUMBER.search(recorded):
+                    values = [list(map(_value, NUMBER.findall(shown[place]))) for shown in others.values()]
+                    found.append(Passage(key, place, recorded, np.array(values)))
+    return found, worded
+
+
+def _value(number: str) -> float:
+    return float(printed_value(number))
+
+
+def unit(printed: str) -> Decimal:
+    """Return one unit of the last place of a number as printed: 0.01 for ``98.30``, 1 for ``1,024``."""
+    return Decimal(1).scaleb(int(printed_value(printed).as_tuple().exponent))
+
+
+def limits(printed: str, values: np.ndarray, precisions: Sequence[str], level: float) -> Limits:
+    """Return where a number may lie, or None for exactly as recorded.
+
+    Parameters
+    ----------
+    printed : str
+        The recorded number.
+    values : array of shape (chains,)
+    precisions : sequence of str
+        Of each chain.
+    level : float
+        How rarely one more chain may fall outside.
+    """
+    recorded, step = printed_value(printed), unit(printed)
+    if np.ptp([*values, float(recorded)]) == 0:
+        is_count = step >= 1 and abs(recorded) >= COUNT
+        return None if is_count else _rounded(recorded - step, recorded + step, step)
+    groups = [values[np.array(precisions) == precision] for precision in dict.fromkeys(precisions)]
+    dof = len(values) - len(groups)
+    s = np.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / dof)
+    t = stats.t.isf(level / 2, dof)
+    reach = [(group.mean(), t * s * np.sqrt(1 + 1 / len(group))) for group in groups]
+    half = step / 2
+    low = min(Decimal(str(mean - margin)) for mean, margin in reach) - half
+    high = max(Decimal(str(mean + margin)) for mean, margin in reach) + half
+    return _rounded(min(low, recorded - step), max(high, recorded + step), step)
+
+
+def _rounded(low: Decimal, high: Decimal, step: Decimal) -> list[float]:
+    """Round limits inwards to what can be printed."""
+    ends = [
+        (low / step).to_integral_value("ROUND_CEILING") * step,
+        (high / step).to_integral_value("ROUND_FLOOR") * step,
+    ]
+    return [int(end) if step >= 1 else float(end) for end in ends]
+
+
+def all_limits(found: Sequence[Passage], precisions: Sequence[str], rows: Sequence[int]) -> list[list[Limits]]:
+    """Return the limits of all passages' numbers from the given chains."""
+    n_varying = sum(int((np.ptp(passage.values[rows], axis=0) > 0).sum()) for passage in found)
+    level = FALSE_ALARM / max(1, n_varying)
+    chosen = [precisions[row] for row in rows]
+    return [
+        [limits(printed, column, chosen, level) for printed, column in zip(p.printed, p.values[rows].T, strict=True)]
+        for p in found
+    ]
+
+
+def false_alarms(found: Sequence[Passage], precisions: Sequence[str]) -> list[int]:
+    """Return for each chain how many of its numbers fall outside the limits that the others give."""
+    n = len(precisions)
+    alarms = []
+    for left_out in range(n):
+        rows = [row for row in range(n) if row != left_out]
+        made = all_limits(found, precisions, rows)
+        outside = [
+            not (within[0] <= value <= within[1] if within else value == _value(printed))
+            for passage, allowed in zip(found, made, strict=True)
+            for printed, value, within in zip(passage.printed, passage.values[left_out], allowed, strict=True)
+        ]
+        alarms.append(sum(outside))
+    return alarms
+
+
+def power(found: Sequence[Passage], made: Sequence[Sequence[Limits]]) -> dict[str, tuple[int, int]]:
+    """Alter every number in turn, and every verdict, and count what the check catches.
+
+    Returns
+    -------
+    dict
+        By alteration: how many were caught, of how many.
+    """
+    caught: dict[str, tuple[int, int]] = {}
+    for passage, allowed in zip(found, made, strict=True):
+        for alteration, altered in _altered(passage, allowed):
+            hits, tries = caught.get(alteration, (0, 0))
+            caught[alteration] = (hits + bool(compare_text(passage.recorded, altered, allowed)), tries + 1)
+    return caught
+
+
+def _altered(passage: Passage, allowed: Sequence[Limits]) -> Iterator[tuple[str, str]]:
+    """Yield texts with one number moved away from the middle of its limits, two digits swapped, or a verdict turned."""
+    for match, within in zip(NUMBER.finditer(passage.recorded), allowed, strict=True):
+        if within:
+            middle, reach = (Decimal(str(sum(within))) / 2, Decimal(str(within[1] - within[0])) / 2)
+            for factor, sign in itertools.product(FACTORS, (-1, 1)):
+                moved = middle + sign * Decimal(str(factor)) * reach
+                yield f"moved by {factor:g} half-widths", _replaced(passage.recorded, match, moved, unit(match[0]))
+        for swapped in _swaps(match[0]):
+            yield "two digits swapped", passage.recorded[: match.start()] + swapped + passage.recorded[match.end() :]
+    for old, new in TURNED.items():
+        if old in passage.recorded:
+            yield "verdict turned", passage.recorded.replace(old, new, 1)
+
+
+def _replaced(text: str, match: re.Match, value: Decimal, step: Decimal) -> str:
+    number = value.quantize(step) if step < 1 else value.to_integral_value()
+    return f"{text[: match.start()]}{number}{text[match.end() :]}"
+
+
+def _swaps(number: str) -> Iterator[str]:
+    """Yield a number with two unequal digits that stand side by side exchanged."""
+    for i, (one, two) in enumerate(itertools.pairwise(number)):
+        if one.isdigit() and two.isdigit() and one != two:
+            yield number[:i] + two + one + number[i + 2 :]
+
+
+def set_limits(folder: Path) -> list[str]:
+    """Write the limits from a sweep's chains into the cells' metadata, and what they are worth into the docs.
+
+    Returns
+    -------
+    list of str
+        A line for every cell whose words differ between the recording and a chain; empty where all can be checked.
+
+    Raises
+    ------
+    ChainsError
+        There are too few chains.
+    """
+    chains = read_chains(folder)
+    precisions = [chain.precision for chain in chains]
+    found, worded = passages(chains)
+    made = all_limits(found, precisions, range(len(chains)))
+    by_cell: dict[tuple[str, str], dict[str, Sequence[Limits]]] = {}
+    for passage, allowed in zip(found, made, strict=True):
+        if any(allowed):
+            by_cell.setdefault(passage.cell, {})[passage.place] = allowed
+    for name in notebook_names():
+        _write_metadata(name, {id: intervals for (notebook, id), intervals in by_cell.items() if notebook == name})
+    write_atomically(TABLE, _report(chains, found, made).encode())
+    return worded
+
+
+def _write_metadata(name: str, by_cell: Mapping[str, Intervals]) -> None:
+    notebook = nbformat.read(notebook_path(name), as_version=4)
+    for cell in notebook.cells:
+        stated: dict[str, Any] = cell.metadata.get("lowrank", {})
+        stated.pop("intervals", None)
+        if cell.id in by_cell:
+            cell.metadata["lowrank"] = {"intervals": by_cell[cell.id]}
+        elif not stated:
             cell.metadata.pop("lowrank", None)
-            if stated:
-                cell.metadata["lowrank"] = {"tolerance": stated}
-            words = sum(worded for _, worded in seen)
-            if stated or words:
-                said = [name, cell.id, *watchers, words or "–", treatment(cell, notebook).tolerance]
-                rows.append(f"| {' | '.join(map(str, said))} |")
-        write_atomically(notebook_path(name), (nbformat.writes(notebook) + "\n").encode())
-    head = HEAD.format(n_seeds=len(folders["seeds"]))
-    write_atomically(TABLE, (head + "\n".join(rows) + "\n").encode())
+    write_atomically(notebook_path(name), (nbformat.writes(notebook) + "\n").encode())
 
 
-if __name__ == "__main__":
-    main()
+def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Sequence[Limits]]) -> str:
+    precisions = [chain.precision for chain in chains]
+    numbers = [within for allowed in made for within in allowed]
+    n_varying = sum(int((np.ptp(passage.values, axis=0) > 0).sum()) for passage in found)
+    counts = ", ".join(f"{precisions.count(precision)} in {precision}" for precision in dict.fromkeys(precisions))
+    alarms = false_alarms(found, precisions)
+    lines = [
+        "# Where recorded numbers may lie",
+        "",
+        f"Made by `lowrank tolerances` from {len(chains)} chains ({counts}), runs of the series with a seed each.",
+        "How limits are made stands at the top of `lowrank_helpers/checking/tolerances.py`.",
+        "",
+        f"- Numbers checked: {len(numbers):,}; with limits: {sum(map(bool, numbers)):,}; exactly as recorded: "
+        f"{sum(within is None for within in numbers):,}. Cells marked exact or unchecked are not counted.",
+        f"- {n_varying:,} numbers vary between chains. The whole check shall fail on a sound machine less than once in "
+        f"{1 / FALSE_ALARM:.0f}, so each number less than once in {n_varying / FALSE_ALARM:,.0f}.",
+        f"- Leave one out: limits made from all other chains fail {sum(map(bool, alarms))} of {len(alarms)} chains "
+        f"({', '.join(f'{chain.name}: {n} numbers' for chain, n in zip(chains, alarms, strict=True) if n) or 'none'}).",
+        "",
+        "## What the check would catch",
+        "",
+        "Each number altered alone, from the middle of its limits; verdicts turned to their opposites.",
+        "",
+        "| alteration | caught | of |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {hits:,} ({hits / tries:.1%}) | {tries:,} |"
+            for name, (hits, tries) in power(found, made).items()
+        ),
+        "",
+        "## By cell",
+        "",
+        "The widest of a cell's limits, as a half-width in the numbers' unit and relative to the middle.",
+        "",
+        "| notebook | cell | numbers | exact | widest half-width | relative |",
+        "|---|---|---|---|---|---|",
+        *_rows(found, made),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(found: Sequence[Passage], made: Sequence[Sequence[Limits]]) -> Iterator[str]:
+    pairs = zip(found, made, strict=True)
+    for (notebook, id), group in itertools.groupby(pairs, key=lambda pair: pair[0].cell):
+        every = [within for _, allowed in group for within in allowed]
+        halves = [((high - low) / 2, abs(high + low) / 2) for low, high in filter(None, every)]
+        widest = max((half for half, _ in halves), default=0)
+        relative = max((half / middle for half, middle in halves if middle), default=0)
+        shown = f"{widest:.3g} | {relative:.1%}" if halves else "– | –"
+        yield f"| {notebook} | {id} | {len(every)} | {sum(within is None for within in every)} | {shown} |"

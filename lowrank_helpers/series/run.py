@@ -99,6 +99,7 @@ class Run:
         self.data = self.whole_data.hold_out()
         self.folder = settings.run_folder or PROJECT / "reports" / "lab"
         self._store = Store(settings.networks_folder or self.folder / "networks")
+        self._moved_starts = settings.moved_starts
         self._findings: dict[str, dict[str, Any]] = {}
         self._started = datetime.now(UTC)
         display(Markdown(self._header()))
@@ -178,6 +179,8 @@ class Run:
         def train(key: Key, stop: Event) -> tuple[nn.Module, History]:
             model, recipe, data = trainings[key]
             model = model.to(self.device)
+            if self._moved_starts:
+                _move(model, self._moved_starts)
             label = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
             return model, self._store.trained(model, data or self.data, recipe, others=others, label=label, stop=stop)
 
@@ -257,6 +260,15 @@ class Run:
             "findings": self._findings,
         }
         file_findings(self.folder, filed)
+
+
+@torch.no_grad()
+def _move(model: nn.Module, seed: int) -> None:
+    """Move every weight to be trained by one unit in the last place, up or down as a seed draws it."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+        towards = torch.randint(2, weight.shape, generator=generator).to(weight).mul_(2).sub_(1) * torch.inf
+        weight.copy_(torch.nextafter(weight, towards))
 
 
 @cache
