@@ -3,15 +3,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: help report test bench lab record lint screenshots
+.PHONY: help report test test-fast test-machines bench lab record lint docs screenshots
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
-	@echo "make test     run the tests; with MNIST at hand, re-execute and check the recorded notebooks too"
+	@echo "make test     run all tests: unit tests first; then real runs, sweeps, the browser, and with"
+	@echo "              MNIST at hand the recorded notebooks again"
+	@echo "make test-fast       the unit tests alone, in a minute"
+	@echo "make test-machines   check the recorded notebooks under other arithmetic and starts; takes hours"
 	@echo "make bench    run the benchmarks, which takes long; print the tables and save them in reports/latest/"
 	@echo "make lab      open JupyterLab in notebooks/"
 	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
 	@echo "make lint     ruff and mypy"
+	@echo "make docs     the package's pages from its docstrings, into docs/api/"
 	@echo "make screenshots   photograph the recorded report into docs/; needs Chromium"
 	@echo
 	@echo "Data: LOWRANK_DATA_DIR=folder make …   Another Python: make PYTHON=python3.12 …"
@@ -19,8 +23,15 @@ help:
 report: $(VENV)/ready
 	$(BIN)/lowrank run
 
-test: $(VENV)/ready
-	$(BIN)/pytest
+# Unit tests first, so that a mistake shows at once.
+test: test-fast
+	$(BIN)/pytest -m slow
+
+test-fast: $(VENV)/ready
+	$(BIN)/pytest -m "not slow"
+
+test-machines: $(VENV)/ready
+	$(BIN)/python scripts/test_machines.py
 
 bench: $(VENV)/ready
 	mkdir -p reports/latest
@@ -34,7 +45,10 @@ record: $(VENV)/ready
 	$(BIN)/lowrank record
 
 screenshots: $(VENV)/ready
-	$(BIN)/python tests/screenshots.py
+	$(BIN)/python scripts/screenshots.py
+
+docs: $(VENV)/ready
+	$(BIN)/pdoc --docformat numpy --output-directory docs/api lowrank_helpers
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check

@@ -23,6 +23,7 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.settings import VARIABLES
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(not EXECUTABLE, reason="Chromium is not on this machine (Debian: apt-get install chromium)"),
 ]

@@ -15,6 +15,8 @@ from nbclient import NotebookClient
 
 from lowrank_helpers.checking.comparison import MetadataError, compare_text, treatment
 
+pytestmark = pytest.mark.slow
+
 FIGURE = """
 import io
 from IPython.display import Image, display

@@ -17,6 +17,8 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import execution
 from lowrank_helpers.series.parameters import parse
 
+pytestmark = pytest.mark.slow
+
 LOWRANK = Path(sys.executable).with_name("lowrank")
 
 

@@ -13,6 +13,8 @@ from lowrank_helpers.checking.comparison import CHECKED, treatment
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.execution import notebook_names, notebook_path
 
+pytestmark = pytest.mark.slow
+
 TOLERANCES = PROJECT / "docs" / "tolerances.md"
 LOWRANK = [sys.executable, "-m", "lowrank_helpers"]
 CHECK = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking.plugin", "--nbval-current-env"]

@@ -10,6 +10,8 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.report import index as report
 from lowrank_helpers.report import pages
 
+pytestmark = pytest.mark.slow
+
 
 def soup(file: Path) -> BeautifulSoup:
     return BeautifulSoup(file.read_text(), "html.parser")

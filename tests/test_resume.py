@@ -23,6 +23,8 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.execution import run_folder
 from lowrank_helpers.series.results import apart_from_time
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = """
 dataset = "digits"
 data_dir = ""

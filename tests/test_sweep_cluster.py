@@ -29,6 +29,8 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.store import TEMPORARY
 from lowrank_helpers.series.sweep import ClusterError, connected
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = 'dataset = "digits"\ndata_dir = ""\nseed = 0\ndevice = "cpu"\nprecision = "float32"'
 WORK = """
 import time

@@ -1,0 +1,83 @@
+"""Check the recorded notebooks under what other machines do: ``make test-machines``, or some variants by name.
+
+Each variant is one whole ``lowrank check``, which takes minutes. The result of each, with revision and processor, goes
+into docs/machines.md; a variant that was not run this time keeps its line.
+"""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.series.run import software
+
+PAGE = PROJECT / "docs" / "machines.md"
+HEAD = """# The recorded outputs on other machines
+
+The last result of each variant of `make test-machines`: the whole of `lowrank check` under other arithmetic, starts and
+numbers of workers. A start is *moved* where every weight begins one unit in the last place beside its recorded start,
+after which a training goes its own way as it does on another processor.
+
+| variant | result | revision | processor | minutes |
+|---|---|---|---|---|
+"""
+VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "as-recorded": ([], {}),
+    "float32": (["-p", "precision", "float32"], {}),
+    "no-amx": ([], {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}),
+    "no-bfloat16": ([], {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
+    "compatible-products": ([], {"MKL_CBWR": "COMPATIBLE"}),
+    "one-worker": ([], {"OMP_NUM_THREADS": "1"}),
+    "four-workers": ([], {"OMP_NUM_THREADS": "4"}),
+} | {f"moved-start-{seed}": ([], {"LOWRANK_MOVED_STARTS": str(seed)}) for seed in range(1, 11)}
+
+
+def check(variant: str) -> tuple[bool, str]:
+    """Run one variant; return whether it passed, and its line of the table."""
+    arguments, environment = VARIANTS[variant]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_helpers", "check", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    minutes = (time.perf_counter() - start) / 60
+    if done.returncode:
+        click.echo(done.stdout + done.stderr)
+    counts = re.findall(r"^=+ (.*(?:passed|failed).*) in .* =+$", done.stdout, re.MULTILINE) or ["no cell ran"]
+    return (
+        not done.returncode,
+        f"| {variant} | {counts[-1]} | {software()['revision']} | {_processor()} | {minutes:.1f} |",
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+@click.command()
+@click.argument("variants", nargs=-1, type=click.Choice(list(VARIANTS)), metavar="[VARIANT]...")
+def main(variants: tuple[str, ...]) -> None:
+    """Check the recorded notebooks under the VARIANTS named, or under all of them."""
+    text = PAGE.read_text() if PAGE.exists() else ""
+    lines = {variant: line for variant in VARIANTS for line in text.splitlines() if line.startswith(f"| {variant} |")}
+    failed = []
+    for variant in variants or VARIANTS:
+        passed, lines[variant] = check(variant)
+        click.echo(lines[variant])
+        failed += [] if passed else [variant]
+        PAGE.write_text(HEAD + "\n".join(lines[name] for name in VARIANTS if name in lines) + "\n")
+    sys.exit(f"Failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
