@@ -89,6 +89,7 @@ RULES: dict[str, Rule] = {
     "activations": _list_of(_one_of(*ACTIVATIONS)),
     "widths": WIDTHS,
     "big_widths": WIDTHS,
+    "deep_widths": WIDTHS,
     "epochs": _whole(1),
     "big_epochs": _whole(1),
     "big_batch_size": _whole_between(1, 2**63 - 1),

@@ -22,6 +22,7 @@ from lowrank_helpers.series import parameters
 from lowrank_helpers.series.results import file_findings, read_findings
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import Store
+from lowrank_helpers.statistics import Interval
 from lowrank_helpers.training import (
     History,
     Recipe,
@@ -213,20 +214,20 @@ class Run:
         timings : mapping, optional
             Measured times and what follows from them; filed apart, as no two runs agree on them.
         **values
-            Numbers, strings, lists and mappings of them.
+            Numbers, intervals, strings, lists and mappings of them.
         """
         if not FINDING_ID.fullmatch(id):
             raise ValueError(
                 f"finding id {id!r} is not allowed; allowed: an item such as '3.1' or a part, '3.1/spread'"
             )
-        values, timings = _plain(values), _plain(timings or {})
+        timings = timings or {}
         answer, evidence = (
             re.sub(r"(?<=\d)%", " %", text.format(**values, **timings))  # str.format sets no space
             for text in (answer, evidence)
         )
-        finding = {"answer": answer, "evidence": evidence, "met": _plain(met), "values": values, "timings": timings}
+        finding = {"answer": answer, "evidence": evidence, "met": met, "values": values, "timings": timings}
         # JSON knows no NaN; what was not measured is null.
-        self._findings[id] = json.loads(json.dumps(finding), parse_constant=lambda name: None)
+        self._findings[id] = json.loads(json.dumps(_plain(finding)), parse_constant=lambda name: None)
         self._file_findings()
         verdict = {True: " ✓ met", False: " ✗ **not met**", None: ""}[met]
         shown = f"**{id}**{verdict} · {answer}" + (f"\n\n{evidence}" if evidence else "")
@@ -298,7 +299,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn NumPy's and PyTorch's numbers and arrays into Python's, for JSON."""
+    """Turn intervals, and NumPy's and PyTorch's numbers and arrays, into what JSON knows."""
+    if isinstance(value, Interval):
+        return _plain(vars(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
