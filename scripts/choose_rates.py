@@ -26,6 +26,7 @@ from lowrank_helpers.models import linear_layers, mlp
 from lowrank_helpers.series.execution import notebook_path
 from lowrank_helpers.series.parameters import declared
 from lowrank_helpers.series.store import Store, write_atomically
+from lowrank_helpers.subspace import SubspaceModel
 from lowrank_helpers.training import (
     History,
     Recipe,
@@ -35,7 +36,8 @@ from lowrank_helpers.training import (
     take_one_thread_each,
 )
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+SUBSPACE_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)  # a coordinate of a subspace moves each weight by a small share of its step
 SEEDS = (100, 101)
 STRENGTHS = (1e-4, 1e-3, 1e-2)  # of decay
 TABLE = PROJECT / "sweeps" / "rates.csv"
@@ -69,6 +71,8 @@ class Arm:
         ``weight_decay`` or ``frobenius_decay`` of the recipe.
     select : callable
         Of the bench's data: returns those to train and score on.
+    rates : tuple of float
+        The grid.
     """
 
     start: Callable[[Bench, int], nn.Module]
@@ -76,6 +80,7 @@ class Arm:
     batch_size: int
     penalty: dict[str, float] = field(default_factory=dict)
     select: Callable[[Dataset], Dataset] = lambda whole: whole
+    rates: tuple[float, ...] = RATES
 
 
 def dense(bench: Bench, seed: int, *, widths: Sequence[int], activation: str) -> nn.Module:
@@ -95,6 +100,11 @@ def spectral(bench: Bench, seed: int, *, widths: Sequence[int], activation: str,
     return factorization.factorize(network, by_layer(network, ranks))
 
 
+def subspace(bench: Bench, seed: int, *, widths: Sequence[int], activation: str, dimension: int) -> nn.Module:
+    """Return a fresh dense network of which a random subspace is trained."""
+    return SubspaceModel(mlp(widths, activation, seed=seed), dimension, seed=seed)
+
+
 def cut(bench: Bench, seed: int, *, ranks: Sequence[int], teacher: Arm, rate: float) -> nn.Module:
     """Return the best factors of a dense network that this seed has trained."""
     network = teacher.start(bench, seed)
@@ -108,28 +118,38 @@ def by_layer(network: nn.Module, ranks: Sequence[int]) -> dict[str, int]:
     return dict(zip(linear_layers(network), ranks, strict=False))
 
 
+def arms_of_02() -> dict[str, Arm]:
+    """Train the small network for each number of epochs that the notebook weighs."""
+    p = declared(notebook_path("02_train"))
+    start = partial(dense, widths=p["widths"], activation=p["activation"])
+    return {f"{epochs} epochs": Arm(start, epochs, p["batch_size"]) for epochs in (3, 5, 8)}
+
+
 def arms_of_06() -> dict[str, Arm]:
     """Dense, factorised and tuned networks, and a small network at a low rank."""
     p = declared(notebook_path("06_factorized"))
     small = {"widths": p["widths"], "activation": p["activation"], "ranks": [p["low_rank"]] * (len(p["widths"]) - 2)}
     big = {"widths": p["big_widths"], "activation": p["activation"]}
-    # The ranks that the chain finds for seed 0, or near them: the notebook finds its own.
-    effective, least = [28, 28, 28, 28], [19, 19, 19, 19]
+    effective = [25, 25, 25, 25]  # about what seeds find; the notebook finds its own
+    narrow = [784, 151, 151, 75, 37, 10]  # no more parameters than these
+    # Shares of 5 % of the dense parameters: more for the first layers, and alike.
+    small_shapes = [19, 19, 19, 19], [30, 18, 10, 10], [36, 14, 10, 10], [42, 10, 8, 8]
     arm = partial(Arm, epochs=p["factorized_epochs"], batch_size=p["batch_size"])
+    longer = partial(Arm, epochs=p["factorized_epochs"] + p["tuning_epochs"], batch_size=p["batch_size"])
     low = partial(Arm, epochs=p["epochs"], batch_size=p["batch_size"])
     tuned = partial(Arm, epochs=p["tuning_epochs"], batch_size=p["batch_size"])
     teacher = arm(partial(dense, **big))
-    from_teacher = partial(cut, teacher=teacher, rate=p["dense_learning_rate"])
+    cut_from = partial(cut, teacher=teacher, rate=p["dense_learning_rate"])
     return {
         "dense": teacher,
-        "narrow": arm(partial(dense, widths=[784, 166, 166, 83, 41, 10], activation=p["activation"])),
-        "published": arm(partial(standard, ranks=p["ranks"], **big)),
+        "narrow": arm(partial(dense, widths=narrow, activation=p["activation"])),
         "effective": arm(partial(standard, ranks=effective, **big)),
-        "effective, longer": Arm(
-            partial(standard, ranks=effective, **big), p["factorized_epochs"] + p["tuning_epochs"], p["batch_size"]
-        ),
-        "effective, tuned": tuned(partial(from_teacher, ranks=effective)),
-        "least, tuned": tuned(partial(from_teacher, ranks=least)),
+        "effective, longer": longer(partial(standard, ranks=effective, **big)),
+        "effective, tuned": tuned(partial(cut_from, ranks=effective)),
+        **{
+            f"small {'-'.join(map(str, ranks))}, tuned": tuned(partial(cut_from, ranks=ranks)) for ranks in small_shapes
+        },
+        "published, longer": longer(partial(standard, ranks=p["ranks"], **big)),
         "low, standard": low(partial(standard, **small)),
         "low, spectral": low(partial(spectral, **small)),
         **{
@@ -140,7 +160,20 @@ def arms_of_06() -> dict[str, Arm]:
     }
 
 
-ARMS: dict[str, Callable[[], dict[str, Arm]]] = {"06": arms_of_06}  # by notebook
+def arms_of_07() -> dict[str, Arm]:
+    """Networks of several widths, with all weights trained and in a subspace of middle size."""
+    p = declared(notebook_path("07_conclusions"))
+    dimension = p["subspace_dimensions"][len(p["subspace_dimensions"]) // 2]
+    arm = partial(Arm, epochs=p["subspace_epochs"], batch_size=p["batch_size"])
+    arms = {}
+    for width in p["subspace_widths"]:
+        network = {"widths": [784, width, width, 10], "activation": p["activation"]}
+        arms[f"all weights, width {width}"] = arm(partial(dense, **network))
+        arms[f"subspace, width {width}"] = arm(partial(subspace, dimension=dimension, **network), rates=SUBSPACE_RATES)
+    return arms
+
+
+ARMS: dict[str, Callable[[], dict[str, Arm]]] = {"02": arms_of_02, "06": arms_of_06, "07": arms_of_07}  # by notebook
 
 
 def all_arms() -> dict[str, Arm]:
@@ -150,8 +183,7 @@ def all_arms() -> dict[str, Arm]:
 
 def chosen(table: pd.DataFrame) -> pd.Series:
     """Return for each arm the rate whose accuracy is highest in the mean over seeds; of equals the lowest."""
-    means = table.groupby(["arm", "learning_rate"])["validation_accuracy"].mean().unstack()
-    return means.idxmax(axis="columns")
+    return table.pivot_table("validation_accuracy", "arm", "learning_rate").idxmax(axis="columns")
 
 
 def read(file: Path = TABLE) -> pd.DataFrame:
@@ -198,7 +230,7 @@ def main(names: tuple[str, ...], data_dir: str, networks: Path, only_list: bool)
     missing = [
         key
         for name, arm in arms.items()
-        for rate in RATES
+        for rate in arm.rates
         for seed in SEEDS
         if (key := (name, rate, arm.epochs, seed)) not in done
     ]

@@ -78,6 +78,15 @@ WIDTHS = Rule(
     f"a list of whole numbers that starts with {N_PIXELS} pixels, ends with {N_CLASSES} classes "
     "and has at least one hidden width between",
 )
+RANKS = Rule(
+    lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
+    "a list of whole numbers, each at least 1",
+)
+
+RANKS = Rule(
+    lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
+    "a list of whole numbers, each at least 1",
+)
 
 RULES: dict[str, Rule] = {
     "dataset": _one_of(*DATASETS),
@@ -100,20 +109,32 @@ RULES: dict[str, Rule] = {
     "factorized_epochs": _whole(1),
     "tuning_epochs": _whole(1),
     "tuning_learning_rate": POSITIVE,
-    "decay": POSITIVE,
+    "weight_decay": POSITIVE,
+    "frobenius_decay": POSITIVE,
+    "target_accuracy": SHARE,
+    "low_rank": _whole(1),
+    "dense_learning_rate": POSITIVE,
+    "narrow_learning_rate": POSITIVE,
+    "effective_learning_rate": POSITIVE,
+    "longer_learning_rate": POSITIVE,
+    "published_learning_rate": POSITIVE,
+    "small_learning_rate": POSITIVE,
+    "low_learning_rate": POSITIVE,
+    "spectral_learning_rate": POSITIVE,
+    "weight_decay_learning_rate": POSITIVE,
+    "frobenius_decay_learning_rate": POSITIVE,
     "subspace_widths": _list_of(_whole(1)),
     "subspace_dimensions": _list_of(_whole(1)),
+    "subspace_epochs": _whole(1),
     "subspace_learning_rate": POSITIVE,
+    "all_weights_learning_rate": POSITIVE,
     "als_sweeps": _whole(1),
     "gradient_steps": _whole(1),
     "rank_grid": _list_of(_whole(1)),
-    "ranks": Rule(
-        lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
-        "a list of whole numbers, each at least 1",
-    ),
+    "ranks": RANKS,
+    "small_ranks": RANKS,
     "error_threshold": SHARE,
     "accuracy_kept": SHARE,
-    "small_share": SHARE,
     "held_out_digit": _whole_between(0, N_CLASSES - 1),
     "rank": _whole(1),
     "alpha": POSITIVE,
@@ -152,16 +173,21 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 def _check_ranks(parameters: Mapping[str, Any]) -> None:
     full = full_ranks(parameters["big_widths"])
-    if ranks := parameters.get("ranks"):
-        if len(ranks) != len(full):
-            raise ParameterError(
-                f"parameter ranks = {ranks} must have one rank for each of the {len(full)} hidden layers of big_widths"
-            )
-        for i, (rank, most) in enumerate(zip(ranks, full, strict=True), start=1):
-            if rank > most:
-                raise ParameterError(f"parameter ranks = {ranks}: layer {i} allows 1 to {most}, not {rank}")
+    for name in ("ranks", "small_ranks"):
+        if ranks := parameters.get(name):
+            _check_hidden_ranks(name, ranks, full)
     if (grid := parameters.get("rank_grid")) and max(grid) > max(full):
         raise ParameterError(f"parameter rank_grid = {grid}: the largest full rank is {max(full)}")
+
+
+def _check_hidden_ranks(name: str, ranks: list[int], full: list[int]) -> None:
+    if len(ranks) != len(full):
+        raise ParameterError(
+            f"parameter {name} = {ranks} must have one rank for each of the {len(full)} hidden layers of big_widths"
+        )
+    for i, (rank, most) in enumerate(zip(ranks, full, strict=True), start=1):
+        if rank > most:
+            raise ParameterError(f"parameter {name} = {ranks}: layer {i} allows 1 to {most}, not {rank}")
 
 
 def _check_adapter_rank(widths: list[int], rank: int, layers: str) -> None:
