@@ -186,13 +186,13 @@ def chosen(table: pd.DataFrame) -> pd.Series:
     return table.pivot_table("validation_accuracy", "arm", "learning_rate").idxmax(axis="columns")
 
 
-def read(file: Path = TABLE) -> pd.DataFrame:
+def read(file: Path) -> pd.DataFrame:
     """Read the table; without a file it is empty."""
     columns = [*KEY, "validation_accuracy", "validation_loss"]
     return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=columns)
 
 
-def add(row: dict[str, float | str], file: Path = TABLE) -> None:
+def add(row: dict[str, float | str], file: Path) -> None:
     """Add a row to the table, in place of one with the same key; others may be adding theirs."""
     with FileLock(Path(tempfile.gettempdir()) / f"{file.name}.lock"):
         table = pd.concat([frame for frame in (read(file), pd.DataFrame([row])) if len(frame)])
@@ -221,11 +221,11 @@ def main(names: tuple[str, ...], data_dir: str, networks: Path, only_list: bool)
     if not arms:
         raise click.UsageError(f"no arm is called {' or '.join(names)}; there are {', '.join(all_arms())}")
     if only_list:
-        rates = chosen(read())
+        rates = chosen(read(TABLE))
         for name, arm in arms.items():
             click.echo(f"{name:32} {arm.epochs} epochs  {rates.get(name, '')}")
         return
-    table = read()
+    table = read(TABLE)
     done = set(table[KEY].itertuples(index=False, name=None))
     missing = [
         key
@@ -246,7 +246,7 @@ def main(names: tuple[str, ...], data_dir: str, networks: Path, only_list: bool)
         history = bench.train(arm.start(bench, seed), arm.select(bench.data), recipe, stop)
         result = history.final("validation")
         row = dict(zip(KEY, key, strict=True))
-        add(row | {"validation_accuracy": result.accuracy, "validation_loss": result.loss})
+        add(row | {"validation_accuracy": result.accuracy, "validation_loss": result.loss}, TABLE)
         bar.update()
 
     side_by_side([partial(score, key) for key in missing], bench.device)

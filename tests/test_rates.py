@@ -1,0 +1,129 @@
+"""The recorded sweep of learning rates: what it holds, how it goes on, and that the notebooks took what it says."""
+
+import importlib.util
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from lowrank_helpers.data import PROJECT
+from lowrank_helpers.series.execution import notebook_path
+from lowrank_helpers.series.parameters import declared
+
+SPEC = importlib.util.spec_from_file_location("choose_rates", PROJECT / "scripts" / "choose_rates.py")
+choose_rates = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(choose_rates)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> pd.DataFrame:
+    return choose_rates.read(choose_rates.TABLE)
+
+
+@pytest.fixture(scope="module")
+def chosen_06(recorded) -> pd.Series:
+    return choose_rates.chosen(recorded)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "arm"),
+    {
+        "dense_learning_rate": "dense",
+        "narrow_learning_rate": "narrow",
+        "effective_learning_rate": "effective",
+        "longer_learning_rate": "effective, longer",
+        "published_learning_rate": "published, longer",
+        "tuning_learning_rate": "effective, tuned",
+        "low_learning_rate": "low, standard",
+        "spectral_learning_rate": "low, spectral",
+    }.items(),
+)
+def test_notebook_06_takes_the_rate_that_validation_chose(chosen_06, parameter, arm):
+    assert declared(notebook_path("06_factorized"))[parameter] == chosen_06[f"06/{arm}"]
+
+
+@pytest.mark.parametrize("kind", ["weight_decay", "frobenius_decay"])
+def test_notebook_06_takes_the_strength_and_rate_that_validation_chose(recorded, kind):
+    best = _best(recorded[recorded["arm"].str.startswith(f"06/low, {kind} ")])
+    given = declared(notebook_path("06_factorized"))
+    assert (f"06/low, {kind} {given[kind]:g}", given[f"{kind}_learning_rate"]) == best
+
+
+def test_notebook_06_takes_the_smallest_ranks_that_validation_chose(recorded):
+    best = _best(recorded[recorded["arm"].str.startswith("06/small ")])
+    given = declared(notebook_path("06_factorized"))
+    shape = "-".join(map(str, given["small_ranks"]))
+    assert (f"06/small {shape}, tuned", given["small_learning_rate"]) == best
+
+
+def _best(rows: pd.DataFrame) -> tuple[str, float]:
+    """Return the arm and rate with the highest mean accuracy."""
+    return rows.groupby(["arm", "learning_rate"])["validation_accuracy"].mean().idxmax()
+
+
+def test_every_arm_has_every_rate_from_seeds_that_no_notebook_uses(recorded):
+    given = declared(notebook_path("06_factorized"))
+    series = range(given["seed"], given["seed"] + given["n_seeds"])
+    assert not set(recorded["seed"]) & set(series)
+    arms = choose_rates.all_arms()
+    wanted = {
+        (name, rate, arm.epochs, seed)
+        for name, arm in arms.items()
+        if name.startswith("06/")
+        for rate in choose_rates.RATES
+        for seed in choose_rates.SEEDS
+    }
+    rows = recorded[recorded["arm"].str.startswith("06/")][choose_rates.KEY]
+    assert set(rows.itertuples(index=False, name=None)) == wanted
+    assert len(rows) == len(wanted)
+
+
+def test_the_mean_over_seeds_decides_and_not_the_best_seed():
+    rows = [("a", 1e-3, 0.90), ("a", 1e-3, 0.92), ("a", 2e-3, 0.95), ("a", 2e-3, 0.80)]
+    table = pd.DataFrame(rows, columns=["arm", "learning_rate", "validation_accuracy"])
+    assert choose_rates.chosen(table)["a"] == 1e-3
+
+
+def test_rows_are_added_in_order_and_replace_their_like(tmp_path):
+    file = tmp_path / "rates.csv"
+    for arm, rate, accuracy in [("b", 1e-3, 0.5), ("a", 1.6e-2, 0.6), ("a", 2e-3, 0.7), ("b", 1e-3, 0.8)]:
+        row = {"arm": arm, "learning_rate": rate, "epochs": 1, "seed": 100}
+        choose_rates.add(row | {"validation_accuracy": accuracy, "validation_loss": 0.1}, file)
+    table = choose_rates.read(file)
+    assert table["validation_accuracy"].tolist() == [0.7, 0.6, 0.8]
+    assert table["arm"].tolist() == ["a", "a", "b"]
+
+
+def test_a_sweep_that_was_stopped_trains_what_is_missing(tmp_path, monkeypatch, digits):
+    trained = []
+
+    train = choose_rates.Bench.train
+
+    def counted(bench, model, data, recipe, stop=None):
+        trained.append((recipe.learning_rate, recipe.seed))
+        return train(bench, model, data, recipe, stop)
+
+    def small(bench, seed):
+        return choose_rates.mlp([784, 8, 10], seed=seed)
+
+    monkeypatch.setattr(choose_rates.Bench, "train", counted)
+    monkeypatch.setattr(choose_rates.data, "load", lambda name, folder: digits)
+    monkeypatch.setattr(choose_rates, "take_one_thread_each", lambda: None)
+    monkeypatch.setattr(choose_rates, "TABLE", tmp_path / "rates.csv")
+    monkeypatch.setattr(choose_rates, "ARMS", {"00": lambda: {"small": choose_rates.Arm(small, 1, 256)}})
+    row = {"arm": "00/small", "learning_rate": 1e-3, "epochs": 1, "seed": 100}
+    choose_rates.add(row | {"validation_accuracy": 0.123, "validation_loss": 2.0}, tmp_path / "rates.csv")
+    result = CliRunner().invoke(choose_rates.main, ["00/*", "--networks", str(tmp_path / "networks")])
+    assert result.exit_code == 0, result.output
+    assert len(trained) == len(choose_rates.RATES) * len(choose_rates.SEEDS) - 1
+    assert (1e-3, 100) not in trained
+    table = choose_rates.read(tmp_path / "rates.csv")
+    assert len(table) == len(trained) + 1
+    assert table["validation_accuracy"].max() > 0.123
+
+
+def test_an_unknown_arm_is_refused_with_those_there_are():
+    result = CliRunner().invoke(choose_rates.main, ["06/sparse"])
+    assert result.exit_code == 2
+    assert "06/sparse" in result.output
+    assert "06/dense" in result.output
