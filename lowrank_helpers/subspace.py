@@ -1,5 +1,8 @@
 """Training in a random subspace: d numbers decide all weights of a network."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -56,3 +59,37 @@ class SubspaceModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map as the network does at the weights that z stands for."""
         return functional_call(self.model, self.weights(), (x,))
+
+
+def intrinsic_dimension(dimensions: Sequence[int], scores: Sequence[float], target: float) -> float:
+    """Return the smallest dimension whose score reaches a target (Li et al. 2018, section 2).
+
+    Between the two dimensions where the score first crosses the target it is interpolated, linearly in log d.
+
+    Parameters
+    ----------
+    dimensions : sequence of int
+        Of the subspaces tried, rising.
+    scores : sequence of float
+        What training in each reached, such as the accuracy.
+    target : float
+        In the unit of the scores; the paper takes 90 % of what the network reaches with all its weights.
+
+    Returns
+    -------
+    float
+        NaN where the dimensions do not bracket the target: the first reaches it, or none does.
+
+    Raises
+    ------
+    ValueError
+        The dimensions do not rise, or the scores are not as many.
+    """
+    if len(dimensions) != len(scores) or (np.diff(dimensions) <= 0).any():
+        raise ValueError(f"dimensions {list(dimensions)} must rise, with a score each, not {len(scores)}")
+    reached = np.asarray(scores) >= target
+    above = int(reached.argmax())
+    if above == 0:  # also where none reaches it
+        return float("nan")
+    two = slice(above - 1, above + 1)
+    return float(np.exp(np.interp(target, scores[two], np.log(dimensions[two]))))

@@ -1,11 +1,12 @@
 """The random subspace is what Li et al. ask for: orthonormal, fixed, and trained through z alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lowrank_helpers.models import mlp, n_parameters
-from lowrank_helpers.subspace import SubspaceModel
+from lowrank_helpers.subspace import SubspaceModel, intrinsic_dimension
 
 
 def projection(model: SubspaceModel) -> torch.Tensor:
@@ -50,3 +51,25 @@ def test_gradient_of_z_is_the_projected_gradient() -> None:
 def test_impossible_dimensions_are_refused(dimension: int) -> None:
     with pytest.raises(ValueError, match="allowed: 1 to that"):
         SubspaceModel(mlp([12, 8, 4], seed=0), dimension, seed=0)
+
+
+def test_intrinsic_dimension_is_found_on_a_curve_that_is_straight_in_log_d() -> None:
+    dimensions = [100, 200, 400, 800]
+    scores = 0.2 * np.log(dimensions) - 0.5
+    assert intrinsic_dimension(dimensions, scores, 0.2 * np.log(300) - 0.5) == pytest.approx(300)
+    assert intrinsic_dimension(dimensions, scores, scores[2]) == pytest.approx(400)
+
+
+def test_intrinsic_dimension_is_where_the_score_crosses_first() -> None:
+    assert 100 < intrinsic_dimension([100, 200, 400, 800], [0.5, 0.92, 0.85, 0.95], 0.9) < 200
+
+
+@pytest.mark.parametrize("scores", [[0.9, 0.95], [0.5, 0.8]], ids=["reached by the first", "reached by none"])
+def test_intrinsic_dimension_outside_the_grid_is_unknown(scores: list[float]) -> None:
+    assert np.isnan(intrinsic_dimension([100, 200], scores, 0.9))
+
+
+@pytest.mark.parametrize(("dimensions", "scores"), [([200, 100], [0.8, 0.9]), ([100, 200], [0.8, 0.9, 0.95])])
+def test_intrinsic_dimension_refuses_a_curve_that_is_none(dimensions: list[int], scores: list[float]) -> None:
+    with pytest.raises(ValueError, match="must rise, with a score each"):
+        intrinsic_dimension(dimensions, scores, 0.9)
