@@ -136,7 +136,7 @@ def arms_of_06() -> dict[str, Arm]:
     small_shapes = [19, 19, 19, 19], [30, 18, 10, 10], [36, 14, 10, 10], [42, 10, 8, 8]
     arm = partial(Arm, epochs=p["factorized_epochs"], batch_size=p["batch_size"])
     longer = partial(Arm, epochs=p["factorized_epochs"] + p["tuning_epochs"], batch_size=p["batch_size"])
-    low = partial(Arm, epochs=p["epochs"], batch_size=p["batch_size"])
+    low = partial(Arm, epochs=p["low_epochs"], batch_size=p["batch_size"])
     tuned = partial(Arm, epochs=p["tuning_epochs"], batch_size=p["batch_size"])
     teacher = arm(partial(dense, **big))
     cut_from = partial(cut, teacher=teacher, rate=p["dense_learning_rate"])

@@ -181,7 +181,7 @@ def test_impossible_adapters_are_refused_by_name():
 def test_the_store_keys_adapters_by_rank_and_alpha(tmp_path):
     torch.manual_seed(0)
     images, labels = torch.randn(20, 784), torch.arange(20) % 10
-    data = Dataset("digits", images, labels, images, labels, "fingerprint", 0.0, 1.0)
+    data = Dataset("digits", images, labels, images[:0], labels[:0], images, labels, mean=0.0, std=1.0)
     store, recipe = Store(tmp_path), Recipe(1, 10, 1e-3)
     for alpha in (1.0, 2.0, 2.0):
         store.trained(lora.adapt(mlp(WIDTHS, seed=0), LAYERS, rank=2, alpha=alpha, seed=0), data, recipe)

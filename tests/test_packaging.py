@@ -33,6 +33,7 @@ TOOLS = {
     "jupyterlab",
     "pyarrow",
     "mypy",
+    "pdoc",
     "ruff",
     "pandas-stubs",
     "types-pyyaml",

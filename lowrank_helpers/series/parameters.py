@@ -83,11 +83,6 @@ RANKS = Rule(
     "a list of whole numbers, each at least 1",
 )
 
-RANKS = Rule(
-    lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
-    "a list of whole numbers, each at least 1",
-)
-
 RULES: dict[str, Rule] = {
     "dataset": _one_of(*DATASETS),
     "data_dir": Rule(lambda value: isinstance(value, str), "a folder, or empty for LOWRANK_DATA_DIR and data/"),
@@ -113,6 +108,7 @@ RULES: dict[str, Rule] = {
     "frobenius_decay": POSITIVE,
     "target_accuracy": SHARE,
     "low_rank": _whole(1),
+    "low_epochs": _whole(1),
     "dense_learning_rate": POSITIVE,
     "narrow_learning_rate": POSITIVE,
     "effective_learning_rate": POSITIVE,

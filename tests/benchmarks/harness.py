@@ -87,8 +87,9 @@ class Reached(NamedTuple):
     @classmethod
     def of(cls, history: History, split: str, target: float) -> "Reached":
         """Find it; the time for evaluation is counted as the same after every epoch."""
-        accuracy, last = history.accuracy[split], history.epochs[-1]
-        epoch = next((epoch for epoch in history.epochs if accuracy[epoch] >= target), last)
+        accuracy = history.accuracy[split]  # one score an epoch
+        last = len(accuracy) - 1
+        epoch = next((epoch for epoch, score in enumerate(accuracy) if score >= target), last)
         evaluation = history.evaluation_seconds * epoch / last
         time = history.seconds[epoch]
         return cls(time, time + evaluation, epoch, accuracy[epoch], accuracy[epoch] >= target)
