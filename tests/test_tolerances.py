@@ -141,6 +141,15 @@ def test_cells_that_say_why_keep_their_metadata(series):
     assert _recorded(folder).metadata["lowrank"] == {"exact": "does not depend on training"}
 
 
+def test_a_chain_without_a_notebook_is_left_out_of_its_limits(series):
+    folder, _ = series
+    (folder / "sweep" / "points" / "seed=0" / "02_train.ipynb").rename(
+        folder / "sweep" / "points" / "seed=0" / "x.ipynb"
+    )
+    set_limits(folder / "sweep")
+    assert "| 02_train | finding | 2 | 1 | " in (text := (folder / "tolerances.md").read_text()) and "% | 9 |" in text
+
+
 def test_too_few_chains_are_refused(tmp_path):
     with pytest.raises(ChainsError, match="has 0 chains"):
         tolerances.read_chains(tmp_path)

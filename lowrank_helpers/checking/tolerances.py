@@ -77,6 +77,7 @@ class Passage:
         Output and kind of data, as in the cell's metadata.
     recorded : str
     values : array of float64, shape (chains, numbers)
+        NaN where a chain has not executed the notebook, as where a sweep was cut short.
     """
 
     cell: tuple[str, str]
@@ -143,8 +144,11 @@ def passages(chains: Sequence[Chain]) -> tuple[list[Passage], list[str]]:
                         f"{name}, {cell.id}: {turned[0]} and {len(turned) - 1} more say\n  {shown}\n  not\n  {recorded}"
                     )
                 elif NUMBER.search(recorded):
-                    values = [list(map(_value, NUMBER.findall(shown[place]))) for shown in others.values()]
-                    found.append(Passage(key, place, recorded, np.array(values)))
+                    values = np.full((len(chains), len(NUMBER.findall(recorded))), np.nan)
+                    for row, chain in enumerate(chains):
+                        if chain.name in others:
+                            values[row] = list(map(_value, NUMBER.findall(others[chain.name][place])))
+                    found.append(Passage(key, place, recorded, values))
     return found, worded
 
 
@@ -165,12 +169,15 @@ def limits(printed: str, values: np.ndarray, precisions: Sequence[str], level: f
     printed : str
         The recorded number.
     values : array of shape (chains,)
+        NaN of a chain that has no such number.
     precisions : sequence of str
         Of each chain.
     level : float
         How rarely one more chain may fall outside.
     """
     recorded, step = printed_value(printed), unit(printed)
+    there = np.isfinite(values)
+    values, precisions = values[there], [precision for precision, has in zip(precisions, there, strict=True) if has]
     if np.ptp([*values, float(recorded)]) == 0:
         is_count = step >= 1 and abs(recorded) >= COUNT
         return None if is_count else _rounded(recorded - step, recorded + step, step)
@@ -196,13 +203,17 @@ def _rounded(low: Decimal, high: Decimal, step: Decimal) -> list[float]:
 
 def all_limits(found: Sequence[Passage], precisions: Sequence[str], rows: Sequence[int]) -> list[list[Limits]]:
     """Return the limits of all passages' numbers from the given chains."""
-    n_varying = sum(int((np.ptp(passage.values[rows], axis=0) > 0).sum()) for passage in found)
-    level = FALSE_ALARM / max(1, n_varying)
+    level = FALSE_ALARM / max(1, _n_varying(found))
     chosen = [precisions[row] for row in rows]
     return [
         [limits(printed, column, chosen, level) for printed, column in zip(p.printed, p.values[rows].T, strict=True)]
         for p in found
     ]
+
+
+def _n_varying(found: Sequence[Passage]) -> int:
+    """Count the numbers that differ between chains."""
+    return sum(int((np.nanmax(p.values, axis=0) > np.nanmin(p.values, axis=0)).sum()) for p in found)
 
 
 def false_alarms(found: Sequence[Passage], precisions: Sequence[str]) -> list[int]:
@@ -216,6 +227,7 @@ def false_alarms(found: Sequence[Passage], precisions: Sequence[str]) -> list[in
             not (within[0] <= value <= within[1] if within else value == _value(printed))
             for passage, allowed in zip(found, made, strict=True)
             for printed, value, within in zip(passage.printed, passage.values[left_out], allowed, strict=True)
+            if np.isfinite(value)
         ]
         alarms.append(sum(outside))
     return alarms
@@ -306,7 +318,7 @@ def _write_metadata(name: str, by_cell: Mapping[str, Intervals]) -> None:
 def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Sequence[Limits]]) -> str:
     precisions = [chain.precision for chain in chains]
     numbers = [within for allowed in made for within in allowed]
-    n_varying = sum(int((np.ptp(passage.values, axis=0) > 0).sum()) for passage in found)
+    n_varying = _n_varying(found)
     counts = ", ".join(f"{precisions.count(precision)} in {precision}" for precision in dict.fromkeys(precisions))
     alarms = false_alarms(found, precisions)
     lines = [
@@ -337,8 +349,8 @@ def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Se
         "",
         "The widest of a cell's limits, as a half-width in the numbers' unit and relative to the middle.",
         "",
-        "| notebook | cell | numbers | exact | widest half-width | relative |",
-        "|---|---|---|---|---|---|",
+        "| notebook | cell | numbers | exact | widest half-width | relative | chains |",
+        "|---|---|---|---|---|---|---|",
         *_rows(found, made),
     ]
     return "\n".join(lines) + "\n"
@@ -347,9 +359,11 @@ def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Se
 def _rows(found: Sequence[Passage], made: Sequence[Sequence[Limits]]) -> Iterator[str]:
     pairs = zip(found, made, strict=True)
     for (notebook, id), group in itertools.groupby(pairs, key=lambda pair: pair[0].cell):
-        every = [within for _, allowed in group for within in allowed]
+        of_cell = list(group)
+        every = [within for _, allowed in of_cell for within in allowed]
+        n_chains = int(np.isfinite(of_cell[0][0].values[:, 0]).sum())
         halves = [((high - low) / 2, abs(high + low) / 2) for low, high in filter(None, every)]
         widest = max((half for half, _ in halves), default=0)
         relative = max((half / middle for half, middle in halves if middle), default=0)
         shown = f"{widest:.3g} | {relative:.1%}" if halves else "– | –"
-        yield f"| {notebook} | {id} | {len(every)} | {sum(within is None for within in every)} | {shown} |"
+        yield f"| {notebook} | {id} | {len(every)} | {sum(within is None for within in every)} | {shown} | {n_chains} |"
