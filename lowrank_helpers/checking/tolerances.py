@@ -178,6 +178,8 @@ def limits(printed: str, values: np.ndarray, precisions: Sequence[str], level: f
     recorded, step = printed_value(printed), unit(printed)
     there = np.isfinite(values)
     values, precisions = values[there], [precision for precision, has in zip(precisions, there, strict=True) if has]
+    if len(values) <= len(set(precisions)):  # no two of a precision: nothing is known of how it varies
+        return None
     if np.ptp([*values, float(recorded)]) == 0:
         is_count = step >= 1 and abs(recorded) >= COUNT
         return None if is_count else _rounded(recorded - step, recorded + step, step)
