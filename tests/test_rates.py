@@ -42,6 +42,22 @@ def test_notebook_06_takes_the_rate_that_validation_chose(chosen_06, parameter, 
     assert declared(notebook_path("06_factorized"))[parameter] == chosen_06[f"06/{arm}"]
 
 
+@pytest.mark.parametrize("notebook", ["02_train", "03_rank", "04_overfit"])
+def test_the_small_network_takes_the_rate_that_validation_chose(recorded, notebook):
+    given = declared(notebook_path(notebook))
+    assert given["learning_rate"] == choose_rates.chosen(recorded)[f"02/{given['epochs']} epochs"]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "trained"), [("all_weights_learning_rate", "all weights"), ("subspace_learning_rate", "subspace")]
+)
+def test_notebook_07_takes_the_rate_that_is_best_in_the_mean_over_its_widths(recorded, parameter, trained):
+    given = declared(notebook_path("07_conclusions"))
+    arms = [f"07/{trained}, width {width}" for width in given["subspace_widths"]]
+    means = recorded[recorded["arm"].isin(arms)].groupby("learning_rate")["validation_accuracy"].mean()
+    assert given[parameter] == means.idxmax()
+
+
 @pytest.mark.parametrize("kind", ["weight_decay", "frobenius_decay"])
 def test_notebook_06_takes_the_strength_and_rate_that_validation_chose(recorded, kind):
     best = _best(recorded[recorded["arm"].str.startswith(f"06/low, {kind} ")])
