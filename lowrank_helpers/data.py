@@ -68,7 +68,8 @@ class Dataset:
         Pixels with the mean of all training pixels taken off, over their standard deviation. There are no
         validation images until :meth:`hold_out` sets some of the training images aside.
     train_labels, validation_labels, test_labels : Tensor of int64, shape (n,)
-        Classes 0 to 9.
+        Classes 0 to 9. Training labels may also be float32 probabilities of the classes, (n, n_classes), such as
+        another network's answers (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
     mean, std : float
         Those of all training pixels, on a scale from 0 to 1: pixel = image·std + mean.
     """

@@ -360,9 +360,13 @@ def _predict(model: nn.Module, batches: Sequence[Tensor], precision: str, stop: 
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Score:
-    """Score a network on images (n, 784) and labels (n,)."""
+    """Score a network on images (n, 784) and labels: classes (n,), or their probabilities (n, n_classes).
+
+    Of probabilities, such as another network's answers, the likeliest class is the correct one.
+    """
     logits = predict(model, images, precision)
-    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
+    accuracy = (logits.argmax(dim=1) == classes).float().mean()
     return Score(F.cross_entropy(logits, labels).item(), accuracy.item())
 
 

@@ -33,7 +33,7 @@ from lowrank_helpers.training import (
     take_one_thread_each,
 )
 
-FINDING_ID = re.compile(r"[1-7B]\.\d(/[a-z0-9_]+)?")
+FINDING_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
 Key = TypeVar("Key", bound=Hashable)
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -305,3 +306,21 @@ def test_workers_are_as_many_as_the_environment_allows_threads():
     command = [sys.executable, "-c", textwrap.dedent(says)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "2", "2", "1"], "the import leaves threads alone"
+
+
+def test_probabilities_as_labels_teach_what_the_classes_teach(digits):
+    sure = replace(digits, train_labels=F.one_hot(digits.train_labels, 10).float())
+    models = _model(), _model()
+    by_class, by_probability = (
+        fit(model, data, Recipe(2, 64, 1e-2)) for model, data in zip(models, (digits, sure), strict=True)
+    )
+    torch.testing.assert_close(*map(_weights, models))
+    assert by_class.accuracy["train"] == by_probability.accuracy["train"]
+
+
+def test_probabilities_as_labels_are_not_rounded_to_classes(digits):
+    unsure = torch.full((len(digits.train_labels), 10), 0.1)
+    model = _model()
+    fit(model, replace(digits, train_labels=unsure), Recipe(5, 64, 1e-2))
+    probabilities = predict(model, digits.train_images).softmax(dim=1)
+    assert probabilities.max() < 0.2, "all that there is to learn is to be unsure"
