@@ -66,17 +66,23 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
     figures: dict[str, Figure] = {}
     for notebook in notebooks.values():
         figures |= _key_figures(notebook)
-    chapters: dict[str, list[dict[str, Any]]] = {}
-    for item in assignment["items"]:
-        chapters.setdefault(item["notebook"], []).append(item | _answer(item, findings, runs, figures))
+
+    def chapters(items: Iterable[Mapping[str, str]]) -> dict[str, list[dict[str, Any]]]:
+        by_notebook: dict[str, list[dict[str, Any]]] = {}
+        for item in items:
+            by_notebook.setdefault(item["notebook"], []).append({**item, **_answer(item, findings, runs, figures)})
+        return by_notebook
+
     conditions = _conditions(runs)
     return {
-        "chapters": chapters,
+        "chapters": chapters(assignment["items"]),
+        "beyond": chapters(assignment["beyond"]),
         "conditions": conditions,
         "headline": [number | _headline(number, findings) for number in assignment["headline"]],
         "rules": [rule | {"kept": rule["kept"].format(device=conditions["Device"])} for rule in assignment["rules"]],
         "pages": list(notebooks),
         "notebooks": runs,
+        "time": _time(runs),
         "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
         "stand_in": any(
             run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in _filed(runs)
@@ -141,6 +147,16 @@ def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
         "Git revision": environment("revision"),
         "Python": environment("python"),
         "Versions": together(versions),
+    }
+
+
+def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the processor seconds of each notebook by kind of work, where they were measured."""
+    spent = {name: run["seconds_by_kind"] for name, run in runs.items() if "seconds_by_kind" in run}
+    return {
+        "notebooks": spent,
+        "kinds": list(dict.fromkeys(kind for seconds in spent.values() for kind in seconds)),
+        "longest": max((sum(seconds.values()) for seconds in spent.values()), default=0),
     }
 
 

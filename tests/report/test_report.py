@@ -32,7 +32,9 @@ def item(index: BeautifulSoup, id: str) -> str:
 
 
 def test_index_lists_every_item_and_rule_of_the_assignment(index):
-    items = [section["id"].removeprefix("item-") for section in index.select(".item")]
+    items = [
+        section["id"].removeprefix("item-") for section in index.select(".item") if not section.find_parent(id="beyond")
+    ]
     counts = {"1": 2, "2": 1, "3": 3, "4": 2, "5": 3, "6": 4, "7": 2, "B": 4}
     assert items == [f"{chapter}.{i}" for chapter, count in counts.items() for i in range(1, count + 1)]
     assert [rule.strong.text for rule in index.select("#rules ~ dl dt")] == ["R1", "R2", "R3", "R4", "R5"]
@@ -62,6 +64,46 @@ def test_index_says_what_was_run_and_what_failed(index):
 
 def test_headline_reads_the_findings_and_leaves_a_dash_for_the_rest(index):
     assert [number.text for number in index.select(".headline .number")] == ["21", "–", "–", "–", "–"]
+
+
+def test_items_beyond_the_assignment_stand_below_it_in_a_part_of_their_own(small_report, tmp_path, monkeypatch):
+    beyond = {"id": "8.1", "notebook": "03_rank", "question": "And further?"}
+    monkeypatch.setattr(report, "_assignment", lambda: {"items": [], "beyond": [beyond], "headline": [], "rules": []})
+    results = json.loads((small_report / "results.json").read_text())
+    results["findings"]["8.1"] = results["findings"]["3.1"]
+    report.render(tmp_path, results)
+    part = soup(tmp_path / "index.html").find(id="beyond")
+    assert part.h2.text == "Beyond the assignment"
+    assert "The average rank is 19.0" in part.find(id="item-8.1").text
+
+
+def test_without_such_items_there_is_no_such_part(small_report, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_assignment", lambda: {"items": [], "beyond": [], "headline": [], "rules": []})
+    report.render(tmp_path, json.loads((small_report / "results.json").read_text()))
+    assert not soup(tmp_path / "index.html").find(id="beyond")
+
+
+def test_where_the_time_went_is_a_bar_a_notebook_with_its_numbers(small_report, tmp_path):
+    results = json.loads((small_report / "results.json").read_text())
+    results["notebooks"]["03_rank"]["seconds_by_kind"] = {"training": 30.2, "timing": 10.0}
+    results["notebooks"]["04_overfit"]["seconds_by_kind"] = {"timing": 20.1, "rest": 0.0}
+    report.render(tmp_path, results)
+    table = soup(tmp_path / "index.html").select_one("table.time")
+    rows = [[cell.text for cell in row.select("th, td")] for row in table.select("tr")]
+    assert rows == [
+        ["notebook", "shares", "training", "timing", "rest", "all"],
+        ["03_rank", "", "30", "10", "0", "40"],
+        ["04_overfit", "", "0", "20", "0", "20"],
+    ]
+    widths = [[part["style"] for part in bar.select("span")] for bar in table.select(".bar-of-kinds")]
+    assert widths == [
+        ["width: 75.12%", "width: 24.88%", "width: 0.00%"],
+        ["width: 0.00%", "width: 50.00%", "width: 0.00%"],
+    ]
+
+
+def test_time_that_was_not_measured_has_no_chart(index):
+    assert not index.find(id="time")
 
 
 @pytest.mark.parametrize(("asked", "warned"), [("auto", True), ("digits", False)])
