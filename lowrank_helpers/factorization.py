@@ -2,17 +2,23 @@
 
 Three ways to the factors: the truncated SVD, which is the optimum (Eckart & Young 1936); gradient steps that
 alternate between B and C; and alternating least squares, which solves for each factor exactly in turn.
+
+Two errors to be least: that of the matrix, ‖A − B·C‖_F, and that of what a layer puts out, ‖(A − B·C)·X‖_F over its
+inputs X, of which it is enough to know the second moment X·Xᵀ/N.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_helpers.models import FactorizedLinear, linear_layers
+
+MOMENT_BATCH = 2048  # rows of a batch while moments are taken: large enough for full speed
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,18 @@ def _lipschitz(gram: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 0) -> Factors:
+def alternating_least_squares(
+    A: Tensor, rank: int, *, sweeps: int, seed: int = 0, moment: Tensor | None = None
+) -> Factors:
     """Minimise ‖A − B·C‖_F by solving for B with C fixed, then for C with B fixed.
 
     Each solution depends on the other factor only through the space it spans, so that factor is
     orthonormalised first (QR) and least squares becomes one product: B = A·Qᵀ for C's row space Q, then
     C = Pᵀ·A for B's column space P. This is subspace iteration on AᵀA: the error falls like (σ_{r+1}/σ_r)^{4k}
     towards the optimum (Golub & Van Loan, section 8.2.4).
+
+    With a moment M of the inputs, ‖(A − B·C)·X‖_F is minimised in its place. B then spans the columns of A·M·Qᵀ, and
+    C stays Pᵀ·A: whatever the inputs, no C is better for that B. It is subspace iteration on A·M·Aᵀ.
 
     Parameters
     ----------
@@ -117,16 +128,39 @@ def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 
         Each solves for B and for C once.
     seed : int
         Draws the starting factors.
+    moment : Tensor, shape (m, m), optional
+        X·Xᵀ/N of the inputs to fit the outputs for, as of :func:`input_moments`; the errors are then
+        √(mean ‖(A − B·C)·x‖²).
     """
+    seen = A if moment is None else A @ moment.to(A)
     start = random_factors(A, rank, seed=seed)
     B, C = start.B, start.C
-    errors = [(A - B @ C).norm().item()]
+    errors = [output_error(A - B @ C, moment)]
     for _ in range(sweeps):
         row_space = torch.linalg.qr(C.T).Q.T
-        B = torch.linalg.qr(A @ row_space.T).Q
+        B = torch.linalg.qr(seen @ row_space.T).Q
         C = B.T @ A
-        errors.append((A - B @ C).norm().item())
+        errors.append(output_error(A - B @ C, moment))
     return Factors(B, C, errors)
+
+
+def output_error(difference: Tensor, moment: Tensor | None = None) -> float:
+    """Return √(mean ‖D·x‖²) of a matrix D (n, m) over inputs of that moment; without one, ‖D‖_F."""
+    if moment is None:
+        return difference.norm().item()
+    # Rounding may leave a sum of squares a little below zero.
+    return ((difference @ moment.to(difference)) * difference).sum().clamp_min(0).sqrt().item()
+
+
+class Decomposition(Protocol):
+    """What factors of any rank can be cut from; ``s[r]`` is the root of what rank r + 1 takes off the squared error."""
+
+    @property
+    def s(self) -> Tensor:
+        """Shape (k,), largest first; ``optimal_errors(s)`` are the errors at ranks 0 … k."""
+
+    def factors(self, rank: int) -> Factors:
+        """Return the best factors of that rank."""
 
 
 class SVD(NamedTuple):
@@ -153,12 +187,144 @@ def truncated_svd(A: Tensor, rank: int) -> Factors:
     return SVD.of(A).factors(rank)
 
 
-def decompose(model: nn.Module) -> dict[str, SVD]:
-    """Decompose the weight of every ``nn.Linear`` of a model."""
-    return {name: SVD.of(layer.weight) for name, layer in linear_layers(model).items()}
+class OutputSVD(NamedTuple):
+    """The directions of a layer's outputs, by their size over its inputs: factors that fit the outputs are cut from it.
+
+    The least ‖(A − B·C)·X‖_F at rank r has B·C·X equal to the best rank-r approximation of A·X (Eckart & Young 1936),
+    which is P·Pᵀ·A·X for the first r left singular vectors P of A·X. So B = P and C = Pᵀ·A, and X need not be
+    inverted: pixels that never change make its moment singular and do no harm. P are the eigenvectors of A·M·Aᵀ, the
+    second moment of the outputs. To whiten by the root of M, cut and unwhiten (as in Chen et al. 2021, *DRONE*,
+    NeurIPS 2021) gives the same outputs.
+
+    Attributes
+    ----------
+    U : Tensor, shape (n, k), float64
+        Orthonormal directions of the outputs, the largest first, k = min(n, m).
+    s : Tensor, shape (k,), float64
+        The root mean square of the outputs along each.
+    A : Tensor, shape (n, m)
+        The matrix.
+    """
+
+    U: Tensor
+    s: Tensor
+    A: Tensor
+
+    @classmethod
+    def of(cls, A: Tensor, moment: Tensor) -> "OutputSVD":
+        """Decompose the outputs of A (n, m) for inputs of second moment X·Xᵀ/N (m, m).
+
+        Raises
+        ------
+        ValueError
+            The moment is not (m, m), or holds NaN or infinity.
+        """
+        A = A.detach()
+        if moment.shape != (A.shape[1], A.shape[1]):
+            raise ValueError(
+                f"the moment of inputs of a {A.shape[0]}×{A.shape[1]} matrix must be {A.shape[1]}×{A.shape[1]}, "
+                f"not {tuple(moment.shape)}"
+            )
+        if not moment.isfinite().all():
+            raise ValueError("the moment holds NaN or infinite entries")
+        values, vectors = torch.linalg.eigh(A.double() @ moment.double() @ A.double().T)
+        k = min(A.shape)
+        return cls(vectors.flip(1)[:, :k], values.flip(0)[:k].clamp_min(0).sqrt(), A)
+
+    def factors(self, rank: int) -> Factors:
+        """Return the factors of that rank with the least error of the outputs, balanced: BᵀB = C·Cᵀ."""
+        check_rank(rank, self.A.shape)
+        directions = self.U[:, :rank].to(self.A)
+        projected = SVD.of(directions.T @ self.A).factors(rank)
+        return Factors(directions @ projected.B, projected.C, [])
 
 
-def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, SVD] | None = None) -> nn.Module:
+def fitted_factors(A: Tensor, moment: Tensor, rank: int) -> Factors:
+    """Return the factors of A (n, m) with the least ‖(A − B·C)·X‖_F, for inputs of second moment X·Xᵀ/N (m, m)."""
+    return OutputSVD.of(A, moment).factors(rank)
+
+
+@torch.no_grad()
+def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the second moment X·Xᵀ/N of what enters each named layer while a model maps inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In the mode that it is in: call ``model.eval()`` first where it has Dropout or BatchNorm.
+    inputs : Tensor, shape (N, …)
+        The first dimension is split into batches.
+    names : collection of str
+        Linear or factorised layers, by dotted name. Of inputs (…, m) all but the last dimension count as samples.
+
+    Returns
+    -------
+    dict of str to Tensor
+        (m, m) each, float64, in the order of ``names``. Products are taken in the model's precision, a batch at a
+        time, and summed in float64.
+
+    Raises
+    ------
+    ValueError
+        There are no inputs, a name is no linear layer of the model, or such a layer is never called.
+    """
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, FactorizedLinear))}
+    if unknown := set(names) - layers.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer of the model; allowed: {', '.join(layers)}")
+    if not len(inputs):
+        raise ValueError("moments need at least one input")
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(names, 0)
+
+    def add(name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        rows = arguments[0].flatten(0, -2)
+        sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
+        counts[name] += len(rows)
+
+    hooks = [layers[name].register_forward_pre_hook(partial(add, name)) for name in counts]
+    try:
+        for batch in inputs.split(MOMENT_BATCH):
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle := counts.keys() - sums.keys():
+        raise ValueError(f"{', '.join(sorted(idle))}: the model does not call this layer")
+    return {name: sums[name] / count for name, count in counts.items()}
+
+
+def decompose(model: nn.Module, moments: Mapping[str, Tensor] | None = None) -> dict[str, Decomposition]:
+    """Decompose every ``nn.Linear`` of a model: its weight or, for a layer whose moment is given, its outputs."""
+    moments = moments or {}
+    return {
+        name: OutputSVD.of(layer.weight, moments[name]) if name in moments else SVD.of(layer.weight)
+        for name, layer in linear_layers(model).items()
+    }
+
+
+def factorize_in_turn(model: nn.Module, ranks: Mapping[str, int], inputs: Tensor) -> nn.Module:
+    """Return a copy with the named layers replaced by factors that fit their outputs, one layer after the other.
+
+    Each layer's factors are fitted to what reaches it through the layers that have been cut before it, in the order
+    of ``linear_layers(model)``; with ``factorize`` and ``decompose(model, moments)`` all are fitted to what the whole
+    network sends.
+
+    Parameters
+    ----------
+    model : nn.Module
+    ranks : mapping of str to int
+        As for :func:`factorize`.
+    inputs : Tensor, shape (N, …)
+        Of the model, from the training set.
+    """
+    for name in [name for name in linear_layers(model) if name in ranks]:
+        moments = input_moments(model, inputs, [name])
+        svds = {name: OutputSVD.of(linear_layers(model)[name].weight, moments[name])}
+        model = factorize(model, {name: ranks[name]}, svds)
+    return model
+
+
+def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Decomposition] | None = None) -> nn.Module:
     """Return a copy of a model with the named linear layers replaced by their best factors.
 
     On a trained model this is truncation; on a fresh one it is spectral initialisation
@@ -169,8 +335,9 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, SVD
     model : nn.Module
     ranks : mapping of str to int
         Rank by layer name, as in ``linear_layers(model)``; layers not named stay dense.
-    svds : mapping of str to SVD, optional
-        ``decompose(model)``, where many ranks of one model are wanted.
+    svds : mapping of str to Decomposition, optional
+        ``decompose(model)``, where many ranks of one model are wanted, or ``decompose(model, moments)`` for factors
+        that fit the layers' outputs.
 
     Raises
     ------

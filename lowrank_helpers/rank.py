@@ -71,14 +71,19 @@ def energy_rank(s: Array, share: float) -> int:
 
 
 def gavish_donoho_rank(s: Array, shape: tuple[int, int]) -> int:
-    """Count singular values above the optimal hard threshold for unknown noise.
+    """Count singular values above the optimal hard threshold for unknown noise (Gavish & Donoho 2014)."""
+    return int((s > gavish_donoho_threshold(s, shape)).sum())
+
+
+def gavish_donoho_threshold(s: Array, shape: tuple[int, int]) -> float:
+    """Return the optimal hard threshold for singular values under noise of unknown strength.
 
     ω(β)·median(σ), with ω(β) ≈ 0.56β³ − 0.95β² + 1.82β + 1.43 and β = min(n, m)/max(n, m)
     (Gavish & Donoho 2014, arXiv 1305.5870, equations 4 and 5).
     """
     beta = min(shape) / max(shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    return int((s > omega * np.median(s)).sum())
+    return float(omega * np.median(s))
 
 
 def marchenko_pastur_density(x: Array, shape: tuple[int, int], std: float) -> Array:

@@ -19,10 +19,10 @@ ROOMS = {
     "cli": {"science", "series", "report", "checking"},
 }
 SCIENCE = [
-    {"data", "models", "statistics"},
+    {"data", "models", "quiet", "statistics"},
     {"training"},
     {"rank", "factorization", "subspace"},
-    {"lora", "costs", "plots"},
+    {"lora", "costs", "plots", "selection"},
 ]
 
 
