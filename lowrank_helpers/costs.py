@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lowrank_helpers.training import synchronise
+from lowrank_helpers.quiet import quiet
+from lowrank_helpers.training import spending, synchronise
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -54,17 +55,18 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 def median_seconds(work: Callable[[], object], device: torch.device, *, at_least: float = 0.1) -> float:
     """Return the median time of a call, from repeated calls that together take ``at_least`` seconds.
 
-    A first call warms up and is not counted. (PyTorch's own ``Timer`` looks for a CUDA compiler and warns on
-    machines that have one and no GPU.)
+    A first call warms up and is not counted, and other processes that train pause meanwhile. (PyTorch's own ``Timer``
+    looks for a CUDA compiler and warns on machines that have one and no GPU.)
     """
-    work()
-    synchronise(device)
     times: list[float] = []
-    while len(times) < 3 or sum(times) < at_least:
-        start = time.perf_counter()
+    with quiet(), spending("timing"):
         work()
         synchronise(device)
-        times.append(time.perf_counter() - start)
+        while len(times) < 3 or sum(times) < at_least:
+            start = time.perf_counter()
+            work()
+            synchronise(device)
+            times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 

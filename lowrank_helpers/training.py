@@ -5,9 +5,10 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from threading import Event
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lowrank_helpers.data import Dataset, batches
 from lowrank_helpers.models import squared_norm
+from lowrank_helpers.quiet import give_way
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -30,8 +32,11 @@ SCORED_EACH_TIME = 10_000  # training images at most on which a network is score
 T = TypeVar("T")
 Splits = Mapping[str, tuple[Tensor, Tensor]]
 
+spent: Counter[str] = Counter()  # processor seconds of this process by kind of work; see `spending`
+
 _n_side_by_side = 1
 _this_thread = threading.local()
+_spent_lock = threading.Lock()
 
 
 def take_one_thread_each() -> None:
@@ -49,6 +54,21 @@ def take_one_thread_each() -> None:
 def n_side_by_side() -> int:
     """Return how many networks train at once in this process, on the CPU."""
     return _n_side_by_side
+
+
+@contextmanager
+def spending(kind: str) -> Iterator[None]:
+    """Count the processor seconds that this thread takes meanwhile as ``spent`` on a kind of work."""
+    start = time.thread_time()
+    try:
+        yield
+    finally:
+        _spend(kind, time.thread_time() - start)
+
+
+def _spend(kind: str, seconds: float) -> None:
+    with _spent_lock:
+        spent[kind] += seconds
 
 
 def _prepare_thread() -> None:
@@ -126,11 +146,12 @@ class History:
     accuracy : dict of str to list of float
         Share of samples classified correctly, 0 to 1, likewise.
     seconds : list of float
-        Time spent training since the start, evaluation excluded.
+        Time spent training since the start, evaluation excluded: processor seconds where one thread trains, which
+        others at work on the machine hardly change; elsewhere seconds on the clock.
     whole : dict of str to dict of str to float
         ``loss`` and ``accuracy`` after the last epoch on the whole of each split that was sampled.
     evaluation_seconds : float
-        Time spent evaluating, all together.
+        Time spent evaluating on the clock, all together.
     """
 
     epochs: list[float] = field(default_factory=list)
@@ -274,12 +295,14 @@ def fit(
     hidden = "TQDM_DISABLE" in os.environ
     with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
         _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
-        start = time.perf_counter()
+        clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         for epoch in range(1, recipe.epochs + 1):
             order = batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch)
             for i, index in enumerate(order, start=1):
                 if stop and stop.is_set():
                     raise CancelledError
+                give_way()
                 optimiser.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / n_steps)
                 index = index.to(device)
                 # Not images[index], which copies number by number where this copies rows: a quarter of the time.
@@ -287,14 +310,15 @@ def fit(
                 step += 1
                 if i in pauses:
                     synchronise(device)
-                    seconds = history.seconds[-1] + time.perf_counter() - start
+                    seconds = history.seconds[-1] + clock() - start
                     _record(history, model, scored, recipe.precision, epochs=step / steps_per_epoch, seconds=seconds)
                     bar.update(step - bar.n)
                     bar.set_postfix(test_accuracy=f"{history.accuracy['test'][-1]:.2%}")
-                    start = time.perf_counter()
+                    start = clock()
         _record_whole(
             history, model, {k: pair for k, pair in splits.items() if pair is not scored[k]}, recipe.precision
         )
+    _spend("training", history.seconds[-1])
     return history
 
 
@@ -355,8 +379,13 @@ def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Ten
 
 @torch.no_grad()
 def _predict(model: nn.Module, batches: Sequence[Tensor], precision: str, stop: Event) -> Tensor:
-    with products_in(precision, batches[0].device):
-        return torch.cat([model(batch).float() for batch in batches])
+    with spending("evaluating"), products_in(precision, batches[0].device):
+        return torch.cat([_answers(model, batch) for batch in batches])
+
+
+def _answers(model: nn.Module, batch: Tensor) -> Tensor:
+    give_way()
+    return model(batch).float()
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Score:

@@ -1,0 +1,85 @@
+"""While one process times something, others pause, and nobody waits for ever."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lowrank_helpers.quiet import give_way, quiet
+
+WORK = """
+import sys
+from lowrank_helpers.quiet import give_way
+
+print(flush=True)
+sys.stdin.read(1)
+give_way()
+"""
+TIMING = """
+import time
+from lowrank_helpers.quiet import quiet
+
+with quiet():
+    print(flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def start():
+    """Start Python code in a process of its own that has printed a line."""
+    processes = []
+
+    def start(code):
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        processes.append(process)
+        process.stdout.readline()
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_other_processes_pause_until_the_timing_ends(start):
+    other = start(WORK)
+    with quiet():
+        other.stdin.write(b".")
+        other.stdin.flush()
+        time.sleep(0.3)
+        assert other.poll() is None
+    assert other.wait(timeout=30) == 0
+
+
+def test_other_threads_pause_too():
+    passed = threading.Event()
+    thread = threading.Thread(target=lambda: (give_way(), passed.set()))
+    with quiet():
+        thread.start()
+        assert not passed.wait(0.2)
+    assert passed.wait(30)
+    thread.join()
+
+
+def test_who_times_does_not_wait_for_itself():
+    with quiet(), quiet():
+        give_way()
+
+
+def test_a_killed_process_gives_the_lock_back(start):
+    timing = start(TIMING)
+    timing.kill()
+    timing.wait()
+    give_way()
+    with quiet():
+        pass
+
+
+def test_looking_costs_little():
+    begin = time.perf_counter()
+    for _ in range(1000):
+        give_way()
+    assert time.perf_counter() - begin < 0.2, "a step takes a millisecond or more"
