@@ -14,7 +14,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lowrank_helpers.models import FactorizedLinear, linear_layers
 
@@ -327,6 +327,9 @@ def factorize_in_turn(model: nn.Module, ranks: Mapping[str, int], inputs: Tensor
 def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Decomposition] | None = None) -> nn.Module:
     """Return a copy of a model with the named linear layers replaced by their best factors.
 
+    A layer that the model uses in several places is replaced in all of them. Layers that share a weight, but are not
+    the same module, get factors of their own.
+
     On a trained model this is truncation; on a fresh one it is spectral initialisation
     (Khodak et al. 2021, arXiv 2105.01029; Kamalakara et al. 2022, arXiv 2209.13569, section 3).
 
@@ -377,8 +380,48 @@ def _replace(
     for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
         check_rank(ranks[name], layers[name].weight.shape)
         factors = factors_of(name, layers[name], ranks[name])
-        copy.set_submodule(name, FactorizedLinear(factors.B, factors.C, layers[name].bias))
+        small, dense = FactorizedLinear(factors.B, factors.C, layers[name].bias), copy.get_submodule(name)
+        for place in [place for place, layer in copy.named_modules(remove_duplicate=False) if layer is dense]:
+            copy.set_submodule(place, small)
     return copy
+
+
+def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every ``nn.Linear`` of a model but those that give its output, such as the logits, by dotted name.
+
+    A module with parameters gives the output if its result reaches what the model returns through no other such
+    module: activations or sums may lie between, and with several heads each gives one. Every layer in it, and every
+    layer that shares a weight with it, is an output layer. The way is that of the tensors, traced by ``torch.fx``,
+    not the order of registration. A layer under several names has the first of them, as in ``linear_layers``.
+
+    Raises
+    ------
+    ValueError
+        ``torch.fx`` cannot trace the model: what it computes depends on its inputs' values.
+    """
+    try:
+        pending = [node for node in _LayerTracer().trace(model).nodes if node.op == "output"]
+    except Exception as error:  # whatever a model's own code raises when it meets a stand-in for a tensor
+        raise ValueError(
+            f"torch.fx cannot trace this {type(model).__name__} ({error}): name the layers yourself, out of "
+            f"{', '.join(linear_layers(model))}"
+        ) from error
+    seen: set[fx.Node] = set()
+    given: set[nn.Parameter] = set()
+    while pending:
+        node = pending.pop()
+        seen.add(node)
+        weights = set(model.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else set()
+        given |= weights
+        pending += [] if weights else [source for source in node.all_input_nodes if source not in seen]
+    return {name: layer for name, layer in linear_layers(model).items() if layer.weight not in given}
+
+
+class _LayerTracer(fx.Tracer):
+    """Looks into no module that has parameters of its own, so that factorised layers count as layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return any(True for _ in m.parameters(recurse=False)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def smallest_rank(score: Callable[[int], float], grid: Sequence[int], target: float) -> int:
