@@ -11,11 +11,15 @@ from torch import nn
 from lowrank_helpers import factorization
 from lowrank_helpers.factorization import (
     SVD,
+    OutputSVD,
     alternating_gradient_descent,
     alternating_least_squares,
     decompose,
     factorize,
+    factorize_in_turn,
     factorize_standard,
+    fitted_factors,
+    input_moments,
     optimal_errors,
     truncated_svd,
 )
@@ -179,3 +183,133 @@ def test_wrong_layers_and_ranks_of_a_model_are_refused():
         factorize(mlp([6, 5, 4], seed=0), {"fc9": 1})
     with pytest.raises(ValueError, match="rank 6 is impossible for a 5×6 matrix"):
         factorize(mlp([6, 5, 4], seed=0), {"fc1": 6})
+
+
+@st.composite
+def _matrix_inputs_and_rank(draw):
+    n, m = draw(SIZE), draw(SIZE)
+    seed = draw(st.integers(0, 99))
+    samples = draw(st.integers(1, 15))  # fewer than m: a singular moment
+    return _matrix(n, m, seed), _matrix(m, samples, seed + 1000), draw(st.integers(1, min(n, m)))
+
+
+def _moment(X):
+    return X @ X.T / X.shape[1]
+
+
+def _optimum_over(A, X, r):
+    """Return the least √(mean ‖(A − B·C)·x‖²) by whitening, cutting and unwhitening in NumPy and SciPy."""
+    A, X = A.numpy(), X.numpy()
+    values, vectors = scipy.linalg.eigh(X @ X.T / X.shape[1])
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    U, s, Vh = scipy.linalg.svd(A @ root, full_matrices=False)
+    cut = (U[:, :r] * s[:r]) @ Vh[:r] @ np.linalg.pinv(root, rcond=1e-6)
+    return np.linalg.norm((A - cut) @ X) / np.sqrt(X.shape[1])
+
+
+@given(_matrix_inputs_and_rank())
+def test_fitted_factors_reach_the_least_output_error_with_balanced_factors(case):
+    A, X, r = case
+    factors = fitted_factors(A, _moment(X), r)
+    assert factors.B.shape == (len(A), r) and factors.C.shape == (r, A.shape[1])
+    error = ((A - factors.product) @ X).norm().item() / X.shape[1] ** 0.5
+    scale = (A @ X).norm().item()
+    assert error == pytest.approx(_optimum_over(A, X, r), abs=1e-6 * scale)
+    assert optimal_errors(OutputSVD.of(A, _moment(X)).s)[r].item() == pytest.approx(error, abs=1e-6 * scale)
+    torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-10, rtol=0)
+
+
+@given(_matrix_inputs_and_rank())
+def test_least_squares_for_outputs_never_raises_the_error_and_solves_each_factor_exactly(case):
+    A, X, r = case
+    factors = alternating_least_squares(A, r, sweeps=6, moment=_moment(X))
+    scale = 1e-6 * A.norm().item() * X.norm().item()
+    assert (np.diff(factors.errors) <= scale).all()
+    assert factors.errors[-1] >= _optimum_over(A, X, r) - scale
+    by_scipy = scipy.linalg.lstsq(factors.B.numpy(), (A @ X).numpy())[0]
+    np.testing.assert_allclose((factors.C @ X).numpy(), by_scipy, atol=1e-8 * (1 + scale))
+
+
+def test_least_squares_for_outputs_reaches_the_closed_form():
+    A, X = _matrix(30, 20), _matrix(20, 50, seed=1) * torch.linspace(0.01, 3, 20, dtype=torch.float64)[:, None]
+    for r in (1, 7, 20):
+        errors = alternating_least_squares(A, r, sweeps=200, moment=_moment(X)).errors
+        assert errors[-1] == pytest.approx(_optimum_over(A, X, r), rel=1e-3, abs=1e-6)
+
+
+def test_with_white_inputs_the_fit_is_the_truncated_svd():
+    A = _matrix(12, 9)
+    white = torch.eye(9, dtype=torch.float64)
+    torch.testing.assert_close(fitted_factors(A, white, 4).product, truncated_svd(A, 4).product)
+
+
+def test_a_zero_matrix_and_zero_inputs_are_fitted():
+    for A, moment in ((torch.zeros(4, 3), torch.eye(3)), (torch.ones(4, 3), torch.zeros(3, 3))):
+        factors = fitted_factors(A, moment, 2)
+        assert factors.product.isfinite().all()
+        assert factorization.output_error(A - factors.product, moment) == 0
+
+
+def test_impossible_moments_and_ranks_are_refused():
+    A = torch.ones(3, 5)
+    with pytest.raises(ValueError, match=r"moment of inputs of a 3×5 matrix must be 5×5, not \(3, 3\)"):
+        fitted_factors(A, torch.eye(3), 1)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        fitted_factors(A, torch.full((5, 5), torch.nan), 1)
+    with pytest.raises(ValueError, match="rank 4 is impossible for a 3×5 matrix; allowed: 1 to 3"):
+        fitted_factors(A, torch.eye(5), 4)
+
+
+def test_moments_are_those_of_what_enters_each_layer(monkeypatch):
+    monkeypatch.setattr(factorization, "MOMENT_BATCH", 3)
+    model, x = _model(), _matrix(7, 20)
+    moments = input_moments(model, x, ["1", "0.fc2", "0.fc1"])
+    assert list(moments) == ["1", "0.fc2", "0.fc1"]
+    hidden = model[0].act1(model[0].fc1(x)).detach().numpy()
+    last = model[0](x).detach().numpy()
+    np.testing.assert_allclose(moments["0.fc1"].numpy(), x.numpy().T @ x.numpy() / 7)
+    np.testing.assert_allclose(moments["0.fc2"].numpy(), hidden.T @ hidden / 7)
+    np.testing.assert_allclose(moments["1"].numpy(), last.T @ last / 7)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_moments_count_every_position_of_a_sequence_and_sum_in_double():
+    layer, tokens = nn.Sequential(nn.Linear(4, 2)), _matrix(6, 5 * 4).float().reshape(6, 5, 4)
+    moment = input_moments(layer, tokens, ["0"])["0"]
+    rows = tokens.reshape(30, 4).double()
+    assert moment.dtype == torch.float64
+    torch.testing.assert_close(moment, rows.T @ rows / 30, atol=1e-6, rtol=1e-6)
+
+
+def test_moments_of_wrong_layers_are_refused():
+    model = _model()
+    with pytest.raises(ValueError, match=r"fc9: no linear layer of the model; allowed: 0.fc1, 0.fc2, 0.fc3, 1"):
+        input_moments(model, _matrix(7, 20), ["fc9"])
+    with pytest.raises(ValueError, match="at least one input"):
+        input_moments(model, _matrix(7, 20)[:0], ["1"])
+    idle = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    idle.forward = idle["a"].forward
+    with pytest.raises(ValueError, match="b: the model does not call this layer"):
+        input_moments(idle, torch.ones(2, 3), ["a", "b"])
+
+
+def test_cut_in_turn_each_layer_is_fitted_to_what_the_layers_before_it_now_send():
+    model, x = _model(), _matrix(40, 20)
+    cut = factorize_in_turn(model, {"0.fc2": 5, "0.fc1": 2}, x)
+    first = fitted_factors(linear_layers(model)["0.fc1"].weight, x.T @ x / 40, 2).product
+    torch.testing.assert_close(cut[0].fc1.weight, first)
+    hidden = torch.tanh(x @ first.T)
+    second = fitted_factors(linear_layers(model)["0.fc2"].weight, (hidden.T @ hidden / 40).detach(), 5).product
+    torch.testing.assert_close(cut[0].fc2.weight, second)
+    assert isinstance(cut[0].fc3, nn.Linear) and isinstance(model[0].fc1, nn.Linear)
+
+
+def test_factors_that_know_the_data_lose_less_of_the_outputs_than_those_that_do_not():
+    model = _model()
+    x = _matrix(300, 20) * torch.logspace(-2, 0, 20, dtype=torch.float64)
+    ranks = {"0.fc1": 3, "0.fc2": 3}
+    whole = model[0].fc1(x)
+    losses = {}
+    for name, svds in (("plain", decompose(model)), ("data", decompose(model, input_moments(model, x, ranks)))):
+        losses[name] = (factorize(model, ranks, svds)[0].fc1(x) - whole).norm().item()
+    assert losses["data"] < 0.9 * losses["plain"]

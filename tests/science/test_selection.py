@@ -1,0 +1,164 @@
+"""Ranks chosen by machine: budgets are kept, ways do what they say, and the greedy one against all choices."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_helpers import selection
+from lowrank_helpers.factorization import decompose, factorize, input_moments
+from lowrank_helpers.models import linear_layers, mlp, n_parameters
+from lowrank_helpers.rank import energy_rank, gavish_donoho_rank
+from lowrank_helpers.selection import WAYS, Layer, choice_of, layers_of, smallest
+
+DIRECT = [name for name in WAYS if name != "validation"]
+
+
+def _layer(n, m, seed):
+    generator = np.random.default_rng(seed)
+    weights, outputs = (np.sort(generator.gamma(0.5, size=min(n, m)))[::-1] for _ in range(2))
+    return Layer((n, m), weights, outputs)
+
+
+@st.composite
+def _layers(draw):
+    shapes = draw(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=4))
+    return {f"fc{i}": _layer(n, m, i) for i, (n, m) in enumerate(shapes)}
+
+
+def _least(layers):
+    return sum(layer.costs[0] for layer in layers.values())
+
+
+def _dense(layers):
+    return sum(n * m for n, m in (layer.shape for layer in layers.values()))
+
+
+def _score(layers):
+    return lambda ranks: -choice_of(layers, ranks).error
+
+
+@given(_layers(), st.floats(0, 1), st.sampled_from(list(WAYS)))
+def test_a_budget_is_kept_and_no_factors_cost_more_than_their_matrix(layers, share, way):
+    budget = _least(layers) + share * (_dense(layers) - _least(layers))
+    choice = WAYS[way](layers, budget, _score(layers))
+    spent = 0
+    for name, layer in layers.items():
+        n, m = layer.shape
+        if rank := choice.ranks.get(name):
+            assert rank * (n + m) < n * m
+        spent += rank * (n + m) if rank else n * m
+    assert spent == choice.parameters <= budget
+
+
+@given(_layers(), st.sampled_from(list(WAYS)))
+def test_with_room_for_everything_all_stays_dense(layers, way):
+    choice = WAYS[way](layers, _dense(layers), _score(layers))
+    assert choice == selection.Choice({}, _dense(layers), 0)
+
+
+@given(_layers(), st.sampled_from(DIRECT), st.floats(0, 1), st.floats(0, 1))
+def test_more_budget_never_lowers_a_rank(layers, way, one, other):
+    low, high = (
+        WAYS[way](layers, _least(layers) + share * (_dense(layers) - _least(layers)), None).ranks
+        for share in sorted((one, other))
+    )
+    for name, layer in layers.items():
+        assert low.get(name, min(layer.shape) + 1) <= high.get(name, min(layer.shape) + 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_too_small_a_budget_is_refused_with_the_least(way):
+    layers = {"fc1": _layer(10, 20, 0), "fc2": _layer(5, 10, 1)}
+    with pytest.raises(ValueError, match="a budget of 44 is too small; one direction in every layer costs 45"):
+        WAYS[way](layers, 44, _score(layers))
+    assert WAYS[way](layers, 45, _score(layers)).ranks == {"fc1": 1, "fc2": 1}
+    with pytest.raises(ValueError, match="too small"):
+        WAYS[way](layers, float("nan"), _score(layers))
+
+
+def _trained_like():
+    model = mlp([40, 60, 50, 30, 10], seed=0)
+    x = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 0, 40)
+    outputs = decompose(model, input_moments(model, x, linear_layers(model)))
+    return model, layers_of(decompose(model), outputs), x
+
+
+def test_uniform_ranks_are_equal():
+    _, layers, _ = _trained_like()
+    per_rank = sum(sum(layer.shape) for layer in layers.values())
+    assert WAYS["uniform"](layers, 4 * per_rank, None).ranks == dict.fromkeys(layers, 4)
+
+
+def test_energy_keeps_one_share_in_all_layers():
+    _, layers, _ = _trained_like()
+    wanted = {name: energy_rank(layer.weights, 0.3) for name, layer in layers.items()}
+    assert len(set(wanted.values())) > 1
+    budget = choice_of(layers, wanted).parameters
+    assert WAYS["energy"](layers, budget, None).ranks == wanted
+
+
+def test_noise_meets_gavish_and_donoho_at_their_threshold():
+    generator = torch.Generator().manual_seed(0)
+    layers, wanted = {}, {}
+    for name, n, m, rank in (("fc1", 60, 40, 3), ("fc2", 50, 60, 7)):
+        A = torch.randn(n, rank, generator=generator) @ torch.randn(rank, m, generator=generator)
+        s = torch.linalg.svdvals((A + 0.1 * torch.randn(n, m, generator=generator)).double()).numpy()
+        layers[name], wanted[name] = Layer((n, m), s, s), gavish_donoho_rank(s, (n, m))
+    assert wanted == {"fc1": 3, "fc2": 7}
+    assert WAYS["Gavish–Donoho"](layers, choice_of(layers, wanted).parameters, None).ranks == wanted
+
+
+@given(st.integers(0, 30), st.integers(20, 100))
+def test_by_output_error_no_choice_that_costs_as_little_errs_less(seed, budget):
+    layers = {f"fc{i}": _layer(n, m, 10 * seed + i) for i, (n, m) in enumerate([(6, 9), (5, 5)])}
+    budget = max(budget, _least(layers))
+    found = WAYS["output error"](layers, budget, None)
+    if not found.ranks or found.ranks.keys() != layers.keys():
+        return  # the last step, to dense, is not concave
+    every = [range(1, layer.largest_rank + 1) for layer in layers.values()]
+    choices = [choice_of(layers, dict(zip(layers, ranks, strict=True))) for ranks in itertools.product(*every)]
+    assert found.error <= min(c.error for c in choices if c.parameters <= found.parameters) + 1e-12
+
+
+def test_the_predicted_error_is_that_of_the_outputs():
+    model, layers, x = _trained_like()
+    moments = input_moments(model, x, linear_layers(model))
+    ranks = {"fc1": 5, "fc3": 7}
+    cut = factorize(model, ranks, decompose(model, moments))
+    errors = []
+    for name in ranks:
+        root = torch.linalg.cholesky(moments[name] + 1e-12 * torch.eye(len(moments[name])))
+        A = linear_layers(model)[name].weight.double()
+        errors.append(((A - cut.get_submodule(name).weight.double()) @ root).norm() / (A @ root).norm())
+    choice = choice_of(layers, ranks)
+    assert choice.error == pytest.approx(torch.stack(errors).norm().item(), rel=1e-4)
+    assert choice.parameters == n_parameters(cut)
+
+
+def test_uses_weigh_what_a_layer_costs():
+    once, often = _layer(20, 20, 0), Layer((20, 20), *[_layer(20, 20, 0).weights] * 2, uses=100)
+    choice = WAYS["output error"]({"once": once, "often": often}, 100 * 40 * 4, None)
+    assert "once" not in choice.ranks and choice.ranks["often"] < 4
+    assert choice.parameters == 400 + 100 * 40 * choice.ranks["often"]
+
+
+def test_the_search_follows_the_score_alone():
+    layers = {name: _layer(40, 40, seed) for seed, name in enumerate(("vital", "idle"))}
+    found = WAYS["validation"](layers, 1000, lambda ranks: ranks.get("vital", 40))
+    assert found.ranks["idle"] == 1 and found.parameters == 80 + 80 * (found.ranks["vital"] - 1) + 80
+    with pytest.raises(ValueError, match="give a score"):
+        WAYS["validation"](layers, 1000, None)
+
+
+def test_the_smallest_choice_reaches_the_target_and_a_smaller_budget_does_not():
+    _, layers, _ = _trained_like()
+    score = _score(layers)
+    found = smallest("output error", layers, score, -0.2)
+    assert score(found.ranks) >= -0.2
+    assert score(WAYS["output error"](layers, 0.97 * found.parameters, None).ranks) < -0.2
+    with pytest.raises(ValueError, match="even the whole network stays below the target 1"):
+        smallest("output error", layers, score, 1)
