@@ -18,12 +18,28 @@ from lowrank_helpers.training import spending, synchronise
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Sum the bytes of tensors; ``None``, as a gradient that was never computed, has none."""
+    """Sum the bytes of tensors; ``None``, as a gradient that was never computed, has none.
+
+    Examples
+    --------
+    >>> n_bytes([torch.zeros(3), None])
+    12
+    """
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def state_bytes(optimiser: torch.optim.Optimizer) -> int:
-    """Sum the bytes that an optimiser keeps between steps: for Adam two moments a parameter, and a step count."""
+    """Sum the bytes that an optimiser keeps between steps: for Adam two moments a parameter, and a step count.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(4, 2, bias=False)
+    >>> adam = torch.optim.Adam(layer.parameters())
+    >>> layer(torch.ones(4)).sum().backward()
+    >>> adam.step()
+    >>> state_bytes(adam)  # two float32 for each of 8 weights, and the count of steps
+    68
+    """
     return n_bytes(value for state in optimiser.state.values() for value in state.values())
 
 
@@ -32,6 +48,11 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
     On CUDA the allocator counts them. Elsewhere PyTorch's profiler lists every allocation and release on the
     CPU, and their running sum is followed; on Apple's MPS it sees the CPU's share alone.
+
+    Examples
+    --------
+    >>> peak_bytes(lambda: torch.zeros(1000), torch.device("cpu"))
+    4000
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -57,6 +78,11 @@ def median_seconds(work: Callable[[], object], device: torch.device, *, at_least
 
     A first call warms up and is not counted, and other processes that train pause meanwhile. (PyTorch's own ``Timer``
     looks for a CUDA compiler and warns on machines that have one and no GPU.)
+
+    Examples
+    --------
+    >>> median_seconds(lambda: torch.ones(100).sum(), torch.device("cpu"), at_least=0.001) > 0
+    True
     """
     times: list[float] = []
     with quiet(), spending("timing"):

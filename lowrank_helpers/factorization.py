@@ -54,6 +54,11 @@ def optimal_errors(s: Tensor) -> Tensor:
     ----------
     s : Tensor, shape (k,)
         The singular values of A, largest first.
+
+    Examples
+    --------
+    >>> optimal_errors(torch.tensor([4.0, 3.0]))
+    tensor([5., 3., 0.])
     """
     tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
     return torch.cat([tails, tails.new_zeros(1)])
@@ -87,6 +92,12 @@ def alternating_gradient_descent(A: Tensor, rank: int, *, steps: int, seed: int 
         Each is one gradient step on B and one on C.
     seed : int
         Draws the starting factors.
+
+    Examples
+    --------
+    >>> A = torch.tensor([[1.0, 2.0], [2.0, 4.0]])  # of rank 1
+    >>> alternating_gradient_descent(A, 1, steps=50).errors[-1] < 1e-4
+    True
     """
     start = random_factors(A, rank, seed=seed)
     B, C = start.B, start.C
@@ -131,6 +142,12 @@ def alternating_least_squares(
     moment : Tensor, shape (m, m), optional
         X·Xᵀ/N of the inputs to fit the outputs for, as of :func:`input_moments`; the errors are then
         √(mean ‖(A − B·C)·x‖²).
+
+    Examples
+    --------
+    >>> A = torch.tensor([[1.0, 2.0], [2.0, 4.0]])  # of rank 1
+    >>> alternating_least_squares(A, 1, sweeps=1).errors[-1] < 1e-4
+    True
     """
     seen = A if moment is None else A @ moment.to(A)
     start = random_factors(A, rank, seed=seed)
@@ -183,7 +200,14 @@ class SVD(NamedTuple):
 
 
 def truncated_svd(A: Tensor, rank: int) -> Factors:
-    """Return the best factors of A at that rank (Eckart & Young 1936)."""
+    """Return the best factors of A at that rank (Eckart & Young 1936).
+
+    Examples
+    --------
+    >>> factors = truncated_svd(torch.eye(6), 4)
+    >>> factors.B.shape, factors.C.shape
+    (torch.Size([6, 4]), torch.Size([4, 6]))
+    """
     return SVD.of(A).factors(rank)
 
 
@@ -346,6 +370,12 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Dec
     ------
     ValueError
         A name is no linear layer of the model, or a rank is impossible for it.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> factorize(model, {"0": 3})[0]
+    FactorizedLinear(in_features=20, out_features=16, rank=3)
     """
     return _replace(
         model, ranks, lambda name, layer, rank: (svds[name] if svds else SVD.of(layer.weight)).factors(rank)
@@ -357,6 +387,12 @@ def factorize_standard(model: nn.Module, ranks: Mapping[str, int], *, seed: int)
 
     Each factor gets PyTorch's standard initialisation for a layer of its shape, as two stacked ``nn.Linear``
     would: uniform on ±1/√r for B and on ±1/√in_features for C.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> factorize_standard(model, {"0": 3}, seed=0)[0]
+    FactorizedLinear(in_features=20, out_features=16, rank=3)
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -398,6 +434,11 @@ def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:
     ------
     ValueError
         ``torch.fx`` cannot trace the model: what it computes depends on its inputs' values.
+
+    Examples
+    --------
+    >>> list(hidden_layers(nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))))
+    ['0']
     """
     try:
         pending = [node for node in _LayerTracer().trace(model).nodes if node.op == "output"]
@@ -442,6 +483,11 @@ def smallest_rank(score: Callable[[int], float], grid: Sequence[int], target: fl
     ------
     ValueError
         The largest rank of the grid misses the target.
+
+    Examples
+    --------
+    >>> smallest_rank(lambda rank: 1 - 1 / rank, [1, 8, 64], target=0.895)
+    10
     """
     ranks = sorted(grid, reverse=True)
     if score(ranks[0]) < target:

@@ -25,6 +25,11 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
     ------
     ValueError
         The argument is no matrix, is empty, or holds NaN or infinity.
+
+    Examples
+    --------
+    >>> singular_values([[3.0, 0.0], [0.0, 4.0]]).round(6)
+    array([4., 3.])
     """
     array = matrix.detach().cpu() if isinstance(matrix, Tensor) else torch.as_tensor(np.asarray(matrix))
     if array.dim() != 2 or array.numel() == 0:
@@ -35,22 +40,46 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
 
 
 def numerical_rank(s: Array, tolerance: float) -> int:
-    """Count singular values above ``tolerance``·σ₁ (Golub & Van Loan, *Matrix Computations*, section 5.4.1)."""
+    """Count singular values above ``tolerance``·σ₁ (Golub & Van Loan, *Matrix Computations*, section 5.4.1).
+
+    Examples
+    --------
+    >>> numerical_rank(np.array([1.0, 0.5, 1e-9]), tolerance=1e-6)
+    2
+    """
     return int((s > tolerance * s[0]).sum())
 
 
 def default_tolerance(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> float:
-    """Return max(n, m)·ε, relative to σ₁: NumPy's and MATLAB's tolerance, for entries stored in ``dtype``."""
+    """Return max(n, m)·ε, relative to σ₁: NumPy's and MATLAB's tolerance, for entries stored in ``dtype``.
+
+    Examples
+    --------
+    >>> default_tolerance((784, 512)) == 784 * 2**-23
+    True
+    """
     return max(shape) * torch.finfo(dtype).eps
 
 
 def stable_rank(s: Array) -> float:
-    """Return ‖A‖_F² / σ₁² (Rudelson & Vershynin 2007, arXiv math/0503442); 0 for the zero matrix."""
+    """Return ‖A‖_F² / σ₁² (Rudelson & Vershynin 2007, arXiv math/0503442); 0 for the zero matrix.
+
+    Examples
+    --------
+    >>> stable_rank(np.array([2.0, 2.0, 1.0]))
+    2.25
+    """
     return float(((s / s[0]) ** 2).sum()) if s[0] > 0 else 0.0
 
 
 def effective_rank(s: Array) -> float:
-    """Return exp(H) of the distribution σᵢ / Σσ (Roy & Vetterli 2007, definition 1); 0 for the zero matrix."""
+    """Return exp(H) of the distribution σᵢ / Σσ (Roy & Vetterli 2007, definition 1); 0 for the zero matrix.
+
+    Examples
+    --------
+    >>> round(effective_rank(np.array([1.0, 1.0, 0.0])), 6)
+    2.0
+    """
     if s[0] == 0:
         return 0.0
     return float(np.exp(entr(s / s.sum()).sum()))
@@ -60,6 +89,11 @@ def energy_rank(s: Array, share: float) -> int:
     """Return the smallest r whose first r squared singular values reach ``share`` of their sum.
 
     By Eckart–Young (1936) it is the smallest r with a relative Frobenius error of at most √(1 − share).
+
+    Examples
+    --------
+    >>> energy_rank(np.array([3.0, 1.0, 1.0]), share=0.9)  # of 9 + 1 + 1
+    2
     """
     if not 0 < share <= 1:
         raise ValueError(f"share {share} must be above 0 and at most 1")
@@ -71,7 +105,13 @@ def energy_rank(s: Array, share: float) -> int:
 
 
 def gavish_donoho_rank(s: Array, shape: tuple[int, int]) -> int:
-    """Count singular values above the optimal hard threshold for unknown noise (Gavish & Donoho 2014)."""
+    """Count singular values above the optimal hard threshold for unknown noise (Gavish & Donoho 2014).
+
+    Examples
+    --------
+    >>> gavish_donoho_rank(np.array([9.0, 1.0, 1.0, 1.0]), (4, 4))  # the median is the noise
+    1
+    """
     return int((s > gavish_donoho_threshold(s, shape)).sum())
 
 
@@ -111,7 +151,13 @@ def marchenko_pastur_density(x: Array, shape: tuple[int, int], std: float) -> Ar
 
 
 def marchenko_pastur_edges(shape: tuple[int, int], std: float) -> tuple[float, float]:
-    """Return the limits between which the singular values of a random matrix fall, std·(√max ∓ √min)."""
+    """Return the limits between which the singular values of a random matrix fall, std·(√max ∓ √min).
+
+    Examples
+    --------
+    >>> marchenko_pastur_edges((100, 400), std=0.5)
+    (5.0, 15.0)
+    """
     small, large = sorted(shape)
     return std * (large**0.5 - small**0.5), std * (large**0.5 + small**0.5)
 
@@ -143,6 +189,13 @@ def rank_table(matrices: Mapping[str, Tensor]) -> pd.DataFrame:
     -------
     DataFrame
         One row a matrix (index ``layer``); columns ``rows``, ``columns`` and the names of ``MEASURES``.
+
+    Examples
+    --------
+    >>> rank_table({"fc1": torch.eye(4)})[["rows", "columns", "stable rank"]]
+           rows  columns  stable rank
+    layer
+    fc1       4        4          4.0
     """
     rows = {}
     for name, matrix in matrices.items():

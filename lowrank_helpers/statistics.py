@@ -66,6 +66,11 @@ def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     ------
     ValueError
         There is no value, one is not finite, or the confidence is not between 0 and 1.
+
+    Examples
+    --------
+    >>> print(interval([97.0, 98.0, 99.0]))
+    98.00 ± 2.48
     """
     return _around_mean(values, confidence, lambda n: 1 / n)
 
@@ -74,6 +79,11 @@ def prediction_interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -
     """Return the interval in which one more value falls with the given confidence: mean ± t·s·√(1 + 1/n).
 
     For normal values, as :func:`interval` otherwise (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8).
+
+    Examples
+    --------
+    >>> print(prediction_interval([97.0, 98.0, 99.0]))
+    98.00 ± 4.97
     """
     return _around_mean(values, confidence, lambda n: 1 + 1 / n)
 
@@ -122,6 +132,13 @@ def compare(
     ------
     ValueError
         The seeds differ in number, or the margin is negative.
+
+    Examples
+    --------
+    >>> compare([98.0, 98.4, 98.2], [96.9, 97.5, 97.1], margin=0.5).verdict
+    'larger'
+    >>> compare([98.0, 98.4, 98.2], [96.9, 98.5, 97.1], margin=0.5).verdict
+    'undecided'
     """
     first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if second.ndim and first.shape != second.shape:
@@ -143,6 +160,12 @@ def _verdict(difference: Interval, margin: float) -> str:
 
 
 def shared_verdict(comparisons: Sequence[Comparison]) -> str:
-    """Return the verdict on which all comparisons agree, or ``undecided`` where they do not."""
+    """Return the verdict on which all comparisons agree, or ``undecided`` where they do not.
+
+    Examples
+    --------
+    >>> shared_verdict([compare([1, 2, 3], 0, margin=0), compare([3, 3, 4], 0, margin=0)])
+    'undecided'
+    """
     verdicts = {comparison.verdict for comparison in comparisons}
     return verdicts.pop() if len(verdicts) == 1 else "undecided"

@@ -29,6 +29,12 @@ class SubspaceModel(nn.Module):
     ----------
     z : Parameter of shape (dimension,)
         Zero at first, so that training starts from θ₀.
+
+    Examples
+    --------
+    >>> model = SubspaceModel(nn.Linear(784, 10), 50, seed=0)
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['z']
     """
 
     followed: Tensor
@@ -84,6 +90,11 @@ def intrinsic_dimension(dimensions: Sequence[int], scores: Sequence[float], targ
     ------
     ValueError
         The dimensions do not rise, or the scores are not as many.
+
+    Examples
+    --------
+    >>> round(intrinsic_dimension([10, 100, 1000], [0.2, 0.8, 1.0], target=0.9))  # halfway from 100, in log d
+    316
     """
     if len(dimensions) != len(scores) or (np.diff(dimensions) <= 0).any():
         raise ValueError(f"dimensions {list(dimensions)} must rise, with a score each, not {len(scores)}")

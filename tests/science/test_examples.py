@@ -1,0 +1,15 @@
+"""The examples in the docstrings of the science do what they show."""
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("module", ["costs", "factorization", "models", "rank", "statistics", "subspace"])
+def test_examples_give_what_they_show(module):
+    failed, tried = doctest.testmod(
+        importlib.import_module(f"lowrank_helpers.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert tried > 0
+    assert failed == 0
