@@ -63,12 +63,13 @@ class Dataset:
     Attributes
     ----------
     name : str
-        One of ``DATASETS`` but ``auto``.
-    train_images, validation_images, test_images : Tensor of float32, shape (n, 784)
-        Pixels with the mean of all training pixels taken off, over their standard deviation. There are no
-        validation images until :meth:`hold_out` sets some of the training images aside.
+        Of those that :func:`load` gives, one of ``DATASETS`` but ``auto``.
+    train_images, validation_images, test_images : Tensor of float32, shape (n, n_inputs)
+        Pixels, 784 of those that :func:`load` gives, with the mean of all training pixels taken off, over their
+        standard deviation. There are no validation images until :meth:`hold_out` sets some of the training images
+        aside.
     train_labels, validation_labels, test_labels : Tensor of int64, shape (n,)
-        Classes 0 to 9. Training labels may also be float32 probabilities of the classes, (n, n_classes), such as
+        Classes from 0 on. Training labels may also be float32 probabilities of the classes, (n, n_classes), such as
         another network's answers (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
     mean, std : float
         Those of all training pixels, on a scale from 0 to 1: pixel = image·std + mean.

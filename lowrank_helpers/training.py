@@ -255,7 +255,7 @@ def fit(
     Parameters
     ----------
     model : nn.Module
-        On the device of the data; maps (n, 784) to logits (n, 10). Frozen parameters stay as they are.
+        On the device of the data; maps (n, n_inputs) to logits (n, n_classes). Frozen parameters stay as they are.
     data : Dataset
     recipe : Recipe
     others : mapping of str to Dataset, optional
@@ -367,7 +367,7 @@ def _n_workers(device: torch.device) -> int:
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
-    """Return float32 logits (n, n_classes) for images (n, 784), in batches; on the CPU each worker has its share."""
+    """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share."""
     batches = images.split(EVALUATION_BATCH)
     size = math.ceil(len(batches) / _n_workers(images.device))
     shares = [batches[first : first + size] for first in range(0, len(batches), size)]
@@ -389,7 +389,7 @@ def _answers(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Score:
-    """Score a network on images (n, 784) and labels: classes (n,), or their probabilities (n, n_classes).
+    """Score a network on images (n, …) and labels: classes (n,), or their probabilities (n, n_classes).
 
     Of probabilities, such as another network's answers, the likeliest class is the correct one.
     """

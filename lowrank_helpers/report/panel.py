@@ -43,7 +43,7 @@ def explore(model: nn.Module, splits: Splits, *, base: nn.Module | None = None, 
     model : nn.Module
         Trained; its ``nn.Linear`` layers are what is cut, one at a time.
     splits : mapping of str to (Tensor, Tensor)
-        Images (n, 784) and labels (n,) by name, as ``Dataset.splits()`` gives them; accuracy is on 1,000 of each.
+        Images (n, n_inputs) and labels (n,) by name, as ``Dataset.splits()`` gives them; accuracy is on 1,000 of each.
     base : nn.Module, optional
         Of the same structure. The matrix that is cut is then the update W − W_base, and the network shown is the
         base plus what is left of it.
