@@ -102,8 +102,12 @@ def test_where_the_time_went_is_a_bar_a_notebook_with_its_numbers(small_report, 
     ]
 
 
-def test_time_that_was_not_measured_has_no_chart(index):
-    assert not index.find(id="time")
+def test_time_that_was_not_measured_has_no_chart(small_report, tmp_path):
+    results = json.loads((small_report / "results.json").read_text())
+    for run in results["notebooks"].values():
+        run.pop("seconds_by_kind", None)
+    report.render(tmp_path, results)
+    assert not soup(tmp_path / "index.html").find(id="time")
 
 
 @pytest.mark.parametrize(("asked", "warned"), [("auto", True), ("digits", False)])
