@@ -78,6 +78,10 @@ WIDTHS = Rule(
     f"a list of whole numbers that starts with {N_PIXELS} pixels, ends with {N_CLASSES} classes "
     "and has at least one hidden width between",
 )
+DEEP_WIDTHS = Rule(
+    lambda value: WIDTHS.accepts(value) and len(value) >= 5 and len(set(value[1:-1])) == 1,
+    f"widths such as [{N_PIXELS}, 128, 128, 128, {N_CLASSES}]: at least three hidden ones, all equal",
+)
 RANKS = Rule(
     lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
     "a list of whole numbers, each at least 1",
@@ -93,7 +97,7 @@ RULES: dict[str, Rule] = {
     "activations": _list_of(_one_of(*ACTIVATIONS)),
     "widths": WIDTHS,
     "big_widths": WIDTHS,
-    "deep_widths": WIDTHS,
+    "deep_widths": DEEP_WIDTHS,
     "epochs": _whole(1),
     "big_epochs": _whole(1),
     "big_batch_size": _whole_between(1, 2**63 - 1),
@@ -114,6 +118,7 @@ RULES: dict[str, Rule] = {
     "effective_learning_rate": POSITIVE,
     "longer_learning_rate": POSITIVE,
     "published_learning_rate": POSITIVE,
+    "published_batch_size": _whole_between(1, 2**63 - 1),
     "small_learning_rate": POSITIVE,
     "low_learning_rate": POSITIVE,
     "spectral_learning_rate": POSITIVE,
