@@ -5,6 +5,7 @@ how many directions carry the matrix, each with its own idea of "carry".
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +13,16 @@ import pandas as pd
 import torch
 from scipy.special import entr
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowrank_helpers.models import FactorizedLinear
 
 Array = npt.NDArray[np.float64]
+
+IN_BLOCKS_FROM = 2**24  # entries; from 128 MiB in float64 on, a thin matrix is decomposed a block at a time
+# Names of layers whose rows, or columns, are those of an attention's q, k and v one after the other.
+PACKED = ("in_proj_weight", "qkv.weight", "qkv_proj.weight", "Wqkv.weight", "c_attn.weight")
+LAYER_WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
@@ -36,7 +43,23 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
         raise ValueError(f"a matrix is needed, not an array of shape {tuple(array.shape)}")
     if not array.isfinite().all():
         raise ValueError("the matrix holds NaN or infinite entries")
+    tall = array if array.shape[0] >= array.shape[1] else array.T
+    if tall.numel() >= IN_BLOCKS_FROM and tall.shape[0] >= 4 * tall.shape[1]:
+        return torch.linalg.svdvals(_triangle(tall)).numpy()
     return torch.linalg.svdvals(array.double()).numpy()
+
+
+def _triangle(tall: Tensor) -> Tensor:
+    """Return R of the QR decomposition of a tall matrix, which has its singular values, in float64.
+
+    One block of rows after the other goes through a QR with the R so far, so that a few times m² numbers are held at
+    once rather than several copies of the matrix (Demmel et al. 2008, arXiv 0809.2407, *sequential TSQR*).
+    """
+    m = tall.shape[1]
+    R = torch.zeros(0, m, dtype=torch.float64)
+    for block in tall.split(4 * m):
+        R = torch.linalg.qr(torch.cat([R, block.double()]), mode="r").R
+    return R
 
 
 def numerical_rank(s: Array, tolerance: float) -> int:
@@ -59,6 +82,15 @@ def default_tolerance(shape: tuple[int, int], dtype: torch.dtype = torch.float32
     True
     """
     return max(shape) * torch.finfo(dtype).eps
+
+
+def rounding_tolerance(s: Array, dtype: torch.dtype) -> float:
+    """Return ε/2·‖A‖_F / σ₁: no rounding of the entries to ``dtype`` moves a singular value by more than that times σ₁.
+
+    Rounding is a matrix E with |Eᵢⱼ| ≤ ε/2·|Aᵢⱼ|, so ‖E‖₂ ≤ ‖E‖_F ≤ ε/2·‖A‖_F, and Weyl's inequality does the rest
+    (Golub & Van Loan, corollary 8.6.2). In half precision max(n, m)·ε passes 1, and would leave a rank of 0.
+    """
+    return torch.finfo(dtype).eps / 2 * stable_rank(s) ** 0.5
 
 
 def stable_rank(s: Array) -> float:
@@ -162,6 +194,14 @@ def marchenko_pastur_edges(shape: tuple[int, int], std: float) -> tuple[float, f
     return std * (large**0.5 - small**0.5), std * (large**0.5 + small**0.5)
 
 
+def rank_beyond_edge(s: Array, shape: tuple[int, int], std: float) -> int:
+    """Count singular values beyond the Marchenko–Pastur edge of a random matrix with entries of this ``std``.
+
+    Of a large random matrix none or one is beyond, as its largest one scatters about the edge.
+    """
+    return int((s > marchenko_pastur_edges(shape, std)[1]).sum())
+
+
 MEASURES: dict[str, Callable[[Array, tuple[int, int]], float]] = {
     "numerical rank": lambda s, shape: numerical_rank(s, default_tolerance(shape)),
     "effective rank": lambda s, shape: effective_rank(s),
@@ -173,13 +213,103 @@ MEASURES: dict[str, Callable[[Array, tuple[int, int]], float]] = {
 }
 
 
+class Unfolded(NamedTuple):
+    """A matrix of a network.
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (n, m)
+        A view of the tensor that it is part of.
+    shape : str
+        How the axes of that tensor became rows and columns: ``64×3·7·7`` of a convolution with 64 filters.
+    remark : str
+        What else was done to it, or must be known of it; empty for most.
+    """
+
+    matrix: Tensor
+    shape: str
+    remark: str = ""
+
+
+def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[str, Unfolded]:
+    """Return the matrices that a weight stands for, by name.
+
+    - Two axes are rows and columns: a linear layer's (out_features, in_features), an embedding's (entries, dimension).
+    - A convolution's (out, in/groups, kh, kw) becomes (out, in/groups·kh·kw), as two convolutions, the first to r
+      channels and the second of size 1, would factorise it; the filters of all groups lie below each other.
+    - A transposed convolution's (in, out/groups, kh, kw) becomes (out, in/groups·kh·kw) too, if the layer is known:
+      the tensor alone looks like any convolution's, and is unfolded as such.
+    - Of three axes, a first one of size 1 is dropped, as of position embeddings, unless the layer is a convolution.
+    - Packed projections of attention, told by their name (``PACKED``) and a ratio of 3 between their sides, are split
+      into q, k and v.
+
+    Parameters
+    ----------
+    name : str
+        Of the weight, such as ``encoder.fc1.weight``; the matrix is called ``encoder.fc1``.
+    weight : Tensor
+        With two axes at least.
+    layer : nn.Module, optional
+        Whose weight it is, where that is known.
+
+    Raises
+    ------
+    ValueError
+        The weight has fewer than two axes.
+    """
+    if weight.dim() < 2:
+        raise ValueError(f"{name} has {weight.dim()} axes; a matrix needs at least two")
+    short = name.removesuffix(".weight")
+    if isinstance(layer, _ConvTransposeNd):
+        grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return {short: _filters(grouped, layer.groups, "transposed")}
+    if weight.dim() == 3 and len(weight) == 1 and not isinstance(layer, _ConvNd):
+        return {short: Unfolded(weight[0], times(weight[0].shape), "first axis, of size 1, dropped")}
+    if weight.dim() > 2:
+        return {short: _filters(weight, layer.groups if isinstance(layer, _ConvNd) else 1)}
+    if name.endswith(PACKED) and max(weight.shape) == 3 * min(weight.shape):
+        axis = weight.shape.index(max(weight.shape))
+        stem = short.removesuffix("in_proj_weight").removesuffix(".")
+        return {
+            f"{stem}.{part}".removeprefix("."): Unfolded(
+                matrix, times(matrix.shape), f"packed q, k, v, split by {('rows', 'columns')[axis]}"
+            )
+            for part, matrix in zip("qkv", weight.chunk(3, axis), strict=True)
+        }
+    return {short: Unfolded(weight, times(weight.shape))}
+
+
+def _filters(weight: Tensor, groups: int, *remarks: str) -> Unfolded:
+    """Unfold (out, in/groups, …) into (out, in/groups·…)."""
+    shape = f"{len(weight)}×{'·'.join(map(str, weight.shape[1:]))}"
+    stacked = [f"{groups} groups, below each other"] if groups > 1 else []
+    return Unfolded(weight.flatten(1), shape, ", ".join([*remarks, *stacked]))
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """Write a shape as ``3×4``."""
+    return "×".join(map(str, shape))
+
+
 def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight of every linear layer of a model by its dotted name, (out_features, in_features)."""
-    return {
-        name: module.weight.detach()
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, FactorizedLinear))
-    }
+    """Return the weight matrices of a model's layers by dotted names, unfolded as :func:`unfold` says.
+
+    Layers are ``nn.Linear``, ``FactorizedLinear`` (its product), convolutions, ``nn.Embedding`` and
+    ``nn.MultiheadAttention``. Of a weight that several layers share, only the first is returned.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLinear):
+            found[name] = layer.weight.detach()
+        elif isinstance(layer, (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention)):
+            for part in LAYER_WEIGHTS:
+                weight = getattr(layer, part, None)
+                if weight is not None and id(weight) not in seen:
+                    seen.add(id(weight))
+                    parts = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
+                    found |= {key: unfolded.matrix for key, unfolded in parts.items()}
+    return found
 
 
 def rank_table(matrices: Mapping[str, Tensor]) -> pd.DataFrame:

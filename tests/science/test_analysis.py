@@ -1,0 +1,304 @@
+"""Networks and files that are not ours: what is measured, what is not and why, and that no code of a file runs."""
+
+import io
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import VisionTransformer, resnet18
+
+from lowrank_helpers import analysis, rank
+from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
+from lowrank_helpers.factorization import factorize
+from lowrank_helpers.models import mlp
+
+
+def _of_rank(k, shape=(40, 30), seed=0):
+    draw = np.random.default_rng(seed).standard_normal
+    return torch.from_numpy(draw((shape[0], k)) @ draw((k, shape[1])))
+
+
+def _written(folder, tensors, name="net.safetensors"):
+    file = folder / name
+    if file.suffix == ".safetensors":
+        save_file(tensors, file)
+    else:
+        torch.save(tensors, file)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.pt", "net.pth", "net.bin"])
+def test_ranks_of_a_file_are_numpys(tmp_path, name):
+    tensors = {
+        "b.weight": _of_rank(3).float(),
+        "a.weight": _of_rank(7, (20, 50)),
+        "c.weight": torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)),
+        "zero": torch.zeros(5, 6),
+    }
+    table = analyze(_written(tmp_path, tensors, name)).table
+    assert sorted(table.index) == ["a", "b", "c", "zero"]
+    for key, tensor in tensors.items():
+        matrix = tensor.flatten(1).numpy()
+        row = table.loc[key.removesuffix(".weight")]
+        s = np.linalg.svd(matrix.astype(float), compute_uv=False)
+        assert row["numerical rank"] == np.linalg.matrix_rank(matrix)
+        assert (row["rows"], row["columns"]) == matrix.shape
+        assert row["dtype"] == str(matrix.dtype)
+        assert row["stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2 if s[0] else 0)
+        n, m = matrix.shape
+        assert row[BEYOND] == (s > matrix.astype(float).std() * (n**0.5 + m**0.5)).sum()
+    assert list(table["unfolded"][["a", "c"]]) == ["20×50", "6×4·3·3"]
+    assert table.loc["zero", "remark"] == "all entries are zero"
+
+
+def test_savings_are_counted_at_the_effective_rank_and_never_below_zero(tmp_path):
+    orthogonal = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1)).double()).Q
+    found = analyze(_written(tmp_path, {"thin": orthogonal[:, :5] @ orthogonal[:5], "full": orthogonal.contiguous()}))
+    # Five equal singular values are an effective rank of 5, of factors with 5·(40 + 40) numbers.
+    assert dict(found.table["saved"]) == {"full": 0, "thin": 1600 - 400}
+    assert (found.n_saved, found.n_parameters) == (1200, 3200)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_rank_that_was_rounded(tmp_path, dtype):
+    shape = (300, 200)  # where NumPy's tolerance for bfloat16 is above 1
+    tensors = {"k5": _of_rank(5, shape).to(dtype), "full": torch.eye(200, dtype=dtype)}
+    table = analyze(_written(tmp_path, tensors)).table
+    assert dict(table["numerical rank"]) == {"full": 200, "k5": 5}
+    assert set(table["dtype"]) == {str(dtype).removeprefix("torch.")}
+
+
+def test_what_is_no_matrix_is_listed_with_its_reason(tmp_path):
+    tensors = {
+        "matrix": torch.eye(3),
+        "bias": torch.ones(3),
+        "class_token": torch.ones(1, 1, 8),
+        "scale": torch.tensor(2.0),
+        "empty": torch.ones(0, 5),
+        "ids": torch.ones(3, 3, dtype=torch.int64),
+        "mask": torch.ones(3, 3, dtype=torch.bool),
+        "complex": torch.ones(3, 3, dtype=torch.complex64),
+        "eighth": torch.ones(3, 3).to(torch.float8_e4m3fn),
+        "nan": torch.tensor([[1.0, torch.nan], [0, 1]]),
+        "inf": torch.tensor([[1.0, torch.inf], [0, 1]]),
+        "sparse": torch.eye(3).to_sparse(),
+        "quantised": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
+        "meta": torch.ones(3, 3, device="meta"),
+        "huge": torch.ones(1).expand(10**6, 10**6),
+    }
+    found = analyze(_written(tmp_path, tensors, "net.pt"))
+    assert list(found.table.index) == ["matrix"]
+    said = {
+        "bias": "a vector",
+        "class_token": "a vector",
+        "scale": "a single number",
+        "empty": "empty, 0×5",
+        "ids": "integers (int64)",
+        "mask": "integers (bool)",
+        "complex": "complex numbers (complex64)",
+        "eighth": "quantised (float8_e4m3fn)",
+        "nan": "NaN or infinite",
+        "inf": "NaN or infinite",
+        "sparse": "sparse",
+        "quantised": "quantised",
+        "meta": "without values",
+        "huge": "a view of fewer numbers",
+    }
+    assert found.skipped.keys() == said.keys()
+    for name, part in said.items():
+        assert part in found.skipped[name], name
+
+
+def test_a_checkpoint_is_walked_and_its_optimiser_left_out(tmp_path):
+    model = mlp([8, 6, 4], seed=0)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "old": [torch.eye(2)]}
+    saved["itself"] = saved
+    found = analyze(_written(tmp_path, saved, "checkpoint.pt"))
+    assert list(found.table.index) == ["model.fc1", "model.fc2", "old.0"]
+    assert found.skipped["optimizer.state.0.exp_avg"] == "an optimiser's state, no weight"
+
+
+def test_tied_tensors_are_measured_once(tmp_path, monkeypatch):
+    model = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tied_network.py").write_text("model = None\ndef build():\n    return model\n")
+    import tied_network
+
+    tied_network.model = model
+    for source in (_written(tmp_path, model.state_dict(), "tied.pt"), "tied_network:build"):
+        found = analyze(source)
+        assert list(found.table.index) == ["embedding"]
+        assert found.skipped == {"head.weight": "the same tensor as embedding.weight"}
+    assert list(rank.weight_matrices(model)) == ["embedding"]
+
+
+def test_layers_of_safetensors_stand_in_counting_order(tmp_path):
+    tensors = {f"layer.{i}.weight": torch.eye(2) * (i + 1) for i in range(12)}
+    assert list(analyze(_written(tmp_path, tensors)).table.index) == [f"layer.{i}" for i in range(12)]
+
+
+def test_a_resnets_convolutions_are_seen():
+    model = resnet18()
+    matrices = rank.weight_matrices(model)
+    expected = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if p.dim() > 1}
+    assert list(matrices) == list(expected) and len(expected) == 21
+    for name, weight in expected.items():
+        assert torch.equal(matrices[name], weight.reshape(len(weight), -1))
+
+
+@pytest.mark.slow
+def test_a_resnet_is_measured_whole():
+    found = analyze("torchvision.models:resnet18")
+    model = resnet18()
+    assert found.table.loc["conv1", ["unfolded", "rows", "columns"]].tolist() == ["64×3·7·7", 64, 147]
+    assert found.n_parameters == sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert len(found.table) + len(found.skipped) == len(model.state_dict())
+    assert list(rank.weight_matrices(model)) == list(found.table.index)
+    assert (found.table["numerical rank"] == found.table[["rows", "columns"]].min(axis=1)).all()
+
+
+def test_a_transformers_packed_projections_are_split(tmp_path):
+    model = VisionTransformer(16, 8, 1, 2, 32, 48, num_classes=5)
+    found = analyze(_written(tmp_path, model.state_dict()))
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    packed = model.get_submodule(attention).in_proj_weight.detach()
+    for part, matrix in zip("qkv", (packed[:32], packed[32:64], packed[64:]), strict=True):
+        row = found.table.loc[f"{attention}.{part}"]
+        s = np.linalg.svd(matrix.numpy(), compute_uv=False)
+        assert row["stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
+        assert row["remark"] == "packed q, k, v, split by rows"
+    assert found.table.loc["encoder.pos_embedding", "unfolded"] == "5×32"
+    layers = set(found.table.index) - {"encoder.pos_embedding"}
+    assert set(rank.weight_matrices(model)) == layers
+
+
+def test_a_model_knows_what_its_file_does_not(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "known_layers.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.Conv1d(8, 8, 5, groups=8))\n"
+    )
+    table = analyze("known_layers:build").table
+    assert list(table["unfolded"]) == ["4×3·3·3", "8×1·5"]
+    assert list(table["remark"]) == ["transposed, 2 groups, below each other", "8 groups, below each other"]
+
+
+def test_factors_are_measured_as_their_product_and_counted_as_themselves(tmp_path, monkeypatch):
+    model = factorize(mlp([30, 20, 10], seed=0), {"fc1": 4})
+    weights = {weight.name: weight for weight in analysis.of_model(model)}
+    assert list(weights) == ["fc1.weight", "fc2.weight"]
+    assert weights["fc1.weight"].n_stored == 4 * (20 + 30)
+    assert torch.equal(weights["fc1.weight"].read(), model.fc1.weight)
+
+
+class _Command:
+    """Pickled, it is a call of ``os.system``."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def _malicious(folder, content):
+    """Write content in each way that a file of PyTorch's can hold a pickle."""
+    torch.save(content, folder / "zip.pt")
+    torch.save(content, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    for protocol in range(6):
+        (folder / f"raw{protocol}.pt").write_bytes(pickle.dumps(content, protocol))
+    (folder / "named.safetensors").write_bytes(pickle.dumps(content))
+    return sorted(folder.glob("*.*"))
+
+
+def test_no_code_of_a_file_is_executed(tmp_path):
+    trace = tmp_path / "executed"
+    files = _malicious(tmp_path, {"weight": torch.eye(3), "it": _Command(trace)})
+    assert len(files) == 9
+    for file in files:
+        with pytest.raises(AnalysisError, match=file.name) as refused:
+            analyze(str(file))
+        assert "\n" not in str(refused.value)
+    with pytest.raises(AnalysisError, match=r"posix\.system.*state_dict"):
+        analyze(str(tmp_path / "zip.pt"))
+    assert not trace.exists()
+    torch.load(tmp_path / "zip.pt", weights_only=False)
+    assert trace.exists()  # the file is as malicious as it is meant to be
+
+
+def test_a_whole_model_is_refused_with_what_to_save_instead(tmp_path):
+    with pytest.raises(AnalysisError, match=r"torch\.nn\.modules\.container\.Sequential.*state_dict"):
+        analyze(_written(tmp_path, mlp([4, 3], seed=0), "model.pt"))
+    program = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
+    program.save(tmp_path / "program.pt")
+    with pytest.raises(AnalysisError, match="TorchScript"):
+        analyze(str(tmp_path / "program.pt"))
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.pt", "legacy.pt"])
+def test_truncated_and_altered_files_are_refused(tmp_path, name):
+    file = tmp_path / name
+    tensors = {"weight": torch.randn(50, 50)}
+    if name == "legacy.pt":
+        torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    else:
+        _written(tmp_path, tensors, name)
+    whole = file.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(AnalysisError, match=name) as refused:
+            analyze(str(file))
+        assert "\n" not in str(refused.value)
+    file.write_bytes(b"no weights, just words")
+    with pytest.raises(AnalysisError, match=name):
+        analyze(str(file))
+
+
+def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path):
+    file = tmp_path / "net.pt"
+    tensor = torch.full((50, 50), 7.0)
+    torch.save({"weight": tensor}, file)
+    whole = file.read_bytes()
+    place = whole.index(tensor.numpy().tobytes()[:100])
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(AnalysisError, match="checksum"):
+        analyze(str(file))
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("nowhere.pt", "no file"),
+        (".", "a folder"),
+        ("nowhere:build", "ModuleNotFoundError"),
+        ("torchvision.models:resnet", "resnet"),
+        ("os:getcwd", "returns str"),
+        ("torch.nn:Linear", "TypeError"),
+        ("torch.nn:ReLU", "no matrix"),
+    ],
+)
+def test_what_cannot_be_analysed_is_refused_by_name(source, said):
+    with pytest.raises(AnalysisError, match=said) as refused:
+        analyze(source)
+    assert source in str(refused.value)
+
+
+def test_other_kinds_of_file_are_refused(tmp_path):
+    file = tmp_path / "net.onnx"
+    file.write_bytes(b"")
+    with pytest.raises(AnalysisError, match=r"\.safetensors, \.pt, \.pth, \.bin"):
+        analyze(str(file))
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("readme", io.BytesIO(b"words").read())
+    with pytest.raises(AnalysisError, match=r"other\.pt"):
+        analyze(str(tmp_path / "other.pt"))
