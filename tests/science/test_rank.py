@@ -41,6 +41,14 @@ def test_singular_values_of_a_trainable_weight_in_any_type():
     np.testing.assert_allclose(rank.singular_values(layer.weight.tolist()), exact)
 
 
+@pytest.mark.parametrize("shape", [(5000, 40), (40, 5000), (200, 40), (170, 40)])
+def test_thin_matrices_are_decomposed_block_by_block(shape, monkeypatch):
+    monkeypatch.setattr(rank, "IN_BLOCKS_FROM", 0)
+    matrix = _random(shape) * np.geomspace(1, 1e-12, shape[1])
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(rank.singular_values(matrix), expected, rtol=1e-10, atol=1e-14 * expected[0])
+
+
 @pytest.mark.parametrize(
     "array", [np.zeros(3), np.zeros((2, 2, 2)), np.zeros((0, 3)), [[1.0, np.nan]], [[np.inf, 1.0]]]
 )
@@ -55,6 +63,24 @@ def test_numerical_rank_is_numpys(n, m, k):
     tolerance = rank.default_tolerance((n, m), torch.float64)
     assert tolerance == max(n, m) * np.finfo(np.float64).eps
     assert rank.numerical_rank(rank.singular_values(matrix), tolerance) == np.linalg.matrix_rank(matrix) == min(n, m, k)
+
+
+@given(seed=st.integers(0, 999), k=st.integers(1, 5), dtype=st.sampled_from([torch.float16, torch.bfloat16]))
+def test_rounding_moves_no_singular_value_past_its_tolerance(seed, k, dtype):
+    matrix = torch.from_numpy(_random((60, k), seed) @ _random((k, 30), seed + 1))
+    rounded = rank.singular_values(matrix.to(dtype))
+    tolerance = rank.rounding_tolerance(rank.singular_values(matrix), dtype)
+    assert abs(rounded - rank.singular_values(matrix)).max() <= tolerance * rank.singular_values(matrix)[0]
+    assert tolerance == pytest.approx(torch.finfo(dtype).eps / 2 * matrix.norm() / torch.linalg.matrix_norm(matrix, 2))
+    assert rank.numerical_rank(rounded, rank.rounding_tolerance(rounded, dtype)) <= k
+
+
+def test_directions_beyond_the_edge_are_those_added_to_noise():
+    noise = 0.1 * _random((300, 200))
+    assert rank.rank_beyond_edge(rank.singular_values(noise), (300, 200), noise.std()) <= 1
+    signal = _random((300, 4)) @ _random((4, 200), seed=1)
+    both = signal + noise
+    assert rank.rank_beyond_edge(rank.singular_values(both), (300, 200), noise.std()) in (4, 5)
 
 
 @given(k=st.integers(1, 9), extra=st.integers(0, 5), scale=st.floats(1e-3, 1e3))
@@ -175,3 +201,63 @@ def test_the_table_has_every_layer_dense_or_factorised():
     assert table["numerical rank"].dtype == np.int64
     s = np.linalg.svd(model.fc1.weight.detach().numpy(), compute_uv=False)
     assert table.loc["fc1", "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-5)
+
+
+def test_layers_of_every_kind_are_unfolded_by_the_stated_rules():
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(6, 8, 3, groups=2),
+            "up": nn.ConvTranspose2d(6, 8, 3, groups=2),
+            "words": nn.Embedding(11, 4),
+            "same": nn.MultiheadAttention(4, 2),
+            "other": nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+            "norm": nn.LayerNorm([3, 4]),
+            "fc": nn.Linear(4, 3),
+        }
+    )
+    matrices = rank.weight_matrices(model)
+    assert {name: tuple(matrix.shape) for name, matrix in matrices.items()} == {
+        "conv": (8, 27),
+        "up": (8, 27),
+        "words": (11, 4),
+        "same.q": (4, 4),
+        "same.k": (4, 4),
+        "same.v": (4, 4),
+        "same.out_proj": (4, 4),
+        "other.q_proj_weight": (4, 4),
+        "other.k_proj_weight": (4, 3),
+        "other.v_proj_weight": (4, 5),
+        "other.out_proj": (4, 4),
+        "fc": (3, 4),
+    }
+    assert torch.equal(torch.cat([matrices[f"same.{part}"] for part in "qkv"]), model["same"].in_proj_weight)
+
+
+def test_a_transposed_convolutions_row_makes_its_output_channel():
+    layer = nn.ConvTranspose2d(6, 8, 3, groups=2, bias=False)
+    matrix = rank.unfold("up.weight", layer.weight.detach(), layer)["up"].matrix
+    answers = layer(torch.eye(6).reshape(6, 6, 1, 1))  # to each input channel alone
+    np.testing.assert_allclose(answers.detach().transpose(0, 1).flatten(1).norm(dim=1), matrix.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parts"),
+    [
+        ("h.0.attn.c_attn.weight", (4, 12), {"h.0.attn.c_attn.q": (4, 4)}),  # stored as (in, out), as GPT-2's
+        ("blocks.0.attn.qkv.weight", (12, 4), {"blocks.0.attn.qkv.v": (4, 4)}),
+        ("in_proj_weight", (12, 4), {"k": (4, 4)}),
+        ("layers.0.qkv_proj.weight", (8, 4), {"layers.0.qkv_proj": (8, 4)}),  # grouped queries: not three equal parts
+        ("gpt_neox.layers.0.attention.query_key_value.weight", (12, 4), {}),  # q, k and v alternate head by head
+    ],
+)
+def test_packed_projections_are_split_where_their_parts_are_known(name, shape, parts):
+    weight = torch.randn(shape)
+    unfolded = rank.unfold(name, weight)
+    assert parts.items() <= {key: tuple(part.matrix.shape) for key, part in unfolded.items()}.items()
+    assert len(unfolded) == (3 if 12 in shape and "query_key_value" not in name else 1)
+    assert sum(part.matrix.numel() for part in unfolded.values()) == weight.numel()
+
+
+def test_a_vector_is_not_unfolded():
+    with pytest.raises(ValueError, match=r"fc\.bias has 1 axes"):
+        rank.unfold("fc.bias", torch.ones(3))
