@@ -416,10 +416,28 @@ def _replace(
     for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
         check_rank(ranks[name], layers[name].weight.shape)
         factors = factors_of(name, layers[name], ranks[name])
-        small, dense = FactorizedLinear(factors.B, factors.C, layers[name].bias), copy.get_submodule(name)
-        for place in [place for place, layer in copy.named_modules(remove_duplicate=False) if layer is dense]:
-            copy.set_submodule(place, small)
+        substitute(copy, name, FactorizedLinear(factors.B, factors.C, layers[name].bias))
     return copy
+
+
+def substitute(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer into a model where the named one is, and wherever else the model uses that same module.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(4, 4)
+    >>> model = nn.Sequential(layer, nn.ReLU(), layer)
+    >>> substitute(model, "0", nn.Identity())
+    >>> model
+    Sequential(
+      (0): Identity()
+      (1): ReLU()
+      (2): Identity()
+    )
+    """
+    old = model.get_submodule(name)
+    for place in [place for place, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model.set_submodule(place, layer)
 
 
 def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_helpers.data import checksum
-from lowrank_helpers.factorization import check_rank
+from lowrank_helpers.factorization import check_rank, substitute
 from lowrank_helpers.models import linear_layers
 
 FORMAT = "lora-1"
@@ -115,6 +115,12 @@ def adapt(model: nn.Module, layers: Iterable[str], *, rank: int, alpha: float, s
     ------
     ValueError
         The model has adapters already, a name is no linear layer of it, or the rank is impossible for a layer.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> list(adapters(adapt(model, {"0": 2}, alpha=4, seed=0)))
+    ['0']
     """
     if adapters(model):
         raise ValueError(f"layers {', '.join(adapters(model))} have adapters already; merge or remove them first")
@@ -127,7 +133,7 @@ def adapt(model: nn.Module, layers: Iterable[str], *, rank: int, alpha: float, s
         if name in chosen:
             check_rank(rank, layer.weight.shape)
             A = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
-            copy.set_submodule(name, LoRALinear(layer, A, torch.zeros(layer.out_features, rank), alpha))
+            substitute(copy, name, LoRALinear(layer, A, torch.zeros(layer.out_features, rank), alpha))
     return copy
 
 
@@ -135,18 +141,25 @@ def remove(model: nn.Module) -> nn.Module:
     """Return a copy of a model without its adapters: the network that was adapted, all of it trainable."""
     copy = deepcopy(model)
     for name, layer in adapters(copy).items():
-        copy.set_submodule(name, layer.base)
+        substitute(copy, name, layer.base)
     return copy.requires_grad_(True)
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with W + ΔW in a plain ``nn.Linear`` for each adapted layer, all of it trainable."""
+    """Return a copy of a model with W + ΔW in a plain ``nn.Linear`` for each adapted layer, all of it trainable.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> merge(adapt(model, {"0": 2}, alpha=4, seed=0))[0]
+    Linear(in_features=20, out_features=16, bias=True)
+    """
     copy = deepcopy(model)
     for name, layer in adapters(copy).items():
         merged = nn.utils.skip_init(nn.Linear, layer.base.in_features, layer.base.out_features)
         merged.weight = nn.Parameter(layer.weight.detach())
         merged.register_parameter("bias", layer.base.bias)
-        copy.set_submodule(name, merged)
+        substitute(copy, name, merged)
     return copy.requires_grad_(True)
 
 
@@ -200,7 +213,7 @@ def load_adapter(model: nn.Module, file: Path) -> nn.Module:
         if layers[name].weight.shape != (len(B), A.shape[1]):
             found = "×".join(map(str, layers[name].weight.shape))
             raise AdapterError(f"{file} adapts {name!r} of {len(B)}×{A.shape[1]}; the model's is {found}")
-        copy.set_submodule(name, LoRALinear(layers[name], A, B, alpha))
+        substitute(copy, name, LoRALinear(layers[name], A, B, alpha))
     if checksum(model.state_dict()) != header["base"]:
         raise AdapterError(
             f"{file} was trained on a network of the same shapes with other weights; "

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from lowrank_helpers import lora
 from lowrank_helpers.factorization import factorize, hidden_layers
 from lowrank_helpers.models import mlp
 
@@ -94,3 +95,22 @@ def test_a_layer_in_two_places_is_factorised_in_both():
     whole = factorize(model, {"body.first": 4})
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(whole(x), model(x), atol=1e-5)
+
+
+def test_a_layer_in_two_places_is_adapted_and_merged_in_both():
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    adapted = lora.adapt(Residual(), {"body.first": 2}, alpha=4, seed=0)
+    assert adapted.again is adapted.body.first
+    for factor in filter(lambda parameter: parameter.requires_grad, adapted.parameters()):
+        nn.init.constant_(factor, 0.5)
+    merged = lora.merge(adapted)
+    assert merged.again is merged.body.first
+    assert torch.allclose(merged(x), adapted(x), atol=1e-5)
+
+
+def test_layers_that_only_share_a_weight_get_factors_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    small = factorize(model, {"0": 2})
+    assert small[2].weight.equal(model[2].weight)
+    assert small[0].rank == 2
