@@ -1,9 +1,10 @@
-"""The command line: ``lowrank run``, ``lowrank sweep``, ``lowrank record``, ``lowrank check``."""
+"""The command line: ``lowrank run``, ``lowrank sweep``, ``lowrank record``, ``lowrank check``, ``lowrank analyze``."""
 
 import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -84,11 +85,22 @@ def _choices() -> str:
     default=PROJECT / "reports" / "latest",
     help="The run's folder, reports/latest if not given: notebooks, pages, results.json, trained networks.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Notebooks to execute at once; two more than cores if not given, as some wait for what others train. "
+    "1: one after the other. Numbers do not depend on it.",
+)
 @click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
 def run(
-    notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...], file: Path | None, output: Path, resume: bool
+    notebooks: tuple[str, ...],
+    pairs: tuple[tuple[str, str], ...],
+    file: Path | None,
+    output: Path,
+    workers: int | None,
+    resume: bool,
 ) -> None:
-    """Execute NOTEBOOKS (all, if none is named) in order, then render pages, index.html and results.json.
+    """Execute NOTEBOOKS (all, if none is named) side by side, then render pages, index.html and results.json.
 
     \b
     Examples:
@@ -102,7 +114,7 @@ def run(
         planned = execution.plan(notebooks, _parameters_from(pairs, file))
     except ParameterError as error:
         _fail(str(error))
-    _run(planned, output, resume)
+    _run(planned, output, workers, resume)
 
 
 @main.command(epilog=_choices())
@@ -161,7 +173,8 @@ def sweep(
       lowrank sweep -f sweeps/widths.yaml --resume
       lowrank sweep -f sweeps/ranks.yaml --scheduler tcp://node7:8786
     """  # noqa: D301
-    from lowrank_helpers.series import sweep as sweeps  # here: other commands need not wait for the import of Dask
+    from lowrank_helpers.series import cluster  # here: other commands need not wait for the import of Dask
+    from lowrank_helpers.series import sweep as sweeps
 
     tls = [part for part in (tls_ca_file, tls_cert, tls_key) if part]
     if tls and not (scheduler and len(tls) == 3):
@@ -176,7 +189,7 @@ def sweep(
         _fail(str(error))
     name = file.stem if file else "sweep"
     output = output or PROJECT / "reports" / "sweeps" / name
-    _sweep(definition, points, output, resume, sweeps.connected(scheduler, workers=workers, tls=tls))
+    _sweep(definition, points, output, resume, cluster.connected(scheduler, workers=workers, tls=tls))
     if recorded:
         from lowrank_helpers.report import sweep_pages
 
@@ -188,7 +201,7 @@ def sweep(
 def record() -> None:
     """Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/."""
     latest = PROJECT / "reports" / "latest"
-    _run(execution.plan((), {}), latest, resume=False)
+    _run(execution.plan((), {}), latest)
     execution.record(latest)
     index.publish(latest, PROJECT / "reports" / "reference")
     click.echo("Recorded in notebooks/ and reports/reference/.")
@@ -218,19 +231,20 @@ def check(notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> Non
 
 
 @main.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def tolerances(folder: Path) -> None:
-    """Set where recorded numbers may lie, from the points of a sweep over seeds and precisions in FOLDER.
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+def tolerances(folders: tuple[Path, ...]) -> None:
+    """Set where recorded numbers may lie, from the points of sweeps over seeds and precisions in FOLDERS.
 
     \b
     Example:
       lowrank sweep -f sweeps/chains.yaml
-      lowrank tolerances reports/sweeps/chains
+      lowrank sweep -f sweeps/chains_float32.yaml
+      lowrank tolerances reports/sweeps/chains reports/sweeps/chains_float32
     """  # noqa: D301
     from lowrank_helpers.checking import tolerances as limits
 
     try:
-        worded = limits.set_limits(folder)
+        worded = limits.set_limits(folders)
     except limits.ChainsError as error:
         _fail(str(error), code=1)
     click.echo("Set in notebooks/; docs/tolerances.md says what they are worth.")
@@ -238,20 +252,60 @@ def tolerances(folder: Path) -> None:
         _fail("words differ between chains, so these cells cannot be checked:\n" + "\n".join(worded), code=1)
 
 
-def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None:
+@main.command()
+@click.argument("source", metavar="FILE_OR_CALLABLE")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write the table, with all names and a figure, to index.html in this folder, and all numbers to results.json.",
+)
+def analyze(source: str, output: Path | None) -> None:
+    """Measure the rank of every matrix of your own network: a file of weights, or a model.
+
+    A file is .safetensors, or PyTorch's .pt, .pth or .bin with a state_dict; none of its code is ever executed.
+    package.module:callable is imported and called, and so does execute code: yours. It returns a torch.nn.Module.
+
+    \b
+    Examples:
+      lowrank analyze model.safetensors
+      lowrank analyze checkpoint.pt -o reports/mine
+      lowrank analyze torchvision.models:resnet18
+    """  # noqa: D301
+    from lowrank_helpers import analysis
+    from lowrank_helpers.report import analysis_page
+
+    try:
+        if output:
+            analysis_page.check(output)
+        found = analysis.analyze(source)
+    except analysis.AnalysisError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        click.echo("\nStopped.", err=True)
+        sys.exit(INTERRUPTED)
+    click.echo(analysis_page.text(found))
+    if output:
+        analysis_page.write(output, found)
+        click.echo(f"\nOpen {os.path.relpath(output / 'index.html')}")
+
+
+def _run(planned: dict[str, dict[str, Any]], output: Path, workers: int | None = None, resume: bool = False) -> None:
     """Execute, gather and render; exit with 1 if a notebook failed."""
     outcomes: list[Outcome] = []
+    start = time.perf_counter()
     try:
         dataset = execution.settle_dataset(planned)
         if dataset == "digits":
             _warn_of_digits()
         with execution.run_folder(output, replace(Settings.of_command(), auto_dataset=dataset)) as folder:
             try:
-                for outcome in execution.execute(planned, folder, resume=resume):
+                for outcome in _executed(planned, folder, workers, resume):
                     outcomes.append(outcome)
             finally:
                 if outcomes:
-                    index.render(folder, results.gather(folder, outcomes))
+                    seconds = time.perf_counter() - start
+                    index.render(folder, results.gather(folder, outcomes, seconds))
     except DatasetError as error:
         _fail(str(error))
     except RunFolderError as error:
@@ -259,14 +313,37 @@ def _run(planned: dict[str, dict[str, Any]], output: Path, resume: bool) -> None
     except KeyboardInterrupt:
         click.echo(f"\nStopped; {len(outcomes)} of {len(planned)} notebooks are done. Add --resume to go on.", err=True)
         sys.exit(INTERRUPTED)
-    _summarise(outcomes, output)
+    _summarise(sorted(outcomes, key=lambda outcome: outcome.notebook), seconds, output)
+
+
+def _executed(planned: dict[str, dict[str, Any]], folder: Path, workers: int | None, resume: bool) -> Iterator[Outcome]:
+    """Execute notebooks by so many workers, yielding how each ended; one worker is this process."""
+    if workers == 1 or len(planned) == 1:
+        yield from execution.execute(planned, folder, resume=resume)
+        return
+    from lowrank_helpers.series import cluster  # here: other commands need not wait for the import of Dask
+
+    workers = min(workers or cluster.CPU_COUNT + 2, len(planned))
+    with (
+        cluster.connected(workers=workers, threads=cluster.CPU_COUNT) as client,
+        _line("{desc}", len(planned)) as line,
+    ):
+        n_ended = 0
+        for ended, standing in execution.execute_side_by_side(planned, folder, client, resume=resume):
+            n_ended += len(ended)
+            line.n = n_ended
+            line.set_description_str(f"{n_ended} of {len(planned)} notebooks done; cells: {', '.join(standing) or '–'}")
+            if ended and not sys.stderr.isatty():
+                click.echo(str(line), err=True)
+            yield from ended
 
 
 def _sweep(
-    definition: "Sweep", points: list["Point"], output: Path, resume: bool, cluster: AbstractContextManager["Client"]
+    definition: "Sweep", points: list["Point"], output: Path, resume: bool, connection: AbstractContextManager["Client"]
 ) -> None:
     """Run points on a cluster, gather table and page; exit with 1 if a point failed."""
     from lowrank_helpers.series import sweep as sweeps
+    from lowrank_helpers.series.cluster import ClusterError
 
     ended: list[Ended] = []
     try:
@@ -274,7 +351,7 @@ def _sweep(
             datasets = sweeps.settle_datasets(points)
             if "digits" in datasets.values():
                 _warn_of_digits()
-            with cluster as client:
+            with connection as client:
                 sweeps.forget(points, folder, resume=resume)
                 for news in _followed(sweeps.run(client, points, folder, datasets), len(points)):
                     ended += news
@@ -284,7 +361,7 @@ def _sweep(
             sweep_pages.write(folder, definition, points, failed)
     except DatasetError as error:
         _fail(str(error))
-    except (RunFolderError, sweeps.ClusterError) as error:
+    except (RunFolderError, ClusterError) as error:
         _fail(str(error), code=1)
     except KeyboardInterrupt:
         click.echo(f"\nStopped; {len(ended)} of {len(points)} points are done. Add --resume to go on.", err=True)
@@ -302,15 +379,7 @@ def _sweep(
 def _followed(progress: Iterator[tuple[list["Ended"], int]], n_points: int) -> Iterator[list["Ended"]]:
     """Pass on which points ended, and keep a line on how the sweep stands; where there is no terminal, one for each."""
     n_ended = n_failed = 0
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=n_points,
-        file=sys.stderr if terminal else io.StringIO(),
-        disable=False,  # though the environment hides bars: this line alone says how the sweep stands
-        bar_format="{desc}, {remaining} left",
-        smoothing=0,  # points are few: their mean tells more than the last ones
-    )
-    with bar:
+    with _line("{desc}, {remaining} left", n_points) as bar:
         for ended, n_running in progress:
             n_ended += len(ended)
             n_failed += sum(bool(end.error) for end in ended)
@@ -318,19 +387,30 @@ def _followed(progress: Iterator[tuple[list["Ended"], int]], n_points: int) -> I
             bar.set_description_str(
                 f"{n_ended - n_failed} of {n_points} points done, {n_running} running, {n_failed} failed"
             )
-            if ended and not terminal:
+            if ended and not sys.stderr.isatty():
                 click.echo(str(bar), err=True)
             yield ended
+
+
+def _line(format: str, total: int) -> tqdm:
+    """Return a line on how it all stands, which is drawn anew in a terminal, and for others to be printed."""
+    return tqdm(
+        total=total,
+        file=sys.stderr if sys.stderr.isatty() else io.StringIO(),
+        disable=False,  # though the environment hides bars: this line alone says how it stands
+        bar_format=format,
+        smoothing=0,  # points are few: their mean tells more than the last ones
+    )
 
 
 def _first_few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _summarise(outcomes: list[Outcome], output: Path) -> None:
+def _summarise(outcomes: list[Outcome], seconds: float, output: Path) -> None:
     for outcome in outcomes:
         click.echo(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s")
-    click.echo(f"{'together':16} {'':7} {sum(outcome.seconds for outcome in outcomes):7.1f} s")
+    click.echo(f"{'together':16} {'':7} {seconds:7.1f} s")
     failures = results.failures(outcomes)
     for failure in failures:
         click.echo(f"Failed: {failure}")

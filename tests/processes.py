@@ -13,9 +13,9 @@ def heed_interrupts() -> None:
 
 
 def kernels(pid: int) -> list[psutil.Process]:
-    """Return the kernels that a process has: what its nursery forked; other children, such as git, come and go."""
+    """Return the kernels of a process and its workers: what nurseries forked; others, such as git, come and go."""
     kernels = []
-    for child in psutil.Process(pid).children():
+    for child in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
             if "lowrank_helpers.series.kernels" in child.cmdline():
                 kernels += [kernel for kernel in child.children() if os.getsid(kernel.pid) == kernel.pid]

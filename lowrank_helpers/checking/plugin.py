@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
@@ -102,6 +103,12 @@ class RecordedNotebook(IPyNbFile):
 
     def collect(self) -> Iterator["RecordedCell"]:
         """Yield the code cells under their ids."""
+        recorded = nbformat.read(self.path, as_version=4)
+        sealed = recorded.metadata.get("lowrank", {}).get("outputs")
+        if sealed and sealed != execution.outputs_checksum(recorded):
+            raise self.CollectError(
+                f"{self.path.name}: outputs are not as `lowrank record` wrote them; record them anew"
+            )
         given = self.config.getoption("given").get(self.path.stem, {})
         for item in super().collect():
             if "parameters" in item.cell.metadata.get("tags", []):

@@ -9,6 +9,10 @@ more chain (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8),
 made of the chains' values of that number. The standard deviation s is pooled over the precisions, each about its own
 mean, and the interval reaches from the lowest to the highest of their means, so that it holds for either. The level of
 t divides one in a hundred among all numbers that vary (Bonferroni): a sound machine fails the whole check less often.
+Chains of a precision begin two seeds apart and show means over five, so they share networks. The mean correlation of
+five such windows is ρ = 0.3, and the variance seen between them is 1 − ρ of that between independent chains: s² is
+divided by it (``OVERLAP``). For numbers of one network that is more than is needed.
+
 Printing rounds: half a unit of the last printed place is added on either side.
 
 A number that is the same in all chains may be so by luck, as an accuracy of 100.00 %. One unit of its last place is
@@ -17,7 +21,7 @@ allowed, unless it is a whole number of at least ``COUNT``: no such number that 
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -46,6 +50,7 @@ from lowrank_helpers.series.store import write_atomically
 
 FALSE_ALARM = 0.01  # of the whole check, on a sound machine
 LEAST_CHAINS = 10
+OVERLAP = 1 / (1 - 0.3)
 COUNT = 100
 FACTORS = (1.5, 2, 5, 10)  # of an interval's half-width: how far the power study moves each number
 TURNED = {"✓ met": "✗ **not met**", "larger": "smaller", "smaller": "larger", "the same": "larger"}
@@ -91,8 +96,8 @@ class Passage:
         return NUMBER.findall(self.recorded)
 
 
-def read_chains(folder: Path) -> list[Chain]:
-    """Read the executed notebooks of a sweep's points, those of the series that are there.
+def read_chains(folders: Iterable[Path]) -> list[Chain]:
+    """Read the executed notebooks of the points of sweeps, those of the series that are there.
 
     Raises
     ------
@@ -100,7 +105,8 @@ def read_chains(folder: Path) -> list[Chain]:
         There are fewer than ``LEAST_CHAINS``.
     """
     chains = []
-    for point in sorted(path for path in (folder / "points").glob("*") if any(path.glob("*.ipynb"))):
+    points = [path for folder in folders for path in sorted((folder / "points").glob("*")) if any(path.glob("*.ipynb"))]
+    for point in points:
         precisions = {filed["environment"]["precision"] for filed in read_findings(point).values()}
         cells = {
             (name, cell.id): cell
@@ -110,9 +116,7 @@ def read_chains(folder: Path) -> list[Chain]:
         }
         chains.append(Chain(point.name, ", ".join(sorted(precisions)), cells))
     if len(chains) < LEAST_CHAINS:
-        raise ChainsError(
-            f"{folder} has {len(chains)} chains with executed notebooks; at least {LEAST_CHAINS} are needed"
-        )
+        raise ChainsError(f"there are {len(chains)} chains with executed notebooks; at least {LEAST_CHAINS} are needed")
     return chains
 
 
@@ -185,7 +189,7 @@ def limits(printed: str, values: np.ndarray, precisions: Sequence[str], level: f
         return None if is_count else _rounded(recorded - step, recorded + step, step)
     groups = [values[np.array(precisions) == precision] for precision in dict.fromkeys(precisions)]
     dof = len(values) - len(groups)
-    s = np.sqrt(sum(((group - group.mean()) ** 2).sum() for group in groups) / dof)
+    s = np.sqrt(OVERLAP * sum(((group - group.mean()) ** 2).sum() for group in groups) / dof)
     t = stats.t.isf(level / 2, dof)
     reach = [(group.mean(), t * s * np.sqrt(1 + 1 / len(group))) for group in groups]
     half = step / 2
@@ -278,8 +282,8 @@ def _swaps(number: str) -> Iterator[str]:
             yield number[:i] + two + one + number[i + 2 :]
 
 
-def set_limits(folder: Path) -> list[str]:
-    """Write the limits from a sweep's chains into the cells' metadata, and what they are worth into the docs.
+def set_limits(folders: Iterable[Path]) -> list[str]:
+    """Write the limits from the chains of sweeps into the cells' metadata, and what they are worth into the docs.
 
     Returns
     -------
@@ -291,7 +295,7 @@ def set_limits(folder: Path) -> list[str]:
     ChainsError
         There are too few chains.
     """
-    chains = read_chains(folder)
+    chains = read_chains(folders)
     precisions = [chain.precision for chain in chains]
     found, worded = passages(chains)
     made = all_limits(found, precisions, range(len(chains)))
@@ -338,7 +342,8 @@ def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Se
         "",
         "## What the check would catch",
         "",
-        "Each number altered alone, from the middle of its limits; verdicts turned to their opposites.",
+        "Each number of new outputs altered alone, from the middle of its limits; verdicts turned to their opposites.",
+        "A digit altered in the *recorded* outputs is always caught: notebooks are recorded with a checksum of theirs.",
         "",
         "| alteration | caught | of |",
         "|---|---|---|",

@@ -73,7 +73,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
             by_notebook.setdefault(item["notebook"], []).append({**item, **_answer(item, findings, runs, figures)})
         return by_notebook
 
-    conditions = _conditions(runs)
+    conditions = _conditions(runs) | _duration(results)
     return {
         "chapters": chapters(assignment["items"]),
         "beyond": chapters(assignment["beyond"]),
@@ -143,7 +143,6 @@ def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
         "Matrix products in": environment("precision"),
         "Threads": environment("threads"),
         "Started": min((run["environment"]["started"] for run in filed), default="–").replace("T", " "),
-        "Notebooks took": f"{sum(run.get('seconds', 0) for run in runs.values()):.0f} s",
         "Git revision": environment("revision"),
         "Python": environment("python"),
         "Versions": together(versions),
@@ -158,6 +157,10 @@ def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
         "kinds": list(dict.fromkeys(kind for seconds in spent.values() for kind in seconds)),
         "longest": max((sum(seconds.values()) for seconds in spent.values()), default=0),
     }
+
+
+def _duration(results: Mapping[str, Any]) -> dict[str, str]:
+    return {} if results["seconds"] is None else {"The run took": f"{results['seconds']:.0f} s"}
 
 
 def _filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:

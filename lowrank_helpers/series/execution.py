@@ -1,7 +1,8 @@
-"""Executes notebooks through papermill into a run folder, in order."""
+"""Executes notebooks through papermill into a run folder: in order, or side by side on Dask's workers."""
 
 import copy
 import hashlib
+import io
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 from filelock import FileLock, Timeout
@@ -26,8 +27,12 @@ from lowrank_helpers.series.run import software
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import TEMPORARY, write_atomically
 
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
 LOCK = ".lock"  # in a folder that a run holds: whose it is
+STANDING = "lowrank-notebooks"  # topic under which workers say how their notebooks stand
 
 # Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
 KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
@@ -156,17 +161,93 @@ def execute(
     progress : bool
         Show a bar for each notebook.
     """
-    all_kept = True
-    for name, given in planned.items():
-        fingerprint = _fingerprint(name, given)
-        kept = _kept(name, folder, fingerprint) if resume else None
-        if kept and (all_kept or not reads_findings(name)):
-            outcome = Outcome(name, "kept", kept["seconds"])
+    kept, missing = _already_there(planned, folder) if resume else ([], list(planned))
+    yield from kept
+    for name in missing:
+        bar = {"desc": name, "unit": "cell"} if progress else False
+        yield _execute_one(name, planned[name], folder, bar)
+
+
+def execute_side_by_side(
+    planned: Mapping[str, Mapping[str, Any]], folder: Path, client: "Client", *, resume: bool = False
+) -> Iterator[tuple[list[Outcome], list[str]]]:
+    """Execute notebooks into a run folder as :func:`execute` does, as many at once as there are workers.
+
+    A network that two notebooks want is trained by one; the other waits for it. A notebook that reads what the others
+    found starts when they have ended.
+
+    Yields
+    ------
+    list of Outcome, list of str
+        Once a second or whenever a notebook ends: how those ended that did since, and how those stand that run.
+    """
+    from lowrank_helpers.series.cluster import ended_of  # here: other commands need not wait for the import of Dask
+
+    standing: dict[str, str] = {}
+    client.subscribe_topic(STANDING, lambda event: standing.update([event[1]]))
+    kept, missing = _already_there(planned, folder) if resume else ([], list(planned))
+    yield kept, []
+    for together in (
+        [name for name in missing if not reads_findings(name)],
+        [name for name in missing if reads_findings(name)],
+    ):
+        futures = {
+            client.submit(_execute_in_worker, name, planned[name], folder, pure=False, priority=-i): name
+            for i, name in enumerate(together)
+        }
+        while futures:
+            ended = [(futures.pop(future), future) for future in ended_of(futures)]
+            yield (
+                [_outcome(name, future) for name, future in ended],
+                [standing[name] for name in futures.values() if name in standing],
+            )
+
+
+def _outcome(name: str, future: "Future") -> Outcome:
+    from distributed.scheduler import KilledWorker
+
+    try:
+        return future.result()
+    except KilledWorker:
+        return Outcome(name, "failed", 0.0, "the process that ran it was killed again and again (out of memory?)")
+
+
+def _execute_in_worker(name: str, given: Mapping[str, Any], folder: Path) -> Outcome:
+    # Shown elsewhere, though the environment hides bars.
+    bar = {"file": _Standing(name), "bar_format": f"{name} {{n}}/{{total}}", "disable": False}
+    with kernels.forked():
+        return _execute_one(name, given, folder, bar)
+
+
+class _Standing(io.StringIO):
+    """Passes the bar of a notebook on to the process that shows how all of them stand."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def write(self, text: str) -> int:
+        from distributed import get_worker
+
+        if bar := text.strip():
+            get_worker().log_event(STANDING, (self.name, bar))
+        return len(text)
+
+
+def _already_there(planned: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[list[Outcome], list[str]]:
+    """Return what a run folder has of the notebooks, and the names of those to execute.
+
+    A notebook that reads what those before it found is kept only if all of them are.
+    """
+    kept: list[Outcome] = []
+    missing: list[str] = []
+    for name in sorted(planned, key=reads_findings):
+        made_by = _kept(name, folder, _fingerprint(name, planned[name]))
+        if made_by and not (reads_findings(name) and any(other < name for other in missing)):
+            kept.append(Outcome(name, "kept", made_by["seconds"]))
         else:
-            all_kept = False
-            _forget(name, folder)
-            outcome = _execute_one(name, given, fingerprint, folder, progress)
-        yield outcome
+            missing.append(name)
+    return kept, sorted(missing)
 
 
 def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
@@ -182,9 +263,11 @@ def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
     return data.resolve(values["dataset"], values["data_dir"])
 
 
-def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: Path, progress: bool) -> Outcome:
+def _execute_one(name: str, given: Mapping[str, Any], folder: Path, bar: Mapping[str, Any] | bool) -> Outcome:
     import papermill  # here, not above: its import takes seconds, which a refusal need not wait for
 
+    _forget(name, folder)
+    fingerprint = _fingerprint(name, given)
     partial = folder / f".{name}{TEMPORARY}.ipynb"
     start = time.perf_counter()
     reason, cell = "", None
@@ -195,7 +278,7 @@ def _execute_one(name: str, given: Mapping[str, Any], fingerprint: str, folder: 
             parameters=dict(given),
             cwd=NOTEBOOK_FOLDER,
             kernel_name="python3",
-            progress_bar={"desc": name, "unit": "cell"} if progress else False,
+            progress_bar=bar,
             config=KERNEL_CONFIG,
             shutdown_kernel="immediate",  # all that it keeps is written by then
         )
@@ -279,4 +362,11 @@ def record(folder: Path) -> None:
             if cell.cell_type == "code":
                 cell.outputs = executed[cell.id].outputs
                 cell.execution_count = executed[cell.id].execution_count
+        recorded.metadata.setdefault("lowrank", {})["outputs"] = outputs_checksum(recorded)
         write_atomically(notebook_path(name), (nbformat.writes(recorded) + "\n").encode())
+
+
+def outputs_checksum(notebook: nbformat.NotebookNode) -> str:
+    """Hash all outputs of a notebook: it is recorded with them, so that no digit of theirs changes unseen."""
+    outputs = [[cell.id, cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 
 from lowrank_helpers.series.store import UnusableError, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def findings_file(folder: Path, notebook: str) -> Path:
 
 
 def file_findings(folder: Path, content: Mapping[str, Any]) -> None:
-    """File what a notebook found: ``notebook`` (its name), ``parameters``, ``environment`` and ``findings``."""
+    """File a notebook's name, ``parameters``, ``environment``, ``seconds_by_kind`` and ``findings``."""
     filed = {"format": FORMAT, "checksum": _checksum(content), **content}
     text = json.dumps(filed, indent=1, ensure_ascii=False)
     write_atomically(findings_file(folder, content["notebook"]), text.encode())
@@ -68,13 +68,19 @@ def read_findings(folder: Path) -> dict[str, dict[str, Any]]:
     return filed
 
 
-def gather(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = None) -> dict[str, Any]:
     """Join the findings of a run folder into ``results.json`` and return them.
+
+    Parameters
+    ----------
+    seconds : float, optional
+        What the run took on the clock, from its start to here.
 
     Returns
     -------
     dict
-        ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on what.
+        ``seconds``: as given. ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on
+        what, and ``seconds_by_kind``, processor seconds by kind of work.
         ``findings``: by id, the answer, the evidence, the values, the timings, and whether a bar was met.
     """
     notebooks: dict[str, Any] = {
@@ -84,10 +90,12 @@ def gather(folder: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     findings: dict[str, Any] = {}
     for name, filed in read_findings(folder).items():
         notebooks.setdefault(name, {"status": "earlier"}).update(
-            parameters=filed["parameters"], environment=filed["environment"]
+            parameters=filed["parameters"],
+            environment=filed["environment"],
+            seconds_by_kind=filed["seconds_by_kind"],
         )
         findings |= {id: {"notebook": name} | finding for id, finding in filed["findings"].items()}
-    results = {"format": FORMAT, "notebooks": notebooks, "findings": dict(sorted(findings.items()))}
+    results = {"format": FORMAT, "seconds": seconds, "notebooks": notebooks, "findings": dict(sorted(findings.items()))}
     write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
     return results
 
@@ -99,7 +107,7 @@ def apart_from_time(results: Mapping[str, Any]) -> dict[str, Any]:
     """
     notebooks = {
         name: notebook
-        | {"status": notebook["status"].replace("kept", "done"), "seconds": None}
+        | {"status": notebook["status"].replace("kept", "done"), "seconds": None, "seconds_by_kind": None}
         | {"environment": notebook.get("environment", {}) | {"started": None}}
         for name, notebook in results["notebooks"].items()
     }
@@ -107,7 +115,7 @@ def apart_from_time(results: Mapping[str, Any]) -> dict[str, Any]:
         id: finding | ({"timings": None, "answer": None, "evidence": None} if finding["timings"] else {})
         for id, finding in results["findings"].items()
     }
-    return {**results, "notebooks": notebooks, "findings": findings}
+    return {**results, "seconds": None, "notebooks": notebooks, "findings": findings}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -30,6 +31,7 @@ from lowrank_helpers.training import (
     pick_device,
     pick_precision,
     side_by_side,
+    spent,
     take_one_thread_each,
 )
 
@@ -86,6 +88,7 @@ class Run:
     """
 
     def __init__(self, notebook: str, **values: Any) -> None:
+        self._seconds_to_start = time.process_time()
         parameters.check(values)
         settings = Settings.inherited()
         settings.apply()  # from here on, no relative folder in a variable depends on where the notebook lies
@@ -258,9 +261,15 @@ class Run:
                 "threads": n_side_by_side(),
             }
             | software(),
+            "seconds_by_kind": self._seconds_by_kind(),
             "findings": self._findings,
         }
         file_findings(self.folder, filed)
+
+    def _seconds_by_kind(self) -> dict[str, float]:
+        """Return the processor seconds of this process so far, by kind of work."""
+        known = {"starting": self._seconds_to_start} | spent
+        return known | {"rest": max(0.0, time.process_time() - sum(known.values()))}
 
 
 @torch.no_grad()

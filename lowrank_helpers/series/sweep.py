@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, Security, wait
+from distributed import Client, Future
 
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import execution, parameters, results
+from lowrank_helpers.series.cluster import ClusterError, ended_of
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.run import software
 from lowrank_helpers.series.settings import Settings
@@ -33,12 +32,6 @@ from lowrank_helpers.series.settings import Settings
 KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
-CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
-TICK = 1  # seconds between two looks at what is running
-
-
-class ClusterError(Exception):
-    """The scheduler or a worker cannot be used; the message says which, why and what to do."""
 
 
 class PointError(Exception):
@@ -233,57 +226,6 @@ def forget(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
             shutil.rmtree(point.folder(folder))
 
 
-@contextmanager
-def connected(
-    scheduler: str | None = None, *, workers: int | None = None, tls: Sequence[Path] = ()
-) -> Iterator[Client]:
-    """Connect to a scheduler, or start one with workers on this machine.
-
-    Parameters
-    ----------
-    scheduler : str, optional
-        Address such as ``tcp://node7:8786``.
-    workers : int, optional
-        Processes to start here, where no scheduler is given; by default one a core. Each kernel takes an equal
-        share of the cores: programs that compete for them slow each other down many times.
-    tls : sequence of Path
-        For a scheduler that wants TLS: the authority's certificate, and this client's certificate and key.
-
-    Raises
-    ------
-    ClusterError
-        No scheduler answers at the address.
-    """
-    if scheduler:
-        with _client(scheduler, tls) as client:
-            yield client
-        return
-    workers = workers or CPU_COUNT
-    with (
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            env={"OMP_NUM_THREADS": str(max(1, CPU_COUNT // workers))},
-            memory_limit=0,  # it would be the worker's own; what takes memory is the kernel
-            dashboard_address=None,
-            silence_logs="CRITICAL",  # failures are reported at the end
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
-
-
-def _client(scheduler: str, tls: Sequence[Path]) -> Client:
-    try:
-        security = None
-        if tls:
-            names = ("tls_ca_file", "tls_client_cert", "tls_client_key")
-            security = Security(**dict(zip(names, map(str, tls), strict=True)), require_encryption=True)
-        return Client(scheduler, timeout=CONNECT_TIMEOUT, security=security)
-    except (OSError, ValueError, TypeError) as error:  # silence, no address, tls:// without certificates
-        raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error
-
-
 def run(
     client: Client, points: Sequence[Point], folder: Path, datasets: Mapping[str, str]
 ) -> Iterator[tuple[list[Ended], int]]:
@@ -318,11 +260,7 @@ def run(
             settings = replace(told, auto_dataset=datasets[point.name])
             futures[client.submit(run_point, point, ground, settings, retries=1, pure=False)] = point
         while futures:
-            try:
-                ended = wait(list(futures), timeout=TICK, return_when="FIRST_COMPLETED").done
-            except TimeoutError:
-                ended = set()
-            yield [_ended(futures.pop(future), future) for future in ended], _n_running(client)
+            yield [_ended(futures.pop(future), future) for future in ended_of(futures)], _n_running(client)
         execution.remove_leftovers(folder / "networks")  # of workers that were killed
     except (OSError, CancelledError) as error:
         raise ClusterError(f"the scheduler at {client.scheduler.address} is lost; add --resume to go on") from error

@@ -105,6 +105,15 @@ def test_report_counts_what_was_compared_and_says_why_the_rest_was_not(untouched
     assert "unchecked: recorded.ipynb::machine (differs by machine)" in report
 
 
+def test_a_digit_changed_by_hand_where_numbers_are_free_is_caught_too(recorded, tmp_path):
+    sealed = deepcopy(recorded)
+    sealed.metadata["lowrank"] = {"outputs": outputs_checksum(recorded)}
+    time = next(cell for cell in sealed.cells if cell.id == "time")
+    time.outputs[0].text = "took 12 ns\n"
+    failures, _ = check(sealed, tmp_path)
+    assert any("not as `lowrank record` wrote them" in failure for failure in failures.values())
+
+
 @pytest.fixture(scope="module")
 def altered(recorded, tmp_path_factory) -> dict[str, str]:
     """One fault in each of several copies of the cells, all checked in one go."""

@@ -191,7 +191,7 @@ def test_findings_come_back_as_filed(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("0.98", "0.99"), ('"format": 1', '"format": 0'), ("}", ""), ('"seed": 0', '"seed": 1'), ("{", "[")],
+    [("0.98", "0.99"), ('"format": 2', '"format": 0'), ("}", ""), ('"seed": 0', '"seed": 1'), ("{", "[")],
 )
 def test_altered_findings_are_left_out_with_a_warning(tmp_path, old, new):
     results.file_findings(tmp_path, FINDINGS)

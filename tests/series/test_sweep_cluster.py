@@ -26,8 +26,8 @@ from processes import heed_interrupts, kernels
 
 from lowrank_helpers.cli import main
 from lowrank_helpers.data import PROJECT
+from lowrank_helpers.series.cluster import ClusterError, connected
 from lowrank_helpers.series.store import TEMPORARY
-from lowrank_helpers.series.sweep import ClusterError, connected
 
 pytestmark = pytest.mark.slow
 

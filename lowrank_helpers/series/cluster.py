@@ -1,0 +1,78 @@
+"""Workers of Dask distributed, on this machine or on others: what runs notebooks side by side."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dask.system import CPU_COUNT
+from distributed import Client, Future, LocalCluster, Security, wait
+
+CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
+TICK = 1  # seconds between two looks at what is running
+
+
+class ClusterError(Exception):
+    """The scheduler or a worker cannot be used; the message says which, why and what to do."""
+
+
+@contextmanager
+def connected(
+    scheduler: str | None = None, *, workers: int | None = None, threads: int | None = None, tls: Sequence[Path] = ()
+) -> Iterator[Client]:
+    """Connect to a scheduler, or start one with workers on this machine.
+
+    Parameters
+    ----------
+    scheduler : str, optional
+        Address such as ``tcp://node7:8786``.
+    workers : int, optional
+        Processes to start here, where no scheduler is given; by default one a core.
+    threads : int, optional
+        In how many threads each kernel here may work, and so how many networks it trains side by side; by default its
+        share of the cores.
+    tls : sequence of Path
+        For a scheduler that wants TLS: the authority's certificate, and this client's certificate and key.
+
+    Raises
+    ------
+    ClusterError
+        No scheduler answers at the address.
+    """
+    if scheduler:
+        with _client(scheduler, tls) as client:
+            yield client
+        return
+    workers = workers or CPU_COUNT
+    n_threads = str(threads or max(1, CPU_COUNT // workers))
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            env={"OMP_NUM_THREADS": n_threads, "MKL_NUM_THREADS": n_threads},  # Dask sets both to 1
+            memory_limit=0,  # it would be the worker's own; what takes memory is the kernel
+            dashboard_address=None,
+            silence_logs="CRITICAL",  # failures are reported at the end
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _client(scheduler: str, tls: Sequence[Path]) -> Client:
+    try:
+        security = None
+        if tls:
+            names = ("tls_ca_file", "tls_client_cert", "tls_client_key")
+            security = Security(**dict(zip(names, map(str, tls), strict=True)), require_encryption=True)
+        return Client(scheduler, timeout=CONNECT_TIMEOUT, security=security)
+    # Silence, no address, tls:// without certificates, a machine too busy to start the client's thread in ten seconds.
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error
+
+
+def ended_of(futures: Iterable[Future]) -> set[Future]:
+    """Return the futures that have ended, once one has, or none after a second: time to look at how all stand."""
+    try:
+        return wait(list(futures), timeout=TICK, return_when="FIRST_COMPLETED").done
+    except TimeoutError:
+        return set()
