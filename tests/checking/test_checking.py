@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nbclient import NotebookClient
 
 from lowrank_helpers.checking.comparison import MetadataError, compare_text, treatment
+from lowrank_helpers.series.execution import outputs_checksum
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,7 @@ Markdown("After 3 epochs, **97.83 %** of 10,000 test images are right.")
 
 # Of the border, the rows' names, and by row the rank and the error.
 TABLE_LIMITS = [None, None, [46, 50], None, None, None, [1.35, 1.65]]
+CHECK = [sys.executable, "-m", "pytest", "-p", "lowrank_helpers.checking.plugin"]
 
 
 def notebook(cells: dict[str, tuple[str, dict]]) -> nbformat.NotebookNode:
@@ -55,8 +57,7 @@ def check(recorded: nbformat.NotebookNode, folder: Path) -> tuple[dict[str, str]
     file, report = folder / "recorded.ipynb", folder / "report.xml"
     nbformat.write(recorded, file)
     before = file.read_bytes()
-    plugin = ["-p", "lowrank_helpers.checking.plugin"]
-    command = [sys.executable, "-m", "pytest", *plugin, f"--junitxml={report}", str(file)]
+    command = [*CHECK, f"--junitxml={report}", str(file)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert file.read_bytes() == before, "the recorded notebook was altered"
     assert report.exists(), done.stdout + done.stderr
@@ -110,8 +111,9 @@ def test_a_digit_changed_by_hand_where_numbers_are_free_is_caught_too(recorded, 
     sealed.metadata["lowrank"] = {"outputs": outputs_checksum(recorded)}
     time = next(cell for cell in sealed.cells if cell.id == "time")
     time.outputs[0].text = "took 12 ns\n"
-    failures, _ = check(sealed, tmp_path)
-    assert any("not as `lowrank record` wrote them" in failure for failure in failures.values())
+    nbformat.write(sealed, tmp_path / "sealed.ipynb")
+    done = subprocess.run([*CHECK, "sealed.ipynb"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "not as `lowrank record` wrote them" in done.stdout
 
 
 @pytest.fixture(scope="module")
