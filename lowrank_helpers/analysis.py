@@ -111,6 +111,15 @@ def analyze(source: str) -> Analysis:
     ------
     AnalysisError
         The source does not exist, is damaged, is of another kind, holds more than tensors, or has no matrix.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     torch.save({"fc.weight": torch.ones(4, 3), "fc.bias": torch.ones(4)}, f"{folder}/net.pt")
+    ...     found = analyze(f"{folder}/net.pt")
+    >>> int(found.table.loc["fc", "numerical rank"]), found.skipped
+    (1, {'fc.bias': 'a vector'})
     """
     weights = _weights(source)
     rows: dict[str, dict[str, Any]] = {}

@@ -22,7 +22,7 @@ SCIENCE = [
     {"data", "models", "quiet", "statistics"},
     {"training"},
     {"rank", "factorization", "subspace"},
-    {"lora", "costs", "plots", "selection"},
+    {"analysis", "lora", "costs", "plots", "selection"},
 ]
 
 

@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["costs", "factorization", "lora", "models", "rank", "statistics", "subspace"])
+@pytest.mark.parametrize(
+    "module", ["analysis", "costs", "factorization", "lora", "models", "rank", "statistics", "subspace"]
+)
 def test_examples_give_what_they_show(module):
     failed, tried = doctest.testmod(
         importlib.import_module(f"lowrank_helpers.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE

@@ -1,0 +1,218 @@
+"""What the matrices of somebody's own network measure: a table for the terminal, and a page with ``results.json``."""
+
+import base64
+import json
+import os
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lowrank_helpers.analysis import BEYOND, HALF, Analysis, AnalysisError
+from lowrank_helpers.series.store import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = 1
+WIDTH = 100  # columns of the terminal
+NAMED = 4  # tensors that are named where others share their reason; --output names all
+DRAWN = ("effective rank", "energy rank 90 %", BEYOND)
+SHORT = {
+    "effective rank": "effective",
+    "stable rank": "stable",
+    "energy rank 90 %": "90 %",
+    "energy rank 95 %": "95 %",
+    "energy rank 99 %": "99 %",
+    "Gavish–Donoho rank": "GD",
+    BEYOND: "MP",
+}
+MEANING = {
+    "rank": "numerical rank of the full one, min(rows, columns): singular values above rounding",
+    "effective": "exp of the entropy of the singular values (Roy & Vetterli 2007)",
+    "stable": "‖A‖_F²/σ₁² (Rudelson & Vershynin 2007)",
+    "90 %, 95 %, 99 %": "directions that hold this share of the squared singular values",
+    "GD": "directions above Gavish & Donoho's threshold for unknown noise (2014)",
+    "MP": "directions beyond the Marchenko–Pastur edge of a random matrix of the same spread",
+    "saves": "share of the parameters that factors at the effective rank save; – if they cost more",
+}
+
+
+def answer(analysis: Analysis) -> tuple[str, str]:
+    """Return one plain sentence on what was measured, and its evidence."""
+    table, n_parameters, n_saved = analysis.table, analysis.n_parameters, analysis.n_saved
+    gaining = int((table["saved"] > 0).sum())
+    if gaining:
+        plain = f"Factors at the effective rank would save {_percent(n_saved / n_parameters)} of the parameters."
+        evidence = f"They pay in {gaining} of {len(table)} matrices: {n_saved:,} of {n_parameters:,} are saved."
+    else:
+        plain = "Factors at the effective rank would save nothing."
+        evidence = f"Each of the {len(table)} matrices, {n_parameters:,} parameters, would cost more as two factors."
+    share = _percent((table["effective rank"] / _full(table)).mean())
+    return plain, (
+        f"{evidence} On average over the matrices, the effective rank is {share} of the full one. "
+        "What such factors cost in accuracy is not measured here."
+    )
+
+
+def notes(analysis: Analysis) -> list[str]:
+    """Say what must be known to read these numbers right."""
+    table = analysis.table
+    said = []
+    if (table["Gavish–Donoho rank"] == 0).any():
+        said.append(
+            "Gavish–Donoho 0 means that no direction stands above what noise as strong as the matrix's median "
+            "direction would give; it does not mean that the matrix is zero."
+        )
+    if table["dtype"].isin(HALF).any():
+        said.append(
+            "Of half-precision entries, the numerical rank counts the directions above ε/2·‖A‖_F, the most that "
+            "rounding to that precision can have made."
+        )
+    if table["unfolded"].str.contains("·").any():
+        said.append(
+            "A convolution is unfolded as out × in·height·width. Its tensor does not tell groups, nor transposition: "
+            "a file's are unfolded as plain ones, first axis against the rest; a callable's as what they are."
+        )
+    return said
+
+
+def text(analysis: Analysis) -> str:
+    """Return the table and all that goes with it for a terminal of 100 columns, the answer last."""
+    remarks = dict(zip(analysis.table.index, analysis.table["remark"], strict=True))
+    said = [*_by_reason("Of note", remarks), *_by_reason("Not measured", analysis.skipped), *notes(analysis)]
+    return "\n".join(
+        [
+            *_table_lines(analysis.table),
+            "",
+            *(_wrapped(f"{name:17} {meaning}", indent=18) for name, meaning in MEANING.items()),
+            "",
+            *(_wrapped(f"- {line}", indent=2) for line in said),
+            "",
+            _wrapped(" ".join(answer(analysis))),
+        ]
+    )
+
+
+def _wrapped(line: str, indent: int = 0) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
+
+
+def _table_lines(table: pd.DataFrame) -> list[str]:
+    """Return the table with the names shortened from the left, as far as the width asks for."""
+    columns = {
+        "unfolded": table["unfolded"],
+        "rank": table["numerical rank"].astype(str) + "/" + _full(table).astype(str),
+        **{short: table[name].map(_number) for name, short in SHORT.items()},
+        "saves": (table["saved"] / table["parameters"]).map(lambda share: _percent(share) if share else "–"),
+    }
+    rest = pd.DataFrame(columns).to_string(index=False).splitlines()
+    room = WIDTH - max(map(len, rest)) - 1
+    names = [name if len(name) <= room else "…" + name[1 - room :] for name in ["matrix", *table.index]]
+    width = max(map(len, names))
+    return [f"{name:{width}} {line}" for name, line in zip(names, rest, strict=True)]
+
+
+def _full(table: pd.DataFrame) -> pd.Series:
+    """Return the full ranks, min(rows, columns)."""
+    return table[["rows", "columns"]].min(axis=1)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.1f}"
+
+
+def _by_reason(label: str, reasons: Mapping[str, str]) -> list[str]:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason:
+            grouped.setdefault(reason, []).append(name)
+    return [f"{label}, {reason}: {_some(names)}" for reason, names in grouped.items()]
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f", and {more} more (--output names all)" if more > 0 else "")
+
+
+def check(folder: Path) -> None:
+    """Make a folder for an analysis, before there is anything to write.
+
+    Raises
+    ------
+    AnalysisError
+        It cannot be written to, or holds the results of something else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AnalysisError(f"{folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise AnalysisError(f"{folder} cannot be written to")
+    file = folder / "results.json"
+    if file.exists() and '"matrices"' not in file.read_text(errors="replace"):
+        raise AnalysisError(f"{folder} holds the results of something else; give another folder")
+
+
+def write(folder: Path, analysis: Analysis) -> None:
+    """Write ``index.html`` and ``results.json``."""
+    from lowrank_helpers import plots  # here: these take seconds to import, which the table need not wait for
+    from lowrank_helpers.report import pages
+    from lowrank_helpers.series.run import software
+
+    plain, evidence = answer(analysis)
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "source": analysis.source,
+        "answer": plain,
+        "evidence": evidence,
+        "parameters": analysis.n_parameters,
+        "saved": analysis.n_saved,
+        "environment": software(),
+        "matrices": analysis.table.to_dict(orient="index"),
+        "skipped": analysis.skipped,
+    }
+    write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
+    with plots.style():
+        png, width, height = plots.drawn(_figure(analysis.table))
+    template = pages.environment().get_template("analysis.html.j2")
+    html = template.render(
+        results,
+        figure={"source": base64.b64encode(png).decode(), "width": width, "height": height},
+        conditions=_conditions(analysis, results["environment"]),
+        meaning=MEANING,
+        short=SHORT,
+        notes=notes(analysis),
+        number=_number,
+    )
+    write_atomically(folder / "index.html", html.encode())
+
+
+def _conditions(analysis: Analysis, environment: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "Network": analysis.source,
+        "Matrices": f"{len(analysis.table):,}",
+        "Parameters in them": f"{analysis.n_parameters:,}",
+        "Stored as": ", ".join(analysis.table["dtype"].unique()),
+        "Not measured": f"{len(analysis.skipped):,} tensors",
+        "PyTorch": environment["versions"]["torch"],
+        "Git revision": environment["revision"],
+    }
+
+
+def _figure(table: pd.DataFrame) -> "Figure":
+    """Draw ranks as shares of the full one, a place a matrix in the network's order."""
+    from lowrank_helpers import plots
+
+    figure, axes = plots.panels(panel=(8.4, 3.4))
+    for name, marker in zip(DRAWN, "os^", strict=True):
+        axes.plot(range(1, len(table) + 1), 100 * table[name] / _full(table), marker, markersize=4, label=name)
+    axes.set(xlabel="matrix, in the network's order", ylabel="share of the full rank (%)", ylim=(0, 102))
+    figure.legend(loc="outside upper center", ncols=len(DRAWN))
+    return figure
