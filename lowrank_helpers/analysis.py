@@ -153,6 +153,8 @@ def _measured(weight: Weight) -> tuple[dict[str, dict[str, Any]], str]:
     parts = rank.unfold(weight.name, tensor, weight.layer)
     try:
         return {name: _row(part, weight.n_stored) for name, part in parts.items()}, ""
+    except ValueError as error:
+        return {}, str(error)
     except (RuntimeError, MemoryError) as error:  # PyTorch says "can't allocate memory" by a RuntimeError
         return {}, f"could not be measured: {_one_line(error)}"
 
@@ -172,7 +174,6 @@ def _no_matrix(tensor: Tensor) -> str:
         "a single number": lambda: tensor.numel() == 1,
         "a vector": lambda: sum(size > 1 for size in tensor.shape) == 1 and tensor.dim() != 2,
         "a view of fewer numbers than it has entries": lambda: tensor.nbytes > tensor.untyped_storage().nbytes(),
-        "holds NaN or infinite entries": lambda: not tensor.isfinite().all(),
     }
     return next((reason for reason, applies in reasons.items() if applies()), "")
 
@@ -200,7 +201,7 @@ def _row(part: Unfolded, n_stored: int | None) -> dict[str, Any]:
 
 def _std(matrix: Tensor, s: Array) -> float:
     """Return the standard deviation of a matrix's entries from its singular values, without a copy in float64."""
-    mean = matrix.sum(dtype=torch.float64).item() / matrix.numel()
+    mean = sum(block.double().sum().item() for block in matrix.split(rank.ROWS_AT_ONCE)) / matrix.numel()
     scale = s[0] or 1.0  # so that no square overflows
     return scale * max(0.0, rank.stable_rank(s) / matrix.numel() - (mean / scale) ** 2) ** 0.5
 

@@ -20,6 +20,7 @@ from lowrank_helpers.models import FactorizedLinear
 Array = npt.NDArray[np.float64]
 
 IN_BLOCKS_FROM = 2**24  # entries; from 128 MiB in float64 on, a thin matrix is decomposed a block at a time
+ROWS_AT_ONCE = 1024  # where all entries are gone through, so that no temporary is as large as the matrix
 # Names of layers whose rows, or columns, are those of an attention's q, k and v one after the other.
 PACKED = ("in_proj_weight", "qkv.weight", "qkv_proj.weight", "Wqkv.weight", "c_attn.weight")
 LAYER_WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -41,7 +42,7 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
     array = matrix.detach().cpu() if isinstance(matrix, Tensor) else torch.as_tensor(np.asarray(matrix))
     if array.dim() != 2 or array.numel() == 0:
         raise ValueError(f"a matrix is needed, not an array of shape {tuple(array.shape)}")
-    if not array.isfinite().all():
+    if not all(block.isfinite().all() for block in array.split(ROWS_AT_ONCE)):
         raise ValueError("the matrix holds NaN or infinite entries")
     tall = array if array.shape[0] >= array.shape[1] else array.T
     if tall.numel() >= IN_BLOCKS_FROM and tall.shape[0] >= 4 * tall.shape[1]:
