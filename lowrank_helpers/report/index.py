@@ -84,9 +84,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "notebooks": runs,
         "time": _time(runs),
         "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
-        "stand_in": any(
-            run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in _filed(runs)
-        ),
+        "stand_in": stand_in(filed(runs)),
     }
 
 
@@ -127,26 +125,39 @@ def _headline(number: Mapping[str, str], findings: Mapping[str, Any]) -> dict[st
 
 def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
     """Say what the results were made on; where notebooks differ, all that there is."""
-    filed = _filed(runs)
-
-    def together(values: Iterable[Any]) -> str:
-        return ", ".join(dict.fromkeys(str(value) for value in values)) or "–"
-
-    def environment(name: str) -> str:
-        return together(run["environment"][name] for run in filed)
-
-    versions = (f"{library} {number}" for run in filed for library, number in run["environment"]["versions"].items())
+    those = filed(runs)
+    versions = (f"{library} {number}" for run in those for library, number in run["environment"]["versions"].items())
     return {
-        "Dataset": environment("dataset"),
-        "Seed": together(run["parameters"]["seed"] for run in filed),
-        "Device": environment("device"),
-        "Matrix products in": environment("precision"),
-        "Threads": environment("threads"),
-        "Started": min((run["environment"]["started"] for run in filed), default="–").replace("T", " "),
-        "Git revision": environment("revision"),
-        "Python": environment("python"),
+        "Dataset": environment(those, "dataset"),
+        "Seed": together(run["parameters"]["seed"] for run in those),
+        "Device": environment(those, "device"),
+        "Matrix products in": environment(those, "precision"),
+        "Threads": environment(those, "threads"),
+        "Started": min((run["environment"]["started"] for run in those), default="–").replace("T", " "),
+        "Git revision": environment(those, "revision"),
+        "Python": environment(those, "python"),
         "Versions": together(versions),
     }
+
+
+def filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs that filed a finding: only these say what they ran on."""
+    return [run for run in runs.values() if "environment" in run]
+
+
+def stand_in(runs: Iterable[Mapping[str, Any]]) -> bool:
+    """Say whether digits stand in for MNIST, which could not be had."""
+    return any(run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in runs)
+
+
+def environment(runs: Iterable[Mapping[str, Any]], name: str) -> str:
+    """Say what runs were made on; where they differ, all that there is."""
+    return together(run["environment"][name] for run in runs)
+
+
+def together(values: Iterable[Any]) -> str:
+    """Write each of some values once; a dash where there are none."""
+    return ", ".join(dict.fromkeys(map(str, values))) or "–"
 
 
 def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,11 +172,6 @@ def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _duration(results: Mapping[str, Any]) -> dict[str, str]:
     return {} if results["seconds"] is None else {"The run took": f"{results['seconds']:.0f} s"}
-
-
-def _filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs that filed a finding: only these say what they ran on."""
-    return [run for run in runs.values() if "environment" in run]
 
 
 def _key_figures(notebook: NotebookNode) -> dict[str, Figure]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from lowrank_helpers import plots
 from lowrank_helpers.report import pages
+from lowrank_helpers.report.index import environment, filed, stand_in
 from lowrank_helpers.series.store import write_atomically
 from lowrank_helpers.series.sweep import Point, Shown, Sweep, as_text
 from lowrank_helpers.statistics import interval
@@ -39,8 +40,7 @@ def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[s
         Names of the points that failed, and why. The table holds what they had found by then.
     """
     gathered = {point.name: found for point in points if (found := _results(point.folder(folder)))}
-    # Only notebooks that filed a finding say what they ran on.
-    runs = [run for found in gathered.values() for run in found["notebooks"].values() if "environment" in run]
+    runs = [run for found in gathered.values() for run in filed(found["notebooks"])]
     findings = table(gathered)
     parquet = io.BytesIO()
     findings.to_parquet(parquet, index=False)
@@ -51,9 +51,7 @@ def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[s
         name=folder.name,
         conditions=_conditions(sweep, len(points), len(failed), runs),
         failed=failed,
-        stand_in=any(
-            run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in runs
-        ),
+        stand_in=stand_in(runs),
         chapters=_chapters(findings, sweep),
     )
     write_atomically(folder / "index.html", shown.encode())
@@ -141,20 +139,16 @@ def intervals(values: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 def _conditions(sweep: Sweep, n_points: int, n_failed: int, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Say what was swept and what the results were made on; where points differ, all that there is."""
-
-    def environment(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(run["environment"][name]) for run in runs)) or "–"
-
     return {
         "Notebooks": ", ".join(sweep.notebooks) or "all",
         **{f"Swept: {name}": ", ".join(map(as_text, values)) for name, values in sweep.grid.items()},
         **{f"Fixed: {name}": as_text(value) for name, value in sweep.parameters.items()},
         "Points": f"{n_points}" + (f", {n_failed} failed" if n_failed else ""),
-        "Dataset": environment("dataset"),
-        "Device": environment("device"),
-        "Matrix products in": environment("precision"),
-        "Threads a kernel": environment("threads"),
-        "Git revision": environment("revision"),
+        "Dataset": environment(runs, "dataset"),
+        "Device": environment(runs, "device"),
+        "Matrix products in": environment(runs, "precision"),
+        "Threads a kernel": environment(runs, "threads"),
+        "Git revision": environment(runs, "revision"),
     }
 
 
