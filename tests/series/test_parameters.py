@@ -49,6 +49,8 @@ def test_a_name_has_one_default_in_all_notebooks():
         ({"rank_grid": [1, 2000], "big_widths": BIG}, "largest full rank is 1024"),
         ({"rank_grid": [5, 5]}, "without repeats"),
         ({"activations": []}, "activations = .* relu"),
+        ({"deep_widths": [784, 64, 64, 10]}, "deep_widths = .* at least three hidden ones"),
+        ({"deep_widths": [784, 64, 32, 64, 10]}, "deep_widths = .* all equal"),
     ],
 )
 def test_what_is_impossible_is_refused(given_values, message):
