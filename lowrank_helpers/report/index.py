@@ -163,9 +163,10 @@ def together(values: Iterable[Any]) -> str:
 def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the processor seconds of each notebook by kind of work, where they were measured."""
     spent = {name: run["seconds_by_kind"] for name, run in runs.items() if "seconds_by_kind" in run}
+    kinds = dict.fromkeys(kind for seconds in spent.values() for kind in seconds)
     return {
         "notebooks": spent,
-        "kinds": list(dict.fromkeys(kind for seconds in spent.values() for kind in seconds)),
+        "kinds": sorted(kinds, key=lambda kind: kind == "rest"),  # what is left over comes last
         "longest": max((sum(seconds.values()) for seconds in spent.values()), default=0),
     }
 
