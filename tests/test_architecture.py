@@ -20,9 +20,10 @@ ROOMS = {
 }
 SCIENCE = [
     {"data", "models", "quiet", "statistics"},
-    {"training"},
+    {"networks", "training"},
     {"rank", "factorization", "subspace"},
     {"analysis", "lora", "costs", "plots", "selection"},
+    {"compression"},
 ]
 
 

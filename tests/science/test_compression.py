@@ -1,0 +1,346 @@
+"""Compressing any network: factors against NumPy and PyTorch, budgets kept, and models that need care."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank_helpers import compression
+from lowrank_helpers.compression import candidates, compress, replaced
+from lowrank_helpers.factorization import SVD, fitted_factors
+from lowrank_helpers.models import mlp, n_parameters
+from lowrank_helpers.networks import VisionTransformer, convnet
+from lowrank_helpers.selection import WAYS
+from lowrank_helpers.training import Recipe, evaluate, fit
+
+
+def _draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def data():
+    return _draw(60, 784), torch.arange(60) % 10
+
+
+def _conv_model(**options):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 6, 5, **options), nn.Flatten(), nn.LazyLinear(10))
+
+
+def _made(model):
+    model(torch.zeros(1, 784))
+    return model
+
+
+CONVOLUTIONS = [
+    {},
+    {"stride": 2, "padding": 2},
+    {"padding": "same", "dilation": 2, "bias": False},
+    {"stride": (2, 1), "padding": (1, 2), "padding_mode": "circular"},
+]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_a_convolution_of_full_rank_stays_the_same(options):
+    model = _made(_conv_model(**options))
+    weight = model[1].weight.flatten(1)
+    small = replaced(model, {"1": SVD.of(weight).factors(min(weight.shape))})
+    x = _draw(3, 784)
+    torch.testing.assert_close(small(x), model(x), atol=1e-5, rtol=1e-4)
+    assert [type(layer) for layer in small[1]] == [nn.Conv2d, nn.Conv2d]
+
+
+def test_the_first_convolution_keeps_the_window_and_the_second_the_bias():
+    first, second = replaced(_made(_conv_model(stride=2, padding=1)), {"1": SVD.of(_draw(6, 25)).factors(3)})[1]
+    assert (first.kernel_size, first.stride, first.padding) == ((5, 5), (2, 2), (1, 1))
+    assert (first.out_channels, second.kernel_size) == (3, (1, 1))
+    assert first.bias is None and second.bias is not None
+
+
+def test_a_cut_convolution_has_eckart_and_youngs_error():
+    conv = nn.Conv2d(3, 8, 3)
+    small = replaced(nn.Sequential(conv), {"0": SVD.of(conv.weight.flatten(1)).factors(4)})
+    B, C = small[0][1].weight.detach().flatten(1).numpy(), small[0][0].weight.detach().flatten(1).numpy()
+    A = conv.weight.detach().flatten(1).numpy()
+    s = np.linalg.svd(A, compute_uv=False)
+    assert np.linalg.norm(A - B @ C) == pytest.approx(np.sqrt((s[4:] ** 2).sum()), rel=1e-5)
+
+
+def test_a_linear_layers_factors_are_those_that_fit_its_outputs():
+    model, x = nn.Sequential(nn.Linear(12, 9)), _draw(500, 12)
+    found = candidates(model, x).outputs["0"].factors(4)
+    wanted = fitted_factors(model[0].weight.detach(), x.T @ x / len(x), 4)
+    torch.testing.assert_close(found.product, wanted.product, atol=1e-4, rtol=1e-3)
+
+
+def test_a_convolutions_factors_have_the_least_error_of_its_outputs():
+    """Against NumPy's best approximation of the outputs, written as one matrix by PyTorch's unfold."""
+    conv = nn.Conv2d(2, 7, 3, stride=2, padding=1)
+    x = _draw(40, 2, 9, 9)
+    found = candidates(nn.Sequential(conv), x)
+    B, C = (factor.double() for factor in (found.outputs["0"].factors(3).B, found.outputs["0"].factors(3).C))
+    X = F.unfold(x, 3, padding=1, stride=2).transpose(0, 1).flatten(1).double()
+    A = conv.weight.detach().flatten(1).double()
+    s = np.linalg.svd((A @ X).numpy(), compute_uv=False)
+    assert (A @ X - B @ C @ X).norm().item() == pytest.approx(np.sqrt((s[3:] ** 2).sum()), rel=1e-4)
+    assert found.rows["0"] == 25
+    np.testing.assert_allclose(found.outputs["0"].s[:3] * X.shape[1] ** 0.5, s[:3], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def digits_held_out(digits):
+    return digits.hold_out()
+
+
+@pytest.fixture(scope="module")
+def trained(digits_held_out):
+    model = convnet([8, 12], 24, seed=0)
+    fit(model, digits_held_out, Recipe(3, 64, 8e-3))
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("budget", [0.3, 6000])
+def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budget, way):
+    small, report = compress(trained, digits_held_out, budget, way=way)
+    limit = budget * n_parameters(trained) if isinstance(budget, float) else budget
+    assert n_parameters(small) == report.parameters.after <= limit
+    assert report.parameters.before == n_parameters(trained)
+    assert report.parameters.after > 0.8 * limit
+
+
+def test_a_budget_of_flops_is_kept_as_pytorch_counts_them(trained, digits_held_out):
+    _, report = compress(trained, digits_held_out, 0.5, of="flops")
+    by_hand = 2 * (14**2 * 8 * 9 + 7**2 * 12 * 72 + 588 * 24 + 240)
+    assert report.flops.before == by_hand
+    assert 0.4 < report.flops.share <= 0.5
+    ours, other = (
+        compress(trained, digits_held_out, report.parameters.share, of=of)[1] for of in ("flops", "parameters")
+    )
+    assert ours.ranks != other.ranks
+
+
+def test_an_accuracy_is_kept_on_validation_images_and_less_would_not_do(trained, digits_held_out):
+    validation = digits_held_out.splits()["validation"]
+    before = evaluate(trained, *validation).accuracy
+    small, report = compress(trained, digits_held_out, 0.98 * before, of="accuracy")
+    assert evaluate(small, *validation).accuracy == pytest.approx(report.accuracy.after, abs=1e-6)
+    assert report.accuracy.before == pytest.approx(before, abs=1e-6)
+    assert report.accuracy.after >= 0.98 * before
+    assert report.parameters.share < 0.8
+    less, _ = compress(trained, digits_held_out, int(0.9 * report.parameters.after))
+    assert evaluate(less, *validation).accuracy < 0.98 * before
+
+
+def test_a_latency_is_what_was_measured_and_the_largest_model_that_keeps_it(trained, digits_held_out, monkeypatch):
+    monkeypatch.setattr(compression, "_seconds", lambda model, batch: 1 + n_parameters(model) / n_parameters(trained))
+    _, report = compress(trained, digits_held_out, 0.75, of="latency")
+    assert report.seconds.before == 2
+    assert report.seconds.share == pytest.approx((1 + report.parameters.share) / 2)
+    assert 0.68 < report.seconds.share <= 0.75
+
+
+def test_an_impossible_latency_is_refused_with_the_fastest_there_was(trained, digits_held_out, monkeypatch):
+    monkeypatch.setattr(compression, "_seconds", lambda model, batch: 1 + n_parameters(model) / n_parameters(trained))
+    with pytest.raises(ValueError, match=r"batches of 64: the fastest try took 5\d%"):
+        compress(trained, digits_held_out, 0.4, of="latency")
+
+
+def test_latency_is_of_the_batch_that_was_asked_for(digits_held_out):
+    model = nn.Sequential(nn.Linear(784, 300), nn.Linear(300, 10))
+    sizes = []
+    model.register_forward_hook(lambda layer, arguments, output: sizes.append(len(output)))
+    _, report = compress(model, digits_held_out, 1.0, of="latency", latency_batch=17)
+    assert 17 in sizes and report.seconds.before > 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "named"),
+    [
+        (0.001, {}, r"too small: rank 1 .* takes [\d,]+, [\d.]+% of"),
+        (10, {"of": "flops"}, "too small: rank 1"),
+        (1.0, {"of": "accuracy"}, "impossible: the model itself has"),
+        (1.5, {}, "up to 1, or a whole number"),
+        (0.0, {}, "above 0"),
+        (float("nan"), {}, "above 0"),
+        (50, {"of": "accuracy"}, "up to 1$"),
+        (0.5, {"of": "bytes"}, "parameters, flops, accuracy, latency"),
+        (0.5, {"way": "luck"}, "output error"),
+        (0.5, {"latency_batch": 0}, "latency_batch 0"),
+    ],
+)
+def test_an_impossible_budget_is_refused_with_what_is_possible(data, budget, options, named):
+    with pytest.raises(ValueError, match=named):
+        compress(mlp([784, 40, 10], seed=0), data, budget, **options)
+
+
+def test_without_validation_images_accuracy_is_refused(digits):
+    with pytest.raises(ValueError, match="hold_out"):
+        compress(mlp([784, 40, 10], seed=0), digits, 0.5, of="accuracy")
+
+
+def test_data_must_fit_each_other_and_the_model(data):
+    with pytest.raises(ValueError, match="60 images and 59 labels"):
+        compress(mlp([784, 40, 10], seed=0), (data[0], data[1][:-1]), 0.5)
+    with pytest.raises(ValueError, match="finite tensor"):
+        compress(mlp([784, 40, 10], seed=0), (data[0] * torch.nan, data[1]), 0.5)
+    with pytest.raises(ValueError, match="at least one image"):
+        compress(mlp([784, 40, 10], seed=0), (data[0][:0], data[1][:0]), 0.5)
+
+
+def test_the_model_stays_as_it_was_and_the_copy_in_its_mode(data):
+    model = nn.Sequential(nn.Linear(784, 30), nn.BatchNorm1d(30), nn.Dropout(), nn.Linear(30, 10)).double().train()
+    model[0].weight.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small, report = compress(model, (data[0].double(), data[1]), 0.5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in (*model.modules(), *small.modules()))
+    assert report.ranks.keys() == {"0"}
+    assert {(p.dtype, p.requires_grad) for p in small[0].parameters()} == {
+        (torch.float64, False),
+        (torch.float64, True),
+    }
+
+
+def test_half_precision_stays_half(data):
+    small, _ = compress(mlp([784, 40, 10], seed=0).half(), (data[0].half(), data[1]), 0.5)
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.float16}
+
+
+def test_a_layer_used_twice_is_replaced_in_both_places(data):
+    twice = nn.Linear(40, 40)
+    model = nn.Sequential(nn.Linear(784, 40), twice, nn.ReLU(), twice, nn.Linear(40, 10))
+    small, report = compress(model, data, 0.2, way="uniform")
+    assert "1" in report.ranks
+    assert small[1] is small[3]
+    assert n_parameters(small) <= 0.2 * n_parameters(model)
+
+
+class _Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(784, 30), nn.Linear(30, 30), nn.Linear(30, 30)
+        self.out = nn.Linear(30, 10)
+        self.leave.weight = self.inner.weight
+
+    def forward(self, x):
+        return self.out(self.leave(self.inner(self.enter(x))))
+
+
+class _ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plain, self.read = nn.Linear(784, 30), nn.Linear(30, 30)
+        self.idle, self.out = nn.Linear(20, 20), nn.Linear(30, 10)
+
+    def forward(self, x):
+        x = self.read(self.plain(x))
+        return self.out(x) + self.read.weight.sum()
+
+
+def test_layers_that_share_a_weight_are_left_alone_and_still_share_it(data):
+    small, report = compress(_Tied(), data, 0.3)
+    assert report.left_alone == {"inner": "shares its weight with leave", "leave": "shares its weight with inner"}
+    assert small.leave.weight is small.inner.weight
+    assert report.ranks.keys() >= {"enter"}
+
+
+def test_layers_whose_weight_is_read_or_that_are_never_called_are_left_alone(data):
+    _, report = compress(_ReadsWeight(), data, 0.5)
+    assert "no attribute 'weight'" in report.left_alone["read"]
+    assert "never calls it" in report.left_alone["idle"]
+    assert report.ranks.keys() <= {"plain", "out"}
+
+
+def test_a_layer_that_does_something_else_is_left_alone(data):
+    model = nn.Sequential(nn.Linear(784, 30), nn.Linear(30, 30), nn.Linear(30, 10))
+    model[1].register_forward_hook(lambda layer, arguments, output: 2 * output)
+    _, report = compress(model, data, 0.5)
+    assert "something else" in report.left_alone["1"]
+
+
+def test_a_computed_weight_is_left_alone(data):
+    model = nn.Sequential(
+        nn.Linear(784, 30), nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30)), nn.Linear(30, 10)
+    )
+    _, report = compress(model, data, 0.5)
+    assert report.left_alone.keys() == {"1.parametrizations.weight.original"}
+
+
+def test_grouped_convolutions_and_other_matrices_are_left_alone_by_name():
+    model = nn.Sequential(
+        nn.Conv2d(4, 16, 3),
+        nn.Conv2d(16, 16, 3, groups=4),
+        nn.ConvTranspose2d(16, 8, 2),
+        nn.Flatten(),
+        nn.Linear(800, 10),
+    )
+    images = _draw(30, 4, 13, 13)
+    _, report = compress(model, (images, torch.zeros(30, dtype=torch.int64)), 0.6)
+    assert "4 groups" in report.left_alone["1"]
+    assert "ConvTranspose2d" in report.left_alone["2"]
+    assert "4" in report.ranks
+
+
+def test_a_model_without_replaceable_layers_is_refused(data):
+    with pytest.raises(ValueError, match=r"no layer that can be replaced.*Conv1d"):
+        compress(nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3), nn.Flatten()), data, 0.5)
+
+
+def _encoder(batch_first=True):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(28, 2, 64, batch_first=batch_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+    return nn.Sequential(nn.Unflatten(1, (28, 28)), encoder, nn.Flatten(), nn.Linear(784, 10))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_pytorchs_transformer_is_compressed_and_its_attention_left_alone(data, frozen):
+    model = _encoder().eval().requires_grad_(not frozen)
+    small, report = compress(model, data, 0.6)
+    assert {"1.layers.0.linear1", "1.layers.1.linear2"} <= report.ranks.keys()
+    assert "never calls it" in report.left_alone["1.layers.0.self_attn.out_proj"]
+    assert "MultiheadAttention" in report.left_alone["1.layers.0.self_attn.in_proj_weight"]
+    assert report.flops.before == compress(_encoder().eval(), data, 0.6)[1].flops.before
+    with torch.no_grad():  # where PyTorch would run fused code on the weights that are gone
+        assert small(data[0]).shape == (60, 10)
+        mask = torch.zeros(60, 28, dtype=torch.bool)
+        mask[:, 20:] = True
+        assert small[1](data[0].view(60, 28, 28), src_key_padding_mask=mask).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "model", [convnet([6, 8], 16, seed=0), VisionTransformer(patch=14, width=16, n_blocks=1, seed=0)]
+)
+def test_what_is_returned_is_pytorchs_own_exports_and_reloads(model, data, tmp_path):
+    small, report = compress(model, data, 0.5)
+    kinds = {type(module).__module__ for name in report.ranks for module in small.get_submodule(name).modules()}
+    assert all(kind.startswith("torch.nn.modules") for kind in kinds)
+    exported = torch.export.export(small.eval(), (data[0],)).module()
+    torch.testing.assert_close(exported(data[0]), small(data[0]))
+    other = compress(model, data, 0.5)[0]
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    other.load_state_dict(torch.load(tmp_path / "small.pt", weights_only=True))
+    torch.testing.assert_close(other(data[0]), small(data[0]))
+
+
+def test_a_budget_of_everything_changes_nothing(data):
+    model = mlp([784, 40, 10], seed=0)
+    small, report = compress(model, data, 1.0)
+    assert not report.ranks and report.parameters.share == 1
+    assert torch.equal(small(data[0]), model(data[0]))
+
+
+def test_replacing_names_that_are_no_layer_is_refused():
+    with pytest.raises(ValueError, match="fc9"):
+        replaced(mlp([784, 40, 10], seed=0), {"fc9": SVD.of(_draw(4, 4)).factors(1)})
+
+
+def test_the_report_says_all_in_words(data):
+    text = str(compress(_Tied(), data, 0.3)[1])
+    assert "parameters: " in text and "flops: " in text and "enter: rank" in text
+    assert "inner: left alone, shares its weight with leave" in text
