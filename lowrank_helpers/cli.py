@@ -41,6 +41,7 @@ def main() -> None:
     Start here:
       lowrank run              the whole series, into reports/latest/
       lowrank run --help       its notebooks, its parameters, examples
+      lowrank analyze FILE     the ranks of your own network
     """  # noqa: D301 (\b is click's sign not to wrap)
 
 

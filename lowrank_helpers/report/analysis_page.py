@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lowrank_helpers.analysis import BEYOND, HALF, Analysis, AnalysisError
+from lowrank_helpers.rank import MEASURES
 from lowrank_helpers.series.store import write_atomically
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SHORT = {
     "Gavish–Donoho rank": "GD",
     BEYOND: "MP",
 }
+COLUMNS = {name: SHORT.get(name, name) for name in (*MEASURES, BEYOND) if name != "numerical rank"}
 MEANING = {
     "rank": "numerical rank of the full one, min(rows, columns): singular values above rounding",
     "effective": "exp of the entropy of the singular values (Roy & Vetterli 2007)",
@@ -105,7 +107,7 @@ def _table_lines(table: pd.DataFrame) -> list[str]:
     columns = {
         "unfolded": table["unfolded"],
         "rank": table["numerical rank"].astype(str) + "/" + _full(table).astype(str),
-        **{short: table[name].map(_number) for name, short in SHORT.items()},
+        **{short: table[name].map(_number) for name, short in COLUMNS.items()},
         "saves": (table["saved"] / table["parameters"]).map(lambda share: _percent(share) if share else "–"),
     }
     rest = pd.DataFrame(columns).to_string(index=False).splitlines()
@@ -187,7 +189,7 @@ def write(folder: Path, analysis: Analysis) -> None:
         figure={"source": base64.b64encode(png).decode(), "width": width, "height": height},
         conditions=_conditions(analysis, results["environment"]),
         meaning=MEANING,
-        short=SHORT,
+        columns=COLUMNS,
         notes=notes(analysis),
         number=_number,
     )
