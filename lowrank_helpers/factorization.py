@@ -264,7 +264,15 @@ class OutputSVD(NamedTuple):
 
 
 def fitted_factors(A: Tensor, moment: Tensor, rank: int) -> Factors:
-    """Return the factors of A (n, m) with the least ‖(A − B·C)·X‖_F, for inputs of second moment X·Xᵀ/N (m, m)."""
+    """Return the factors of A (n, m) with the least ‖(A − B·C)·X‖_F, for inputs of second moment X·Xᵀ/N (m, m).
+
+    Examples
+    --------
+    >>> moment = torch.diag(torch.tensor([1.0, 9.0]))  # the second input is the larger one: rank 1 goes to it
+    >>> fitted_factors(torch.eye(2), moment, 1).product.abs().round()
+    tensor([[0., 0.],
+            [0., 1.]])
+    """
     return OutputSVD.of(A, moment).factors(rank)
 
 
@@ -291,6 +299,12 @@ def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> d
     ------
     ValueError
         There are no inputs, a name is no linear layer of the model, or such a layer is never called.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> input_moments(model, torch.eye(2), ["0"])["0"].tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
     """
     layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, FactorizedLinear))}
     if unknown := set(names) - layers.keys():
@@ -318,7 +332,14 @@ def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> d
 
 
 def decompose(model: nn.Module, moments: Mapping[str, Tensor] | None = None) -> dict[str, Decomposition]:
-    """Decompose every ``nn.Linear`` of a model: its weight or, for a layer whose moment is given, its outputs."""
+    """Decompose every ``nn.Linear`` of a model: its weight or, for a layer whose moment is given, its outputs.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> {name: len(svd.s) for name, svd in decompose(model).items()}
+    {'0': 16, '2': 4}
+    """
     moments = moments or {}
     return {
         name: OutputSVD.of(layer.weight, moments[name]) if name in moments else SVD.of(layer.weight)
