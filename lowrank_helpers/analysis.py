@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,8 @@ def analyze(source: str) -> Analysis:
     skipped: dict[str, str] = {}
     for weight in tqdm(weights, desc="measuring", unit="tensor"):
         measured, reason = _measured(weight)
-        rows |= measured
+        for name, row in measured.items():
+            rows[_unused(name, rows)] = row
         if reason:
             skipped[weight.name] = reason
     if not rows:
@@ -239,7 +240,7 @@ def _of_safetensors(file: Path) -> list[Weight]:
         raise AnalysisError(f"{file} cannot be read as safetensors: {_one_line(error)}") from error
     # The format keeps no order of its own: layer 2 before layer 10.
     names = sorted(stored.keys(), key=_natural)
-    return [Weight(name, partial(stored.get_tensor, name)) for name in names]
+    return [Weight(_printable(name), partial(stored.get_tensor, name)) for name in names]
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
@@ -269,14 +270,28 @@ def _check_archive(file: Path) -> None:
     """Refuse an archive with a damaged record, which PyTorch would load unseen, or with a program."""
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():
-            raise AnalysisError(f"{file} is damaged: {damaged} in it does not match its checksum")
+            raise AnalysisError(f"{file} is damaged: {_printable(damaged)} in it does not match its checksum")
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise AnalysisError(f"{file} is a program of TorchScript's, not weights; save its state_dict() instead")
 
 
+def _printable(name: str) -> str:
+    """Return a name from a file without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "�" for letter in name)
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """Return a name, with primes if another has it: ``fc`` and ``fc.weight`` of one file are both called ``fc``."""
+    while name in taken:
+        name += "′"
+    return name
+
+
 def _of_mapping(loaded: Any) -> list[Weight]:
     """List the tensors in nested mappings and lists, the state of an optimiser marked."""
-    named = dict(_tensors_in(loaded))
+    named: dict[str, Tensor] = {}
+    for name, tensor in _tensors_in(loaded):
+        named[_unused(_printable(name), named)] = tensor
     return [
         Weight(name, partial(Tensor.detach, tensor), unwanted=OPTIMISER if OPTIMISER_KEY.match(name) else unwanted)
         for name, tensor, unwanted in _tied(named)
@@ -343,4 +358,4 @@ def _one_line(error: BaseException) -> str:
     """Return an error's type and the first sentence that it says."""
     said = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # what PyTorch says after a paragraph
     said = re.split(r"\.\s|\n", said.strip())[0]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return f"{type(error).__name__}: {_printable(said)}" if said else type(error).__name__

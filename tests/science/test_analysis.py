@@ -1,6 +1,7 @@
 """Networks and files that are not ours: what is measured, what is not and why, and that no code of a file runs."""
 
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -139,6 +140,28 @@ def test_tied_tensors_are_measured_once(tmp_path, monkeypatch):
         assert list(found.table.index) == ["embedding"]
         assert found.skipped == {"head.weight": "the same tensor as embedding.weight"}
     assert list(rank.weight_matrices(model)) == ["embedding"]
+
+
+def test_no_name_hides_another_or_commands_the_terminal(tmp_path):
+    tensors = {"fc": torch.eye(2), "fc.weight": torch.eye(3), "a": {"b": torch.eye(4)}, "a.b": torch.eye(5)}
+    found = analyze(_written(tmp_path, tensors, "net.pt"))
+    assert dict(found.table["rows"]) == {"fc": 2, "fc′": 3, "a.b": 4, "a.b′": 5}
+    for name in ("net.pt", "net.safetensors"):
+        found = analyze(_written(tmp_path, {"\x1b[2J\nx": torch.eye(2)}, name))
+        assert list(found.table.index) == ["�[2J�x"]
+
+
+def test_numbers_that_this_pytorch_cannot_read_are_listed(tmp_path):
+    entries = {"good": ("F32", 16), "strange": ("F4", 2)}
+    header, offset = {}, 0
+    for name, (dtype, size) in entries.items():
+        header[name] = {"dtype": dtype, "shape": [2, 2], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + torch.eye(2).numpy().tobytes() + bytes(2)
+    (tmp_path / "new.safetensors").write_bytes(content)
+    found = analyze(str(tmp_path / "new.safetensors"))
+    assert list(found.table.index) == ["good"] and found.skipped.keys() == {"strange"}
 
 
 def test_layers_of_safetensors_stand_in_counting_order(tmp_path):
