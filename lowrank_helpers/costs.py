@@ -7,14 +7,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank_helpers.models import n_trainable
 from lowrank_helpers.quiet import quiet
-from lowrank_helpers.training import spending, synchronise
+from lowrank_helpers.training import products_in, spending, synchronise
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -94,6 +98,82 @@ def median_seconds(work: Callable[[], object], device: torch.device, *, at_least
             synchronise(device)
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def training_step(
+    model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32"
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """Return one step of Adam on a batch as a function to measure, and its optimiser.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Frozen parameters stay as they are; the others hardly change, as the learning rate is 1e-6.
+    images, labels : Tensor, shapes (n, n_inputs) and (n,)
+    precision : {"float32", "bfloat16"}
+        Of the matrix products.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=1e-6, fused=images.device.type != "mps")
+
+    def step() -> None:
+        with products_in(precision, images.device):
+            logits = model(images)
+        optimiser.zero_grad()
+        F.cross_entropy(logits.float(), labels).backward()
+        optimiser.step()
+
+    return step, optimiser
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a training step costs.
+
+    Attributes
+    ----------
+    trained : int
+        Parameters that are trained.
+    kept_bytes : int
+        Gradients and Adam's state, which stay from step to step.
+    peak_bytes : int
+        The most that a step holds at once beyond what stays.
+    operations : int
+        Of its matrix products, forward and backward, as PyTorch counts them: 2·n·m·b for n×m and b samples.
+    seconds : float
+        The median of repeated steps.
+    """
+
+    trained: int
+    kept_bytes: int
+    peak_bytes: int
+    operations: int
+    seconds: float
+
+
+def step_costs(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> StepCosts:
+    """Measure a training step of a model as :func:`training_step` does it."""
+    step, optimiser = training_step(model, images, labels, precision)
+    with FlopCounterMode(display=False) as counter:
+        step()  # the first also makes the optimiser's state
+    return StepCosts(
+        trained=n_trainable(model),
+        kept_bytes=n_bytes(parameter.grad for parameter in model.parameters()) + state_bytes(optimiser),
+        peak_bytes=peak_bytes(step, images.device),
+        operations=counter.get_total_flops(),
+        seconds=median_seconds(step, images.device),
+    )
+
+
+def inference_seconds(model: nn.Module, images: Tensor, precision: str = "float32") -> float:
+    """Return the median time in which a model answers a batch of images (n, n_inputs)."""
+
+    @torch.inference_mode()
+    def infer() -> Tensor:
+        with products_in(precision, images.device):
+            return model(images)
+
+    return median_seconds(infer, images.device)
 
 
 @contextmanager

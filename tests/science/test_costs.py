@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from lowrank_helpers import costs
+from lowrank_helpers import costs, lora
+from lowrank_helpers.models import mlp
 
 CPU = torch.device("cpu")
 
@@ -31,3 +32,43 @@ def test_adam_keeps_two_moments_for_each_trained_parameter():
     optimiser.step()
     assert costs.n_bytes(parameter.grad for parameter in model.parameters()) == 4 * 200
     assert costs.state_bytes(optimiser) == 2 * 4 * 200 + 4  # and a step count
+
+
+def step_of(model):
+    return costs.step_costs(model, torch.randn(32, 784), torch.arange(32) % 10)
+
+
+def test_a_steps_costs_are_those_of_the_arithmetic():
+    found, weights = step_of(mlp([784, 20, 10], seed=0)), 784 * 20 + 20 * 10
+    assert found.trained == weights
+    assert found.kept_bytes == 3 * 4 * weights + 2 * 4  # and a step count for each matrix
+    assert found.operations == 2 * 32 * (3 * weights - 784 * 20)  # the images need no gradient
+    assert 4 * weights <= found.peak_bytes
+    assert found.seconds > 0
+
+
+def test_a_step_of_lora_leaves_out_the_gradients_of_the_frozen_weights():
+    base = mlp([784, 20, 10], seed=0)
+    found, factors = step_of(lora.adapt(base, {"fc2": 3}, alpha=1.0, seed=0)), 3 * (20 + 10)
+    assert found.trained == factors
+    assert found.kept_bytes == 3 * 4 * factors + 2 * 4
+    # Forward through both layers; fc2's adapter forward, its factors' gradients, and that of what lies between them.
+    assert found.operations == 2 * 32 * (784 * 20 + 20 * 10 + 2 * factors + 3 * 10)
+
+
+def test_a_measured_step_leaves_frozen_parameters_alone():
+    model = mlp([784, 20, 10], seed=0)
+    model.fc1.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step, _ = costs.training_step(model, torch.randn(8, 784), torch.arange(8))
+    step()
+    assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {
+        "fc2.weight"
+    }
+
+
+def test_inference_takes_longer_for_more_images():
+    model = mlp([784, 256, 10], seed=0)
+    assert costs.inference_seconds(model, torch.randn(4000, 784)) > 2 * costs.inference_seconds(
+        model, torch.randn(4, 784)
+    )
