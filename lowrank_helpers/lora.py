@@ -1,13 +1,17 @@
 """Low-rank adaptation of a trained network: W is frozen, and beside it ΔW = (α/r)·B·A is learnt.
 
 After Hu et al. 2021, *LoRA*, arXiv 2106.09685; the names are the paper's. Works on the ``nn.Linear`` layers of
-any model. Every function leaves the model it is given as it was and returns a copy.
+any model. Every function leaves the model it is given as it was and returns a copy. On disk an adapter is what
+Hugging Face's PEFT (https://huggingface.co/docs/peft) makes of it, so each loads the other's.
 """
 
 import json
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,14 +20,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_helpers.data import checksum
-from lowrank_helpers.factorization import check_rank, substitute
+from lowrank_helpers.factorization import check_rank, substitute, truncated_svd
 from lowrank_helpers.models import linear_layers
 
-FORMAT = "lora-1"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
+
+# A config's keys by what becomes of them. First, what the factors say too, or what matters to a training alone.
+BESIDE_THE_POINT = {
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
+    *("layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision"),
+    *("target_modules", "task_type"),
+}
+PER_LAYER = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+DONE = {  # what else may be said; of any other key only that it is not used
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian"),  # others change the base's weights, or may
+    "use_rslora": (True,),
+}
 
 
 class AdapterError(ValueError):
-    """A file is no adapter, or is the adapter of another network; the message says which."""
+    """A folder holds no adapter, that of another network, or a kind that is not done here; the message says which."""
 
 
 class LoRALinear(nn.Module):
@@ -93,7 +113,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def adapt(model: nn.Module, layers: Iterable[str], *, rank: int, alpha: float, seed: int) -> nn.Module:
+def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int) -> nn.Module:
     """Return a copy of a model with an adapter on each named layer, and everything else frozen.
 
     A is drawn from a Gaussian of standard deviation 1/√in_features and B is zero, so the copy computes exactly
@@ -102,10 +122,8 @@ def adapt(model: nn.Module, layers: Iterable[str], *, rank: int, alpha: float, s
     Parameters
     ----------
     model : nn.Module
-    layers : iterable of str
-        Names as in ``linear_layers(model)``.
-    rank : int
-        r of every adapter, from 1 to min(out_features, in_features) of its layer.
+    ranks : mapping of str to int
+        r by layer name, as in ``linear_layers(model)``; from 1 to min(out_features, in_features).
     alpha : float
         α of every adapter.
     seed : int
@@ -114,7 +132,7 @@ def adapt(model: nn.Module, layers: Iterable[str], *, rank: int, alpha: float, s
     Raises
     ------
     ValueError
-        The model has adapters already, a name is no linear layer of it, or the rank is impossible for a layer.
+        The model has adapters already, a name is no linear layer of it, or a rank is impossible for its layer.
 
     Examples
     --------
@@ -124,16 +142,46 @@ def adapt(model: nn.Module, layers: Iterable[str], *, rank: int, alpha: float, s
     """
     if adapters(model):
         raise ValueError(f"layers {', '.join(adapters(model))} have adapters already; merge or remove them first")
-    known, chosen = linear_layers(model), list(layers)
-    if unknown := [name for name in chosen if name not in known]:
-        raise ValueError(f"{', '.join(unknown)}: no linear layer of the model; allowed: {', '.join(known)}")
     copy = deepcopy(model).requires_grad_(False)
+    layers = linear_layers(copy)
+    if unknown := [name for name in ranks if name not in layers]:
+        raise ValueError(f"{', '.join(unknown)}: no linear layer of the model; allowed: {', '.join(layers)}")
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in linear_layers(copy).items():
-        if name in chosen:
-            check_rank(rank, layer.weight.shape)
-            A = torch.randn(rank, layer.in_features, generator=generator) * layer.in_features**-0.5
-            substitute(copy, name, LoRALinear(layer, A, torch.zeros(layer.out_features, rank), alpha))
+    for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
+        layer = layers[name]
+        check_rank(ranks[name], layer.weight.shape)
+        A = torch.randn(ranks[name], layer.in_features, generator=generator) * layer.in_features**-0.5
+        substitute(copy, name, LoRALinear(layer, A, torch.zeros(layer.out_features, ranks[name]), alpha))
+    return copy
+
+
+def extract(base: nn.Module, tuned: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+    """Return a copy of a model with the adapters that come closest to what a full fine-tuning has changed.
+
+    Of each named layer, B·A is the best approximation of its update W_tuned − W at that rank (Eckart & Young 1936), at
+    α = r; what changed in other layers and in biases is left out.
+
+    Parameters
+    ----------
+    base : nn.Module
+        Before the fine-tuning.
+    tuned : nn.Module
+        The same network after it.
+    ranks : mapping of str to int
+        As in :func:`adapt`.
+
+    Raises
+    ------
+    ValueError
+        As :func:`adapt` does; or the networks differ in a layer.
+    """
+    copy, after = adapt(base, ranks, alpha=1.0, seed=0), linear_layers(tuned)
+    for name, layer in adapters(copy).items():
+        before = layer.base.weight
+        if name not in after or after[name].weight.shape != before.shape:
+            raise ValueError(f"the tuned network has no layer {name!r} of {'×'.join(map(str, before.shape))}")
+        factors = truncated_svd(after[name].weight.detach() - before, layer.rank)
+        substitute(copy, name, LoRALinear(layer.base, A=factors.C, B=factors.B, alpha=layer.rank))
     return copy
 
 
@@ -163,10 +211,50 @@ def merge(model: nn.Module) -> nn.Module:
     return copy.requires_grad_(True)
 
 
-def save_adapter(model: nn.Module, file: Path) -> None:
-    """Write a model's adapters, and nothing else of it, as safetensors.
+def rehearsal(labels: Tensor, new: int, *, size: int, n_kept: int, share: float, seed: int) -> Tensor:
+    """Return the indices of a set to learn a new class from and rehearse the others.
 
-    The header holds each layer's α and a checksum of the network below the adapters.
+    After Robins 1995, *Catastrophic forgetting, rehearsal and pseudorehearsal*, Connection Science 7(2).
+
+    Parameters
+    ----------
+    labels : Tensor of int64, shape (n,)
+        Classes of the images to choose from.
+    new : int
+        The new class.
+    size : int
+        How many images of the new class are in the set; all there are, repeated or cut to this number.
+    n_kept : int
+        How many images of each other class have been kept, at most; drawn at random.
+    share : float
+        How often an other class is shown for each image of the new one; its images are repeated to this number.
+    seed : int
+        Draws which images are kept.
+
+    Returns
+    -------
+    Tensor of int64, shape (size + (n_classes - 1)·⌊share·size⌋,)
+        On the labels' device.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    chosen = []
+    for label in labels.unique():
+        distinct = order[labels[order] == label][: None if label == new else n_kept]
+        shown = size if label == new else int(share * size)
+        chosen.append(distinct.repeat(math.ceil(shown / len(distinct)))[:shown])
+    return torch.cat(chosen)
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write a model's adapters, and nothing else of it, into a folder as PEFT does.
+
+    ``adapter_config.json`` names the layers with their ranks and α, ``adapter_model.safetensors`` has the factors; its
+    header also has a checksum of the network below the adapters. ``PeftModel.from_pretrained(base, folder)`` loads it.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is not there.
 
     Raises
     ------
@@ -176,21 +264,33 @@ def save_adapter(model: nn.Module, file: Path) -> None:
     layers = adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save")
+    first = next(iter(layers.values()))
+    exactly = {name: f"^{re.escape(name)}" for name in layers}  # PEFT takes names as patterns of their ends
+    config = {
+        "peft_type": "LORA",
+        "target_modules": "|".join(map(re.escape, layers)),
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "rank_pattern": {exactly[name]: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
+        "alpha_pattern": {exactly[name]: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+        "bias": "none",
+        "inference_mode": True,
+    }
     tensors = {
-        f"{name}.{factor}": getattr(layer, factor).detach().cpu().contiguous()
+        f"base_model.model.{name}.lora_{factor}.weight": getattr(layer, f"lora_{factor}").detach().cpu().contiguous()
         for name, layer in layers.items()
-        for factor in ("lora_A", "lora_B")
+        for factor in "AB"
     }
-    header = {
-        "format": FORMAT,
-        "alpha": json.dumps({name: layer.alpha for name, layer in layers.items()}),
-        "base": checksum(remove(model).state_dict()),
-    }
-    save_file(tensors, file, metadata=header)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", BASE: checksum(remove(model).state_dict())})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_adapter(model: nn.Module, file: Path) -> nn.Module:
-    """Return a copy of a model with the adapters of a file that :func:`save_adapter` wrote.
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """Return a copy of a model with the adapters of a folder that :func:`save_adapter` or PEFT wrote.
+
+    Whether the model's weights are those that the adapter was trained on is known only of our own; of PEFT's, names
+    and shapes are compared.
 
     Parameters
     ----------
@@ -200,35 +300,79 @@ def load_adapter(model: nn.Module, file: Path) -> nn.Module:
     Raises
     ------
     AdapterError
-        The file is no adapter; the model lacks a layer of it, or has it in another shape; or the model's
-        weights are not those that the adapter was trained on.
+        The folder holds no adapter or a damaged one; it uses more of PEFT than plain LoRA of linear layers, which the
+        message names; the model lacks a layer of it, or has it in another shape; or the model's weights are not those
+        that the adapter was trained on.
     """
-    header, tensors = _read(file)
+    config, (header, factors) = _read_config(folder / CONFIG), _read_factors(folder / WEIGHTS)
     copy = deepcopy(model).requires_grad_(False)
     layers = linear_layers(copy)
-    for name, alpha in json.loads(header["alpha"]).items():
-        A, B = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+    for name, (A, B) in factors.items():
         if name not in layers:
-            raise AdapterError(f"{file} adapts layer {name!r}; the model's linear layers are {', '.join(layers)}")
+            raise AdapterError(f"{folder} adapts layer {name!r}; the model's linear layers are {', '.join(layers)}")
         if layers[name].weight.shape != (len(B), A.shape[1]):
             found = "×".join(map(str, layers[name].weight.shape))
-            raise AdapterError(f"{file} adapts {name!r} of {len(B)}×{A.shape[1]}; the model's is {found}")
+            raise AdapterError(f"{folder} adapts {name!r} of {len(B)}×{A.shape[1]}; the model's is {found}")
+        rank = _of_layer(config, name, "rank_pattern", "r")
+        if not rank == len(A) == B.shape[1] <= min(layers[name].weight.shape):
+            raise AdapterError(f"{folder} has rank {rank} for {name!r}, with factors of {len(A)} and {B.shape[1]}")
+        alpha = _of_layer(config, name, "alpha_pattern", "lora_alpha")
+        if config.get("use_rslora"):  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
+            alpha *= rank**0.5
         substitute(copy, name, LoRALinear(layers[name], A, B, alpha))
-    if checksum(model.state_dict()) != header["base"]:
+    if BASE in header and header[BASE] != checksum(model.state_dict()):
         raise AdapterError(
-            f"{file} was trained on a network of the same shapes with other weights; "
+            f"{folder} was trained on a network of the same shapes with other weights; "
             "load the weights that it was trained on first"
         )
     return copy
 
 
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read_config(file: Path) -> dict[str, Any]:
+    """Read a config of PEFT's, and refuse by name what changes the computation and is not done here."""
+    try:
+        read = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file} cannot be read as an adapter's config: {error}") from error
+    if not isinstance(read, dict) or read.get("peft_type") != "LORA":
+        raise AdapterError(f"{file} is no config of a LoRA adapter: it has no peft_type 'LORA'")
+    config: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}} | read
+    try:
+        numbers = [config["r"], config["lora_alpha"]]
+        for name in ("rank_pattern", "alpha_pattern"):
+            numbers += config[name].values()
+            for pattern in config[name]:
+                re.compile(pattern)
+        if not all(number > 0 for number in numbers):
+            raise ValueError(f"{numbers} must all be above 0")
+    except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
+        raise AdapterError(f"{file} has impossible ranks or α: {error!r}") from error
+    for key, value in config.items():
+        if value and key not in BESIDE_THE_POINT | PER_LAYER and value not in DONE.get(key, ()):
+            raise AdapterError(f"{file} has {key} = {value!r}, which is not done here: merge it with PEFT instead")
+    return config
+
+
+def _read_factors(file: Path) -> tuple[dict[str, str], dict[str, tuple[Tensor, Tensor]]]:
+    """Return the header of a file of PEFT's, and A and B by layer."""
     try:
         with safe_open(file, framework="pt") as stored:
             header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} cannot be read as an adapter: {error}") from error
-    if header.get("format") != FORMAT:
-        raise AdapterError(f"{file} is no adapter: its format is {header.get('format')!r}, not {FORMAT!r}")
-    return header, tensors
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = TENSOR.fullmatch(key)
+        if not found or tensor.dim() != 2:
+            raise AdapterError(f"{file} is no adapter of linear layers: it holds {key} {tuple(tensor.shape)}")
+        layers.setdefault(found["layer"], {})[found["factor"]] = tensor
+    if halves := [name for name, factors in layers.items() if len(factors) < 2]:
+        raise AdapterError(f"{file} is damaged: one of the factors of {', '.join(halves)} is missing")
+    return header, {name: (factors["A"], factors["B"]) for name, factors in layers.items()}
+
+
+def _of_layer(config: Mapping[str, Any], layer: str, patterns: str, default: str) -> Any:
+    """Return a layer's number as PEFT does, of the first pattern that the end of its name matches, or the default."""
+    matching = (value for key, value in config[patterns].items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(matching, config[default])

@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import loralib
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ LAYERS = ["fc1", "fc2", "fc3"]
 
 def adapted(seed=0, rank=4, trained=True, layers=LAYERS):
     """An adapted MLP, with a B that is not zero where it is to look trained."""
-    model = lora.adapt(mlp(WIDTHS, seed=seed), layers, rank=rank, alpha=6.0, seed=seed)
+    model = lora.adapt(mlp(WIDTHS, seed=seed), dict.fromkeys(layers, rank), alpha=6.0, seed=seed)
     if trained:
         generator = torch.Generator().manual_seed(seed)
         for layer in lora.adapters(model).values():
@@ -67,7 +68,7 @@ def test_forward_gradients_and_merge_are_loralibs(drawn, batch):
 
 def test_untrained_adapters_change_nothing():
     base, x = mlp(WIDTHS, seed=1), torch.randn(7, 784)
-    assert torch.equal(lora.adapt(base, LAYERS, rank=3, alpha=8, seed=0)(x), base(x))
+    assert torch.equal(lora.adapt(base, dict.fromkeys(LAYERS, 3), alpha=8, seed=0)(x), base(x))
 
 
 def test_only_the_factors_of_the_chosen_layers_are_trained():
@@ -75,6 +76,14 @@ def test_only_the_factors_of_the_chosen_layers_are_trained():
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["fc2.lora_A", "fc2.lora_B"]
     assert n_trainable(model) == 4 * (12 + 9)
+
+
+def test_each_layer_has_its_rank_and_the_same_factors_in_whatever_order_they_are_named():
+    base = mlp(WIDTHS, seed=0)
+    model = lora.adapt(base, {"fc1": 2, "fc3": 5}, alpha=1, seed=3)
+    assert {name: layer.rank for name, layer in lora.adapters(model).items()} == {"fc1": 2, "fc3": 5}
+    swapped = lora.adapt(base, {"fc3": 5, "fc1": 2}, alpha=1, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), swapped.parameters(), strict=True))
 
 
 def test_a_training_moves_the_factors_alone():
@@ -89,7 +98,7 @@ def test_a_training_moves_the_factors_alone():
 
 def test_adapting_leaves_the_given_model_alone_and_removing_gives_it_back():
     base = mlp(WIDTHS, seed=0)
-    model = lora.adapt(base, LAYERS, rank=2, alpha=4, seed=0)
+    model = lora.adapt(base, dict.fromkeys(LAYERS, 2), alpha=4, seed=0)
     assert n_trainable(base) == sum(weight.numel() for weight in base.state_dict().values())
     removed = lora.remove(model)
     assert str(removed) == str(base)
@@ -144,7 +153,7 @@ def test_adapts_the_linear_layers_of_a_transformer():
     torch.manual_seed(0)
     base = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
-    model = lora.adapt(base, linear_layers(base), rank=2, alpha=4, seed=0)
+    model = lora.adapt(base, dict.fromkeys(linear_layers(base), 2), alpha=4, seed=0)
     assert lora.adapters(model).keys() == {"self_attn.out_proj", "linear1", "linear2"}
     torch.testing.assert_close(model(x), base(x))
     for layer in lora.adapters(model).values():
@@ -166,14 +175,47 @@ def test_an_adapter_stays_on_a_base_that_is_factorized():
     torch.testing.assert_close(lora.merge(factorized)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 40), st.integers(1, 8), st.integers(0, 9))
+def test_a_rehearsal_set_has_few_kept_images_of_the_other_classes_as_often_as_wanted(labels, size, n_kept, seed):
+    labels = torch.tensor(labels)
+    index = lora.rehearsal(labels, labels[0].item(), size=size, n_kept=n_kept, share=0.5, seed=seed)
+    for label, count in zip(*labels.unique(return_counts=True), strict=True):
+        chosen = index[labels[index] == label]
+        shown, available = (size, count) if label == labels[0] else (size // 2, min(count, n_kept))
+        assert len(chosen) == shown
+        assert len(chosen.unique()) == min(shown, available)
+
+
+def test_a_rehearsal_set_is_drawn_by_its_seed():
+    labels = torch.arange(1000) % 10
+    sets = [lora.rehearsal(labels, 7, size=100, n_kept=5, share=0.5, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(sets[0], sets[1])
+    assert not torch.equal(sets[0], sets[2])
+
+
+def test_extracted_adapters_are_as_close_to_an_update_as_their_rank_allows():
+    base, tuned = mlp(WIDTHS, seed=0), mlp(WIDTHS, seed=1)
+    ranks = {"fc1": 3, "fc2": 9}
+    model = lora.extract(base, tuned, ranks)
+    for name, r in ranks.items():
+        update = (tuned.get_submodule(name).weight - base.get_submodule(name).weight).detach().double()
+        best = np.sqrt((np.linalg.svd(update.numpy(), compute_uv=False)[r:] ** 2).sum())
+        assert (update - lora.adapters(model)[name].delta).norm().item() == pytest.approx(best, rel=1e-4, abs=1e-5)
+    merged = lora.merge(model)
+    torch.testing.assert_close(merged.fc2.weight, tuned.fc2.weight, atol=1e-5, rtol=1e-5)
+    assert torch.equal(merged.fc3.weight, base.fc3.weight)
+    with pytest.raises(ValueError, match="no layer 'fc1' of 12×784"):
+        lora.extract(base, mlp([784, 11, 10], seed=0), {"fc1": 2})
+
+
 def test_impossible_adapters_are_refused_by_name():
     base = mlp(WIDTHS, seed=0)
     with pytest.raises(ValueError, match=r"fc9.*allowed: fc1, fc2, fc3"):
-        lora.adapt(base, ["fc9"], rank=2, alpha=1, seed=0)
+        lora.adapt(base, {"fc9": 2}, alpha=1, seed=0)
     with pytest.raises(ValueError, match=r"rank 10 .*allowed: 1 to 9"):
-        lora.adapt(base, ["fc2"], rank=10, alpha=1, seed=0)
+        lora.adapt(base, {"fc2": 10}, alpha=1, seed=0)
     with pytest.raises(ValueError, match="already"):
-        lora.adapt(adapted(), ["fc1.base"], rank=2, alpha=1, seed=0)
+        lora.adapt(adapted(), {"fc1.base": 2}, alpha=1, seed=0)
     with pytest.raises(ValueError, match="do not fit"):
         LoRALinear(nn.Linear(4, 4), torch.zeros(2, 3), torch.zeros(4, 2), 1.0)
 
@@ -184,5 +226,5 @@ def test_the_store_keys_adapters_by_rank_and_alpha(tmp_path):
     data = Dataset("digits", images, labels, images[:0], labels[:0], images, labels, mean=0.0, std=1.0)
     store, recipe = Store(tmp_path), Recipe(1, 10, 1e-3)
     for alpha in (1.0, 2.0, 2.0):
-        store.trained(lora.adapt(mlp(WIDTHS, seed=0), LAYERS, rank=2, alpha=alpha, seed=0), data, recipe)
+        store.trained(lora.adapt(mlp(WIDTHS, seed=0), dict.fromkeys(LAYERS, 2), alpha=alpha, seed=0), data, recipe)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
