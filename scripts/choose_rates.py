@@ -20,7 +20,7 @@ from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
-from lowrank_helpers import data, factorization
+from lowrank_helpers import data, factorization, lora
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import linear_layers, mlp
 from lowrank_helpers.series.execution import notebook_path
@@ -38,6 +38,7 @@ from lowrank_helpers.training import (
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SUBSPACE_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)  # a coordinate of a subspace moves each weight by a small share of its step
+FINE_TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (100, 101)
 STRENGTHS = (1e-4, 1e-3, 1e-2)  # of decay
 TABLE = PROJECT / "sweeps" / "rates.csv"
@@ -70,7 +71,7 @@ class Arm:
     penalty : dict
         ``weight_decay`` or ``frobenius_decay`` of the recipe.
     select : callable
-        Of the bench's data: returns those to train and score on.
+        Of the bench's data and a seed: returns those to train and score on.
     rates : tuple of float
         The grid.
     """
@@ -79,7 +80,7 @@ class Arm:
     epochs: int
     batch_size: int
     penalty: dict[str, float] = field(default_factory=dict)
-    select: Callable[[Dataset], Dataset] = lambda whole: whole
+    select: Callable[[Dataset, int], Dataset] = lambda whole, seed: whole
     rates: tuple[float, ...] = RATES
 
 
@@ -109,8 +110,45 @@ def cut(bench: Bench, seed: int, *, ranks: Sequence[int], teacher: Arm, rate: fl
     """Return the best factors of a dense network that this seed has trained."""
     network = teacher.start(bench, seed)
     recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
-    bench.train(network, teacher.select(bench.data), recipe)
+    bench.train(network, teacher.select(bench.data, seed), recipe)
     return factorization.factorize(network, by_layer(network, ranks))
+
+
+def nine_digits(whole: Dataset, seed: int, *, digit: int) -> Dataset:
+    """Return the data without a digit."""
+    return whole.select(**{split: labels != digit for split, (_, labels) in whole.splits().items()})
+
+
+def rehearsed(whole: Dataset, seed: int, *, digit: int, n_kept: int, share: float) -> Dataset:
+    """Return a training set of a digit with kept images of the others; the validation images are of all ten."""
+    size = int((whole.train_labels == digit).sum())
+    return whole.select(
+        train=lora.rehearsal(whole.train_labels, digit, size=size, n_kept=n_kept, share=share, seed=seed)
+    )
+
+
+def fine_tuned(
+    bench: Bench, seed: int, *, teacher: Arm, rate: float, change: Callable[[nn.Module, int], nn.Module]
+) -> nn.Module:
+    """Return a network that this seed has trained, changed for its fine-tuning."""
+    network = teacher.start(bench, seed)
+    recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
+    bench.train(network, teacher.select(bench.data, seed), recipe)
+    return change(network, seed)
+
+
+def adapted(network: nn.Module, seed: int, *, rank: int, alpha: float) -> nn.Module:
+    """Return a network with adapters of a rank, or of a layer's full rank where that is less."""
+    ranks = {name: min(rank, *layer.weight.shape) for name, layer in linear_layers(network).items()}
+    return lora.adapt(network, ranks, alpha=alpha, seed=seed)
+
+
+def last_layer(network: nn.Module, seed: int) -> nn.Module:
+    """Freeze all layers of a network but the last."""
+    *others, _ = linear_layers(network).values()
+    for layer in others:
+        layer.requires_grad_(False)
+    return network
 
 
 def by_layer(network: nn.Module, ranks: Sequence[int]) -> dict[str, int]:
@@ -173,7 +211,39 @@ def arms_of_07() -> dict[str, Arm]:
     return arms
 
 
-ARMS: dict[str, Callable[[], dict[str, Arm]]] = {"02": arms_of_02, "06": arms_of_06, "07": arms_of_07}  # by notebook
+def arms_of_bonus() -> dict[str, Arm]:
+    """Ways to learn a digit that the network has not seen: all weights, the last layer's, adapters of several ranks."""
+    p = declared(notebook_path("bonus_lora"))
+    digit = p["held_out_digit"]
+    teacher = Arm(
+        partial(dense, widths=p["widths"], activation=p["activation"]),
+        p["epochs"],
+        p["batch_size"],
+        select=partial(nine_digits, digit=digit),
+    )
+
+    mixed = partial(rehearsed, digit=digit, n_kept=p["rehearsal"], share=p["rehearsal_share"])
+
+    def arm(change: Callable[[nn.Module, int], nn.Module]) -> Arm:
+        start = partial(fine_tuned, teacher=teacher, rate=p["learning_rate"], change=change)
+        return Arm(start, p["adapter_epochs"], p["batch_size"], select=mixed, rates=FINE_TUNING_RATES)
+
+    return {
+        "full": arm(lambda network, seed: network),
+        "last layer": arm(last_layer),
+        **{
+            f"LoRA, rank {rank}": arm(partial(adapted, rank=rank, alpha=p["alpha"]))
+            for rank in sorted({p["rank"], *p["adapter_ranks"]})
+        },
+    }
+
+
+ARMS: dict[str, Callable[[], dict[str, Arm]]] = {
+    "02": arms_of_02,
+    "06": arms_of_06,
+    "07": arms_of_07,
+    "bonus": arms_of_bonus,
+}  # by notebook
 
 
 def all_arms() -> dict[str, Arm]:
@@ -243,7 +313,7 @@ def main(names: tuple[str, ...], data_dir: str, networks: Path, only_list: bool)
         name, rate, _, seed = key
         arm = arms[name]
         recipe = Recipe(arm.epochs, arm.batch_size, rate, seed=seed, precision=bench.precision, **arm.penalty)
-        history = bench.train(arm.start(bench, seed), arm.select(bench.data), recipe, stop)
+        history = bench.train(arm.start(bench, seed), arm.select(bench.data, seed), recipe, stop)
         result = history.final("validation")
         row = dict(zip(KEY, key, strict=True))
         add(row | {"validation_accuracy": result.accuracy, "validation_loss": result.loss}, TABLE)

@@ -58,6 +58,26 @@ def test_notebook_07_takes_the_rate_that_is_best_in_the_mean_over_its_widths(rec
     assert given[parameter] == means.idxmax()
 
 
+def test_the_bonus_takes_for_each_way_and_rank_the_rate_that_validation_chose(recorded):
+    given, chosen = declared(notebook_path("bonus_lora")), choose_rates.chosen(recorded)
+    assert given["full_learning_rate"] == chosen["bonus/full"]
+    assert given["last_layer_learning_rate"] == chosen["bonus/last layer"]
+    ranks = [given["rank"], *given["adapter_ranks"]]
+    rates = [given["adapter_learning_rate"], *given["adapter_rates"]]
+    assert rates == [chosen[f"bonus/LoRA, rank {rank}"] for rank in ranks]
+
+
+@pytest.mark.parametrize("name", [f"bonus/{name}" for name in choose_rates.arms_of_bonus()])
+def test_every_arm_of_the_bonus_has_every_rate_from_seeds_that_it_does_not_use(recorded, name):
+    given = declared(notebook_path("bonus_lora"))
+    rows = recorded[recorded["arm"] == name]
+    assert set(zip(rows["learning_rate"], rows["seed"], strict=True)) == {
+        (rate, seed) for rate in choose_rates.FINE_TUNING_RATES for seed in choose_rates.SEEDS
+    }
+    assert not set(rows["seed"]) & set(range(given["seed"], given["seed"] + given["n_seeds"]))
+    assert set(rows["epochs"]) == {given["adapter_epochs"]}
+
+
 @pytest.mark.parametrize("kind", ["weight_decay", "frobenius_decay"])
 def test_notebook_06_takes_the_strength_and_rate_that_validation_chose(recorded, kind):
     best = _best(recorded[recorded["arm"].str.startswith(f"06/low, {kind} ")])

@@ -86,6 +86,10 @@ RANKS = Rule(
     lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
     "a list of whole numbers, each at least 1",
 )
+RATES = Rule(
+    lambda value: isinstance(value, list) and bool(value) and all(map(POSITIVE.accepts, value)),
+    f"a list, each item {POSITIVE.allowed}",
+)
 
 RULES: dict[str, Rule] = {
     "dataset": _one_of(*DATASETS),
@@ -141,9 +145,13 @@ RULES: dict[str, Rule] = {
     "alpha": POSITIVE,
     "layers": _one_of(*LAYER_CHOICES),
     "rehearsal": _whole(1),
-    "shots": _list_of(_whole(1)),
+    "rehearsal_share": POSITIVE,
     "adapter_epochs": _whole(1),
     "adapter_learning_rate": POSITIVE,
+    "full_learning_rate": POSITIVE,
+    "last_layer_learning_rate": POSITIVE,
+    "adapter_ranks": _list_of(_whole(1)),
+    "adapter_rates": RATES,
 }
 
 
@@ -170,6 +178,8 @@ def check(parameters: Mapping[str, Any]) -> None:
         _check_ranks(parameters)
     if {"widths", "rank", "layers"} <= parameters.keys():
         _check_adapter_rank(parameters["widths"], parameters["rank"], parameters["layers"])
+    if {"adapter_ranks", "adapter_rates"} <= parameters.keys():
+        _check_adapter_rates(parameters["adapter_ranks"], parameters["adapter_rates"])
 
 
 def _check_ranks(parameters: Mapping[str, Any]) -> None:
@@ -198,6 +208,13 @@ def _check_adapter_rank(widths: list[int], rank: int, layers: str) -> None:
         raise ParameterError(
             f"parameter rank = {rank} is above min(n, m) of a layer that layers = {layers!r} adapts; "
             f"allowed: 1 to {most}"
+        )
+
+
+def _check_adapter_rates(ranks: list[int], rates: list[float]) -> None:
+    if len(ranks) != len(rates):
+        raise ParameterError(
+            f"parameter adapter_rates = {rates} must have one rate for each of adapter_ranks = {ranks}"
         )
 
 
