@@ -287,7 +287,10 @@ def analyze(source: str, output: Path | None) -> None:
         sys.exit(INTERRUPTED)
     click.echo(analysis_page.text(found))
     if output:
-        analysis_page.write(output, found)
+        try:
+            analysis_page.write(output, found)
+        except OSError as error:
+            _fail(f"{output} cannot be written to: {error.strerror}", code=1)
         click.echo(f"\nOpen {os.path.relpath(output / 'index.html')}")
 
 

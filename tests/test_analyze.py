@@ -105,6 +105,12 @@ def test_an_analysis_is_written_anew_but_nothing_else_is(network, tmp_path):
     assert "findings" in (tmp_path / "run" / "results.json").read_text()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_measuring(network, tmp_path):
+    (tmp_path / "file").touch()
+    result = _lowrank(network, "-o", tmp_path / "file" / "out")
+    assert result.exit_code == 2 and "cannot be written to" in result.output and "effective" not in result.output
+
+
 @pytest.mark.parametrize("name", ["nowhere.safetensors", "damaged.safetensors", "damaged.pt", "whole.pt", "x:y"])
 def test_bad_sources_are_refused_in_one_line_before_anything_is_written(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -112,8 +118,8 @@ def test_bad_sources_are_refused_in_one_line_before_anything_is_written(name, tm
         Path(name).write_bytes(b"\x80\x02words")
     if name.startswith("whole"):
         torch.save(mlp([3, 2], seed=0), name)
-    result = _lowrank(name)
-    assert result.exit_code == 2
+    result = _lowrank(name, "-o", "out")
+    assert result.exit_code == 2 and not Path("out").exists()
     assert result.output.startswith(f"Error: {name}") and result.output.count("\n") == 1
 
 

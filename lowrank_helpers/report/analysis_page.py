@@ -144,18 +144,15 @@ def _some(names: list[str]) -> str:
 
 
 def check(folder: Path) -> None:
-    """Make a folder for an analysis, before there is anything to write.
+    """See, before there is anything to write, that a folder can be made and holds nothing else's results.
 
     Raises
     ------
     AnalysisError
         It cannot be written to, or holds the results of something else.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AnalysisError(f"{folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
         raise AnalysisError(f"{folder} cannot be written to")
     file = folder / "results.json"
     if file.exists() and '"matrices"' not in file.read_text(errors="replace"):
