@@ -188,6 +188,7 @@ def arms_of_06() -> dict[str, Arm]:
             f"small {'-'.join(map(str, ranks))}, tuned": tuned(partial(cut_from, ranks=ranks)) for ranks in small_shapes
         },
         "published, longer": longer(partial(standard, ranks=p["ranks"], **big)),
+        "published, longer, batch 256": longer(partial(standard, ranks=p["ranks"], **big), batch_size=256),
         "low, standard": low(partial(standard, **small)),
         "low, spectral": low(partial(spectral, **small)),
         **{

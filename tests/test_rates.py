@@ -32,7 +32,6 @@ def chosen_06(recorded) -> pd.Series:
         "narrow_learning_rate": "narrow",
         "effective_learning_rate": "effective",
         "longer_learning_rate": "effective, longer",
-        "published_learning_rate": "published, longer",
         "tuning_learning_rate": "effective, tuned",
         "low_learning_rate": "low, standard",
         "spectral_learning_rate": "low, spectral",
@@ -90,6 +89,13 @@ def test_notebook_06_takes_the_smallest_ranks_that_validation_chose(recorded):
     given = declared(notebook_path("06_factorized"))
     shape = "-".join(map(str, given["small_ranks"]))
     assert (f"06/small {shape}, tuned", given["small_learning_rate"]) == best
+
+
+def test_notebook_06_takes_the_batch_and_rate_of_the_published_ranks_that_validation_chose(recorded):
+    best = _best(recorded[recorded["arm"].str.startswith("06/published, longer")])
+    given = declared(notebook_path("06_factorized"))
+    batch = f", batch {given['published_batch_size']}" if given["published_batch_size"] != given["batch_size"] else ""
+    assert (f"06/published, longer{batch}", given["published_learning_rate"]) == best
 
 
 def _best(rows: pd.DataFrame) -> tuple[str, float]:
