@@ -71,12 +71,12 @@ def test_peft_loads_ours(folder):
     assert not torch.allclose(theirs(x), mlp(WIDTHS, seed=0)(x), atol=0.1)
 
 
-@given(st.lists(st.integers(1, 3), min_size=3, max_size=3))
+@given(st.lists(st.integers(1, 3), min_size=4, max_size=4))
 def test_peft_loads_each_layers_rank_though_names_end_alike(tmp_path_factory, ranks):
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)))  # 0, 1.0, 1.1
-    model = lora.adapt(base, dict(zip(("0", "1.0", "1.1"), ranks, strict=True)), alpha=4, seed=0)
+    base = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4), nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)))
+    model = lora.adapt(base, dict(zip(("0", "1", "2.0", "2.1"), ranks, strict=True)), alpha=4, seed=0)
     for i, layer in enumerate(lora.adapters(model).values(), start=1):
         layer.lora_B.data.normal_()
         layer.alpha = float(i)
