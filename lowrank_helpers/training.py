@@ -68,7 +68,7 @@ def spending(kind: str) -> Iterator[None]:
 
 def _spend(kind: str, seconds: float) -> None:
     with _spent_lock:
-        spent[kind] += seconds
+        spent[kind] += seconds  # type: ignore[assignment]  # counts of a Counter may be fractions
 
 
 def _prepare_thread() -> None:
