@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lowrank_helpers.data import DATASETS, N_CLASSES, N_PIXELS
+from lowrank_helpers.data import DATASETS, IMAGE_SIDE, N_CLASSES, N_PIXELS
 from lowrank_helpers.models import ACTIVATIONS
 from lowrank_helpers.training import DEVICES, PRECISIONS, pick_device
 
@@ -82,6 +82,10 @@ DEEP_WIDTHS = Rule(
     lambda value: WIDTHS.accepts(value) and len(value) >= 5 and len(set(value[1:-1])) == 1,
     f"widths such as [{N_PIXELS}, 128, 128, 128, {N_CLASSES}]: at least three hidden ones, all equal",
 )
+SHARES = Rule(
+    lambda value: isinstance(value, list) and bool(value) and all(map(SHARE.accepts, value)) and sum(value) <= 1,
+    f"a list whose sum is at most 1, each item {SHARE.allowed}",
+)
 RANKS = Rule(
     lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
     "a list of whole numbers, each at least 1",
@@ -136,6 +140,26 @@ RULES: dict[str, Rule] = {
     "als_sweeps": _whole(1),
     "gradient_steps": _whole(1),
     "rank_grid": _list_of(_whole(1)),
+    "cut_budgets": _list_of(_whole(1)),
+    "tuned_budgets": _list_of(_whole(1)),
+    "layer_shares": SHARES,
+    "moment_images": _whole(1),
+    "frontier_learning_rate": POSITIVE,
+    "born_learning_rate": POSITIVE,
+    "channels": RANKS,
+    "convnet_width": _whole(1),
+    "patch": Rule(lambda value: _is_whole(value, 1) and IMAGE_SIDE % value == 0, f"a divisor of {IMAGE_SIDE}"),
+    "token_width": Rule(lambda value: _is_whole(value, 1) and value % 4 == 0, "a multiple of the four heads"),
+    "n_blocks": _whole(1),
+    "few_seeds": _whole(1),
+    "few_epochs": _whole(1),
+    "convnet_learning_rate": POSITIVE,
+    "transformer_learning_rate": POSITIVE,
+    "budget_shares": _list_of(SHARE),
+    "small_share": SHARE,
+    "short_tuning_epochs": _whole(1),
+    "convnet_tuning_learning_rate": POSITIVE,
+    "transformer_tuning_learning_rate": POSITIVE,
     "ranks": RANKS,
     "small_ranks": RANKS,
     "error_threshold": SHARE,
@@ -176,6 +200,7 @@ def check(parameters: Mapping[str, Any]) -> None:
             raise ParameterError(str(error)) from error
     if "big_widths" in parameters:
         _check_ranks(parameters)
+        _check_budgets(parameters)
     if {"widths", "rank", "layers"} <= parameters.keys():
         _check_adapter_rank(parameters["widths"], parameters["rank"], parameters["layers"])
     if {"adapter_ranks", "adapter_rates"} <= parameters.keys():
@@ -189,6 +214,23 @@ def _check_ranks(parameters: Mapping[str, Any]) -> None:
             _check_hidden_ranks(name, ranks, full)
     if (grid := parameters.get("rank_grid")) and max(grid) > max(full):
         raise ParameterError(f"parameter rank_grid = {grid}: the largest full rank is {max(full)}")
+
+
+def _check_budgets(parameters: Mapping[str, Any]) -> None:
+    *hidden, last = pairwise(parameters["big_widths"])
+    least = sum(n + m for n, m in hidden) + last[0] * last[1]  # one direction in every hidden layer
+    most = sum(n * m for n, m in [*hidden, last])
+    for name in ("cut_budgets", "tuned_budgets"):
+        if wrong := [budget for budget in parameters.get(name, []) if not least <= budget <= most]:
+            raise ParameterError(
+                f"parameter {name} = {parameters[name]}: {wrong[0]:,} parameters are not between {least:,}, one "
+                f"direction in every hidden layer of big_widths, and {most:,}, the dense network"
+            )
+    if (shares := parameters.get("layer_shares")) and len(shares) != len(hidden):
+        raise ParameterError(
+            f"parameter layer_shares = {shares} must have one share for each of the {len(hidden)} hidden layers of "
+            "big_widths"
+        )
 
 
 def _check_hidden_ranks(name: str, ranks: list[int], full: list[int]) -> None:

@@ -51,6 +51,10 @@ def test_a_name_has_one_default_in_all_notebooks():
         ({"activations": []}, "activations = .* relu"),
         ({"deep_widths": [784, 64, 64, 10]}, "deep_widths = .* at least three hidden ones"),
         ({"deep_widths": [784, 64, 32, 64, 10]}, "deep_widths = .* all equal"),
+        ({"tuned_budgets": [8719, 9000], "big_widths": BIG}, "8,719 parameters are not between 8,720"),
+        ({"cut_budgets": [2_509_313], "big_widths": BIG}, "2,509,313 parameters are not between 8,720, .* and 2,509,312"),
+        ({"layer_shares": [0.5, 0.5, 0.5, 0.5]}, "sum is at most 1"),
+        ({"layer_shares": [0.5, 0.5], "big_widths": BIG}, "one share for each of the 4 hidden layers"),
     ],
 )
 def test_what_is_impossible_is_refused(given_values, message):
@@ -60,6 +64,7 @@ def test_what_is_impossible_is_refused(given_values, message):
 
 def test_what_is_possible_to_the_limit_is_accepted():
     check({"ranks": [784, 1024, 512, 256], "rank_grid": [1, 1024], "big_widths": BIG})
+    check({"tuned_budgets": [8720, 2_509_312], "layer_shares": [0.25] * 4, "big_widths": BIG})
     check({"seed": 2**32 - 1, "epochs": 1, "learning_rate": 1e-9, "held_out_digit": 9})
 
 
