@@ -23,11 +23,13 @@ from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import Factors, OutputSVD
 from lowrank_helpers.models import n_parameters
+from lowrank_helpers.rank import singular_values
 from lowrank_helpers.selection import WAYS, Choice, Layer, choice_of, smallest
 from lowrank_helpers.training import evaluate
 
 BUDGETS = ("parameters", "flops", "accuracy", "latency")
 CALIBRATION = 2048  # images at most whose outputs are measured: more change the factors little
+FEW = 8  # of them show whether a layer can be replaced
 BATCH = 128  # images at a time: large ones of large networks must fit, too
 
 VALIDATION_PART = 6  # of images given as a pair, one in so many chooses: as Dataset.hold_out
@@ -113,7 +115,7 @@ class Candidates:
         return {
             name: Layer(
                 (svd.A.shape[0], svd.A.shape[1]),
-                torch.linalg.svdvals(svd.A.double()).cpu().numpy(),
+                singular_values(svd.A),
                 svd.s.cpu().numpy(),
                 uses=2 * self.rows[name] if of == "flops" else 1,
             )
@@ -281,7 +283,8 @@ def candidates(model: nn.Module, images: Tensor) -> Candidates:
     model = deepcopy(model)
     _use_no_fused_code(model)
     with _evaluating(model):
-        answer = model(images[:BATCH]) if len(images) else None
+        few = images[:FEW]
+        answer = model(few) if len(few) else None
         if not isinstance(answer, Tensor) or not answer.isfinite().all():
             raise ValueError(f"the model must map at least one image to a finite tensor; it gave {answer!r:.60}")
         layers, left_alone = _layers_with_own_weight(model)
@@ -290,7 +293,7 @@ def candidates(model: nn.Module, images: Tensor) -> Candidates:
         for name, layer in layers.items():
             if name not in moments:
                 left_alone[name] = "the model never calls it, or reads its weight without calling it"
-            elif reason := _objection(model, name, layer, images[:BATCH], answer):
+            elif reason := _objection(model, layer, few, answer):
                 left_alone[name] = reason
             else:
                 outputs[name] = _decomposed(layer, moments[name])
@@ -351,7 +354,7 @@ def _output_moments(
     return moments, {name: rows[name] / len(images) for name in moments}
 
 
-def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, answer: Tensor) -> str:
+def _objection(model: nn.Module, layer: Replaceable, images: Tensor, answer: Tensor) -> str:
     """Replace a layer by two that do the same, and say what goes wrong; leave the model as it was."""
     weight = layer.weight.flatten(1)
     identity = torch.eye(min(weight.shape)).to(weight)

@@ -21,8 +21,10 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank_helpers import data, factorization, lora
+from lowrank_helpers.compression import compress
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import linear_layers, mlp
+from lowrank_helpers.networks import VisionTransformer, convnet
 from lowrank_helpers.series.execution import notebook_path
 from lowrank_helpers.series.parameters import declared
 from lowrank_helpers.series.store import Store, write_atomically
@@ -39,6 +41,8 @@ from lowrank_helpers.training import (
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SUBSPACE_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)  # a coordinate of a subspace moves each weight by a small share of its step
 FINE_TUNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+FEW_EPOCHS_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # where a network takes few steps
+SHORT_TUNING_RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (100, 101)
 STRENGTHS = (1e-4, 1e-3, 1e-2)  # of decay
 TABLE = PROJECT / "sweeps" / "rates.csv"
@@ -151,6 +155,19 @@ def last_layer(network: nn.Module, seed: int) -> nn.Module:
     return network
 
 
+def started(bench: Bench, seed: int, *, fresh: Callable[[int], nn.Module]) -> nn.Module:
+    """Return a fresh network of a kind."""
+    return fresh(seed)
+
+
+def compressed(bench: Bench, seed: int, *, teacher: Arm, rate: float, share: float) -> nn.Module:
+    """Return a network that this seed has trained, compressed to a share of its parameters."""
+    network = teacher.start(bench, seed)
+    recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
+    bench.train(network, bench.data, recipe)
+    return compress(network, bench.data, share)[0]
+
+
 def by_layer(network: nn.Module, ranks: Sequence[int]) -> dict[str, int]:
     """Name the layers that the ranks are of."""
     return dict(zip(linear_layers(network), ranks, strict=False))
@@ -239,11 +256,30 @@ def arms_of_bonus() -> dict[str, Arm]:
     }
 
 
+def arms_of_09() -> dict[str, Arm]:
+    """Train a convolutional network and a transformer, and tune both after they have been compressed."""
+    p = declared(notebook_path("09_your_network"))
+    starts = {
+        "convnet": lambda seed: convnet(p["channels"], p["convnet_width"], seed=seed),
+        "transformer": lambda seed: VisionTransformer(
+            patch=p["patch"], width=p["token_width"], n_blocks=p["n_blocks"], seed=seed
+        ),
+    }
+    arms = {}
+    for kind, fresh in starts.items():
+        start = partial(started, fresh=fresh)
+        dense = arms[kind] = Arm(start, p["few_epochs"], p["batch_size"], rates=FEW_EPOCHS_RATES)
+        small = partial(compressed, teacher=dense, rate=p[f"{kind}_learning_rate"], share=p["small_share"])
+        arms[f"{kind}, tuned"] = Arm(small, p["short_tuning_epochs"], p["batch_size"], rates=SHORT_TUNING_RATES)
+    return arms
+
+
 ARMS: dict[str, Callable[[], dict[str, Arm]]] = {
     "02": arms_of_02,
     "06": arms_of_06,
     "07": arms_of_07,
     "bonus": arms_of_bonus,
+    "09": arms_of_09,
 }  # by notebook
 
 
