@@ -299,7 +299,7 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     ``nn.MultiheadAttention``. Of a weight that several layers share, only the first is returned.
     """
     found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLinear):
             found[name] = layer.weight.detach()
@@ -307,7 +307,7 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
             for part in LAYER_WEIGHTS:
                 weight = getattr(layer, part, None)
                 if weight is not None and id(weight) not in seen:
-                    seen.add(id(weight))
+                    seen[id(weight)] = weight
                     parts = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
                     found |= {key: unfolded.matrix for key, unfolded in parts.items()}
     return found

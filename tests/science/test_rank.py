@@ -258,6 +258,14 @@ def test_packed_projections_are_split_where_their_parts_are_known(name, shape, p
     assert sum(part.matrix.numel() for part in unfolded.values()) == weight.numel()
 
 
+def test_shared_weights_appear_once_and_computed_ones_each_time():
+    shared = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = shared.weight
+    normed = [nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(20)]
+    assert list(rank.weight_matrices(nn.Sequential(shared, tied, *normed))) == ["0", *(f"{i}" for i in range(2, 22))]
+
+
 def test_a_vector_is_not_unfolded():
     with pytest.raises(ValueError, match=r"fc\.bias has 1 axes"):
         rank.unfold("fc.bias", torch.ones(3))
