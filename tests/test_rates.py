@@ -77,6 +77,13 @@ def test_every_arm_of_the_bonus_has_every_rate_from_seeds_that_it_does_not_use(r
     assert set(rows["epochs"]) == {given["adapter_epochs"]}
 
 
+@pytest.mark.parametrize("kind", ["convnet", "transformer"])
+def test_notebook_09_takes_the_rates_that_validation_chose(recorded, kind):
+    given, chosen = declared(notebook_path("09_your_network")), choose_rates.chosen(recorded)
+    assert given[f"{kind}_learning_rate"] == chosen[f"09/{kind}"]
+    assert given[f"{kind}_tuning_learning_rate"] == chosen[f"09/{kind}, tuned"]
+
+
 @pytest.mark.parametrize("kind", ["weight_decay", "frobenius_decay"])
 def test_notebook_06_takes_the_strength_and_rate_that_validation_chose(recorded, kind):
     best = _best(recorded[recorded["arm"].str.startswith(f"06/low, {kind} ")])
