@@ -50,7 +50,7 @@ def connected(
             threads_per_worker=1,
             env={"OMP_NUM_THREADS": n_threads, "MKL_NUM_THREADS": n_threads},  # Dask sets both to 1
             memory_limit=0,  # it would be the worker's own; what takes memory is the kernel
-            dashboard_address=None,
+            dashboard_address=":0",  # any port: several runs may be at work
             silence_logs="CRITICAL",  # failures are reported at the end
         ) as cluster,
         Client(cluster) as client,

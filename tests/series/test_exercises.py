@@ -17,10 +17,32 @@ pytestmark = pytest.mark.slow
 
 QUICK = {
     "dataset": "digits", "device": "cpu", "precision": "float32", "n_seeds": 1, "epochs": 1, "big_epochs": 1,
-    "big_batch_size": 512, "factorized_epochs": 1, "tuning_epochs": 1, "low_epochs": 1, "subspace_epochs": 1,
+    "big_batch_size": 512, "few_seeds": 1, "few_epochs": 1,
+    "factorized_epochs": 1, "tuning_epochs": 1, "low_epochs": 1, "subspace_epochs": 1,
     "adapter_epochs": 1, "als_sweeps": 2, "gradient_steps": 2, "rank_grid": [1, 50], "accuracy_kept": 0.5,
 }  # fmt: skip
 NARROW = {"big_widths": [784, 64, 48, 32, 16, 10], "ranks": [8, 8, 8, 8], "rank_grid": [1, 8, 64]}
+
+FRONTIER = {
+    "big_widths": [784, 64, 48, 32, 16, 10], "cut_budgets": [8000, 12000, 16000, 20000, 25000, 30000, 40000],
+    "tuned_budgets": [8000, 12000, 20000, 30000],
+}  # fmt: skip
+SCORED = """
+from lowrank_helpers.selection import WAYS
+
+teacher, _ = run.train(mlp(big_widths, activation, seed=seed), run.recipe(1, batch_size, dense_learning_rate))
+moment = factorization.input_moments(teacher, run.data.train_images, hidden)
+plain_of, fitted_of = factorization.decompose(teacher), factorization.decompose(teacher, moment)
+own = layers_of({name: plain_of[name] for name in hidden}, {name: fitted_of[name] for name in hidden})
+
+
+def score(ranks):
+    small = factorization.factorize(teacher, ranks, fitted_of)
+    return -evaluate(small, run.data.validation_images, run.data.validation_labels, run.precision).loss
+
+
+assert WAYS["validation"](own, cut_budgets[2] - last, score).parameters <= cut_budgets[2] - last
+"""
 
 
 class Change(NamedTuple):
@@ -99,6 +121,16 @@ EXERCISES: dict[str, list[dict | list[Change]]] = {
         {"layers": "first", "rank": 8},
         {"alpha": 4.0, "adapter_learning_rate": 1.6e-2},
     ],
+    "08_frontier": [
+        FRONTIER | {"layer_shares": [0.29, 0.33, 0.25, 0.13]},
+        [Change("ways", "", SCORED)],
+        FRONTIER | {"moment_images": 100},
+    ],
+    "09_your_network": [
+        {"patch": 7},
+        {"small_share": 0.1},
+        [Change("compress", "budget=small_share", 'budget=small_share, of="flops"')],
+    ],
 }
 CASES = [(name, number) for name, exercises in EXERCISES.items() for number in range(1, len(exercises) + 1)]
 
@@ -128,7 +160,8 @@ def test_every_exercise_is_done_here(name):
 def test_exercise_runs_as_it_is_written(name, number):
     exercise = EXERCISES[name][number - 1]
     changes = exercise if isinstance(exercise, list) else []
-    parameters = QUICK | (NARROW if name == "05_approximate" else {}) | (exercise if not changes else {})
+    small = {"05_approximate": NARROW, "08_frontier": FRONTIER}.get(name, {})
+    parameters = QUICK | small | (exercise if not changes else {})
     namespace: dict = {"__name__": "__main__"}
     for cell in nbformat.read(notebook_path(name), as_version=4).cells:
         if cell.cell_type != "code":
