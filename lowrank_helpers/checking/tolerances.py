@@ -9,9 +9,9 @@ more chain (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8),
 made of the chains' values of that number. The standard deviation s is pooled over the precisions, each about its own
 mean, and the interval reaches from the lowest to the highest of their means, so that it holds for either. The level of
 t divides one in a hundred among all numbers that vary (Bonferroni): a sound machine fails the whole check less often.
-Chains of a precision begin two seeds apart and show means over five, so they share networks. The mean correlation of
-five such windows is ρ = 0.3, and the variance seen between them is 1 − ρ of that between independent chains: s² is
-divided by it (``OVERLAP``). For numbers of one network that is more than is needed.
+Most cells show means over ``WINDOW`` seeds, counted up from the chain's. Chains that begin fewer seeds apart share
+networks, and the variance seen between them is 1 − ρ of that between independent ones, ρ being the mean correlation of
+such means. So their share in s² is divided by it. For numbers of one network that is more than is needed.
 
 Printing rounds: half a unit of the last printed place is added on either side.
 
@@ -50,7 +50,7 @@ from lowrank_helpers.series.store import write_atomically
 
 FALSE_ALARM = 0.01  # of the whole check, on a sound machine
 LEAST_CHAINS = 10
-OVERLAP = 1 / (1 - 0.3)
+WINDOW = 5  # seeds that a mean is over, as the notebooks' n_seeds
 COUNT = 100
 FACTORS = (1.5, 2, 5, 10)  # of an interval's half-width: how far the power study moves each number
 TURNED = {"✓ met": "✗ **not met**", "larger": "smaller", "smaller": "larger", "the same": "larger"}
@@ -63,9 +63,10 @@ class ChainsError(Exception):
 
 @dataclass(frozen=True)
 class Chain:
-    """One run of the series: its folder's name, the precision of its products, and its cells by notebook and id."""
+    """One run of the series: its folder, first seed, precision of products, and its cells by notebook and id."""
 
     name: str
+    seed: int
     precision: str
     cells: Mapping[tuple[str, str], NotebookNode]
 
@@ -107,14 +108,16 @@ def read_chains(folders: Iterable[Path]) -> list[Chain]:
     chains = []
     points = [path for folder in folders for path in sorted((folder / "points").glob("*")) if any(path.glob("*.ipynb"))]
     for point in points:
-        precisions = {filed["environment"]["precision"] for filed in read_findings(point).values()}
+        filed = read_findings(point).values()
+        precisions = {of_notebook["environment"]["precision"] for of_notebook in filed}
+        (seed,) = {of_notebook["parameters"]["seed"] for of_notebook in filed}
         cells = {
             (name, cell.id): cell
             for name in notebook_names()
             if (file := point / f"{name}.ipynb").exists()
             for cell in nbformat.read(file, as_version=4).cells
         }
-        chains.append(Chain(point.name, ", ".join(sorted(precisions)), cells))
+        chains.append(Chain(f"{point.parent.parent.name} {point.name}", seed, ", ".join(sorted(precisions)), cells))
     if len(chains) < LEAST_CHAINS:
         raise ChainsError(f"there are {len(chains)} chains with executed notebooks; at least {LEAST_CHAINS} are needed")
     return chains
@@ -165,7 +168,7 @@ def unit(printed: str) -> Decimal:
     return Decimal(1).scaleb(int(printed_value(printed).as_tuple().exponent))
 
 
-def limits(printed: str, values: np.ndarray, precisions: Sequence[str], level: float) -> Limits:
+def limits(printed: str, values: np.ndarray, precisions: Sequence[str], seeds: Sequence[int], level: float) -> Limits:
     """Return where a number may lie, or None for exactly as recorded.
 
     Parameters
@@ -174,28 +177,40 @@ def limits(printed: str, values: np.ndarray, precisions: Sequence[str], level: f
         The recorded number.
     values : array of shape (chains,)
         NaN of a chain that has no such number.
-    precisions : sequence of str
+    precisions, seeds : sequences of str and of int
         Of each chain.
     level : float
         How rarely one more chain may fall outside.
     """
     recorded, step = printed_value(printed), unit(printed)
     there = np.isfinite(values)
-    values, precisions = values[there], [precision for precision, has in zip(precisions, there, strict=True) if has]
-    if len(values) <= len(set(precisions)):  # no two of a precision: nothing is known of how it varies
+    values, of, starts = values[there], np.array(precisions)[there], np.array(seeds)[there]
+    if len(values) <= len(set(of)):  # no two of a precision: nothing is known of how it varies
         return None
     if np.ptp([*values, float(recorded)]) == 0:
         is_count = step >= 1 and abs(recorded) >= COUNT
         return None if is_count else _rounded(recorded - step, recorded + step, step)
-    groups = [values[np.array(precisions) == precision] for precision in dict.fromkeys(precisions)]
+    groups = {precision: values[of == precision] for precision in dict.fromkeys(of)}
     dof = len(values) - len(groups)
-    s = np.sqrt(OVERLAP * sum(((group - group.mean()) ** 2).sum() for group in groups) / dof)
+    squares = (
+        ((group - group.mean()) ** 2).sum() / (1 - mean_correlation(starts[of == precision]))
+        for precision, group in groups.items()
+    )
+    s = np.sqrt(sum(squares) / dof)
     t = stats.t.isf(level / 2, dof)
-    reach = [(group.mean(), t * s * np.sqrt(1 + 1 / len(group))) for group in groups]
+    reach = [(group.mean(), t * s * np.sqrt(1 + 1 / len(group))) for group in groups.values()]
     half = step / 2
     low = min(Decimal(str(mean - margin)) for mean, margin in reach) - half
     high = max(Decimal(str(mean + margin)) for mean, margin in reach) + half
     return _rounded(min(low, recorded - step), max(high, recorded + step), step)
+
+
+def mean_correlation(starts: np.ndarray) -> float:
+    """Return the mean correlation, over all pairs, of means over ``WINDOW`` seeds that begin at these."""
+    if len(starts) < 2:
+        return 0.0
+    apart = np.abs(np.subtract.outer(starts, starts))[np.triu_indices(len(starts), k=1)]
+    return float(np.clip(1 - apart / WINDOW, 0, None).mean())
 
 
 def _rounded(low: Decimal, high: Decimal, step: Decimal) -> list[float]:
@@ -207,12 +222,15 @@ def _rounded(low: Decimal, high: Decimal, step: Decimal) -> list[float]:
     return [int(end) if step >= 1 else float(end) for end in ends]
 
 
-def all_limits(found: Sequence[Passage], precisions: Sequence[str], rows: Sequence[int]) -> list[list[Limits]]:
+def all_limits(found: Sequence[Passage], chains: Sequence[Chain], rows: Sequence[int]) -> list[list[Limits]]:
     """Return the limits of all passages' numbers from the given chains."""
     level = FALSE_ALARM / max(1, _n_varying(found))
-    chosen = [precisions[row] for row in rows]
+    precisions, seeds = [chains[row].precision for row in rows], [chains[row].seed for row in rows]
     return [
-        [limits(printed, column, chosen, level) for printed, column in zip(p.printed, p.values[rows].T, strict=True)]
+        [
+            limits(printed, column, precisions, seeds, level)
+            for printed, column in zip(p.printed, p.values[rows].T, strict=True)
+        ]
         for p in found
     ]
 
@@ -222,13 +240,13 @@ def _n_varying(found: Sequence[Passage]) -> int:
     return sum(int((np.nanmax(p.values, axis=0) > np.nanmin(p.values, axis=0)).sum()) for p in found)
 
 
-def false_alarms(found: Sequence[Passage], precisions: Sequence[str]) -> list[int]:
+def false_alarms(found: Sequence[Passage], chains: Sequence[Chain]) -> list[int]:
     """Return for each chain how many of its numbers fall outside the limits that the others give."""
-    n = len(precisions)
+    n = len(chains)
     alarms = []
     for left_out in range(n):
         rows = [row for row in range(n) if row != left_out]
-        made = all_limits(found, precisions, rows)
+        made = all_limits(found, chains, rows)
         outside = [
             not (within[0] <= value <= within[1] if within else value == _value(printed))
             for passage, allowed in zip(found, made, strict=True)
@@ -296,9 +314,8 @@ def set_limits(folders: Iterable[Path]) -> list[str]:
         There are too few chains.
     """
     chains = read_chains(folders)
-    precisions = [chain.precision for chain in chains]
     found, worded = passages(chains)
-    made = all_limits(found, precisions, range(len(chains)))
+    made = all_limits(found, chains, range(len(chains)))
     by_cell: dict[tuple[str, str], dict[str, Sequence[Limits]]] = {}
     for passage, allowed in zip(found, made, strict=True):
         if any(allowed):
@@ -326,7 +343,7 @@ def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Se
     numbers = [within for allowed in made for within in allowed]
     n_varying = _n_varying(found)
     counts = ", ".join(f"{precisions.count(precision)} in {precision}" for precision in dict.fromkeys(precisions))
-    alarms = false_alarms(found, precisions)
+    alarms = false_alarms(found, chains)
     lines = [
         "# Where recorded numbers may lie",
         "",

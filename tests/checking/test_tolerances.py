@@ -12,10 +12,12 @@ from scipy import stats
 
 from lowrank_helpers.checking import tolerances
 from lowrank_helpers.checking.comparison import compare_text, treatment
-from lowrank_helpers.checking.tolerances import ChainsError, limits, set_limits, unit
+from lowrank_helpers.checking.tolerances import WINDOW, ChainsError, limits, mean_correlation, set_limits, unit
 from lowrank_helpers.series.results import file_findings
 
 SENTENCE = "Of {count:,} images **{accuracy:.2f} %** are correct: ✓ met, {word}."
+
+APART = range(0, 50, 5)  # first seeds of chains that share no network
 
 
 @pytest.mark.parametrize(
@@ -27,16 +29,16 @@ def test_unit_is_one_of_the_last_printed_place(printed, step):
 
 def test_limits_are_scipys_prediction_interval():
     values = np.array([98.31, 98.4, 98.22, 98.35, 98.3, 98.27, 98.45, 98.38, 98.29, 98.33])
-    low, high = limits("98.30", values, ["float32"] * 10, level=1e-4)
-    reach = stats.t.interval(1 - 1e-4, 9, loc=values.mean(), scale=values.std(ddof=1) * np.sqrt(1.1 / 0.7))
+    low, high = limits("98.30", values, ["float32"] * 10, APART, level=1e-4)
+    reach = stats.t.interval(1 - 1e-4, 9, loc=values.mean(), scale=values.std(ddof=1) * np.sqrt(1.1))
     assert (low, high) == pytest.approx(reach, abs=0.0101)  # half a unit for rounding, and the printed grid
     assert low <= reach[0] and high >= reach[1]
 
 
 def test_limits_reach_over_both_precisions_and_judge_each_about_its_own_mean():
     near, far = np.array([1.0, 1.1, 0.9, 1.0, 1.05]), np.array([5.0, 5.1, 4.9, 5.0, 5.05])
-    both = limits("1.000", np.concatenate([near, far]), ["float32"] * 5 + ["bfloat16"] * 5, level=0.01)
-    alone = limits("1.000", near, ["float32"] * 5, level=0.01)
+    both = limits("1.000", np.concatenate([near, far]), ["float32"] * 5 + ["bfloat16"] * 5, APART, level=0.01)
+    alone = limits("1.000", near, ["float32"] * 5, APART[:5], level=0.01)
     assert both[0] == pytest.approx(alone[0], abs=0.2) and both[1] == pytest.approx(alone[1] + 4, abs=0.2)
 
 
@@ -44,7 +46,7 @@ def test_limits_reach_over_both_precisions_and_judge_each_about_its_own_mean():
 def test_the_recorded_number_is_always_allowed(mean, spread, seed):
     values = np.random.default_rng(seed).normal(mean, spread, 11)
     recorded = f"{values[0]:.2f}"
-    low, high = limits(recorded, values[1:].round(2), ["float32"] * 10, level=0.5)
+    low, high = limits(recorded, values[1:].round(2), ["float32"] * 10, APART, level=0.5)
     assert low <= float(recorded) <= high
 
 
@@ -53,7 +55,7 @@ def test_the_recorded_number_is_always_allowed(mean, spread, seed):
 )
 def test_what_never_varied_is_exact_if_a_count_and_else_may_move_by_a_unit(printed, allowed):
     value = float(printed.replace(",", ""))
-    assert limits(printed, np.full(10, value), ["float32"] * 10, level=1e-5) == allowed
+    assert limits(printed, np.full(10, value), ["float32"] * 10, APART, level=1e-5) == allowed
 
 
 def test_a_sound_chain_falls_outside_as_rarely_as_said():
@@ -63,9 +65,19 @@ def test_a_sound_chain_falls_outside_as_rarely_as_said():
     for _ in range(2000):
         seeds = rng.normal(50, 3, (2, 13))  # of either precision
         seen = [seeds[precision, first : first + 5].mean() for precision in (0, 1) for first in range(0, 10, 2)]
-        low, high = limits("50.000", np.array(seen), ["bfloat16"] * 5 + ["float32"] * 5, level=0.1)
+        low, high = limits(
+            "50.000", np.array(seen), ["bfloat16"] * 5 + ["float32"] * 5, [*range(0, 10, 2)] * 2, level=0.1
+        )
         outside += not low <= rng.normal(50, 3, 5).mean() <= high
     assert stats.binom.ppf(0.0001, 2000, 0.05) <= outside <= stats.binom.ppf(0.9999, 2000, 0.1)
+
+
+def test_means_over_the_same_seeds_are_correlated_as_numpy_finds():
+    starts = np.array([0, 1, 3, 20])
+    draws = np.random.default_rng(2).normal(size=(40_000, 25))
+    means = np.array([draws[:, first : first + WINDOW].mean(axis=1) for first in starts])
+    correlations = np.corrcoef(means)[np.triu_indices(4, k=1)]
+    assert mean_correlation(starts) == pytest.approx(correlations.mean(), abs=0.01)
 
 
 @pytest.fixture
@@ -84,15 +96,20 @@ def series(tmp_path, monkeypatch):
 
     nbformat.write(shown(98.3), folder / "02_train.ipynb")
 
-    def add(name, accuracy, word="larger", precision="float32"):
+    def add(name, accuracy, word="larger", precision="float32", seed=50):
         point = tmp_path / "sweep" / "points" / name
         point.mkdir(parents=True)
         nbformat.write(shown(accuracy, word), point / "02_train.ipynb")
-        filed = {"notebook": "02_train", "parameters": {}, "environment": {"precision": precision}, "findings": {}}
+        filed = {
+            "notebook": "02_train",
+            "parameters": {"seed": seed},
+            "environment": {"precision": precision},
+            "findings": {},
+        }
         file_findings(point, filed)
 
     for i, accuracy in enumerate(np.linspace(98.1, 98.5, 10)):
-        add(f"seed={i}", accuracy, precision="float32" if i % 2 else "bfloat16")
+        add(f"seed={i}", accuracy, precision="float32" if i % 2 else "bfloat16", seed=5 * i)
     return tmp_path, add
 
 
@@ -122,14 +139,14 @@ def test_a_word_that_turns_is_named_with_both_texts(series):
     folder, add = series
     add("seed=10", 98.3, word="smaller")
     (line,) = set_limits([folder / "sweep"])
-    assert line.startswith("02_train, finding: seed=10") and "met, smaller." in line and "met, larger." in line
+    assert line.startswith("02_train, finding: sweep seed=10") and "met, smaller." in line and "met, larger." in line
 
 
 def test_a_chain_apart_is_found_by_leaving_it_out(series):
     folder, add = series
     add("seed=10", 12.3)
     set_limits([folder / "sweep"])
-    assert "fail 1 of 11 chains (seed=10: 1 numbers)" in (folder / "tolerances.md").read_text()
+    assert "fail 1 of 11 chains (sweep seed=10: 1 numbers)" in (folder / "tolerances.md").read_text()
 
 
 def test_cells_that_say_why_keep_their_metadata(series):
