@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: help report test test-fast test-machines bench lab record lint docs screenshots
+.PHONY: help report test test-fast check test-machines bench lab record lint docs screenshots
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
 	@echo "make test     run all tests: unit tests first; then real runs, sweeps, the browser, and with"
-	@echo "              MNIST at hand the recorded notebooks again"
+	@echo "              MNIST at hand the recorded notebooks again, but for those that take long"
+	@echo "make check    execute all recorded notebooks again and compare their outputs, which takes long"
 	@echo "make test-fast       the unit tests alone, in a minute"
 	@echo "make test-machines   check the recorded notebooks under other arithmetic and starts; takes hours"
 	@echo "make bench    run the benchmarks, which takes long; print the tables and save them in reports/latest/"
@@ -29,6 +30,9 @@ test: test-fast
 
 test-fast: $(VENV)/ready
 	$(BIN)/pytest -m "not slow"
+
+check: $(VENV)/ready
+	$(BIN)/lowrank check
 
 test-machines: $(VENV)/ready
 	$(BIN)/python scripts/test_machines.py
