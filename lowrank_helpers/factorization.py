@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowrank_helpers.models import FactorizedLinear, linear_layers
+from lowrank_helpers.training import spending
 
 MOMENT_BATCH = 2048  # rows of a batch while moments are taken: large enough for full speed
 
@@ -75,6 +76,7 @@ def random_factors(A: Tensor, rank: int, *, seed: int) -> Factors:
     return Factors(B.to(A), C.to(A), [])
 
 
+@spending("factorising")
 @torch.no_grad()
 def alternating_gradient_descent(A: Tensor, rank: int, *, steps: int, seed: int = 0) -> Factors:
     """Minimise ½‖A − B·C‖_F² by gradient steps on B and on C in turn.
@@ -116,6 +118,7 @@ def _lipschitz(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(gram.dtype).tiny)
 
 
+@spending("factorising")
 @torch.no_grad()
 def alternating_least_squares(
     A: Tensor, rank: int, *, sweeps: int, seed: int = 0, moment: Tensor | None = None
@@ -188,6 +191,7 @@ class SVD(NamedTuple):
     Vh: Tensor
 
     @classmethod
+    @spending("factorising")
     def of(cls, A: Tensor) -> "SVD":
         """Decompose A (n, m) into U (n, k), s (k,), Vh (k, m), k = min(n, m)."""
         return cls(*torch.linalg.svd(A.detach(), full_matrices=False))
@@ -235,6 +239,7 @@ class OutputSVD(NamedTuple):
     A: Tensor
 
     @classmethod
+    @spending("factorising")
     def of(cls, A: Tensor, moment: Tensor) -> "OutputSVD":
         """Decompose the outputs of A (n, m) for inputs of second moment X·Xᵀ/N (m, m).
 
@@ -276,6 +281,7 @@ def fitted_factors(A: Tensor, moment: Tensor, rank: int) -> Factors:
     return OutputSVD.of(A, moment).factors(rank)
 
 
+@spending("factorising")
 @torch.no_grad()
 def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> dict[str, Tensor]:
     """Return the second moment X·Xᵀ/N of what enters each named layer while a model maps inputs.
