@@ -223,14 +223,15 @@ class _Standing(io.StringIO):
     """Passes the bar of a notebook on to the process that shows how all of them stand."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def write(self, text: str) -> int:
         from distributed import get_worker
 
+        super().__init__()
+        self.name = name
+        self.worker = get_worker()  # here: tqdm may write from a thread of its own
+
+    def write(self, text: str) -> int:
         if bar := text.strip():
-            get_worker().log_event(STANDING, (self.name, bar))
+            self.worker.log_event(STANDING, (self.name, bar))
         return len(text)
 
 
