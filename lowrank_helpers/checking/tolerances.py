@@ -15,17 +15,22 @@ such means. So their share in s² is divided by it. For numbers of one network t
 
 Printing rounds: half a unit of the last printed place is added on either side.
 
-A number that is the same in all chains may be so by luck, as an accuracy of 100.00 %. One unit of its last place is
-allowed, unless it is a whole number of at least ``COUNT``: no such number that training moves stays the same.
+Of a cell that fewer than ``LEAST_CHAINS`` have executed the words are checked and the numbers are free, as its metadata
+then say.
+
+A number that is the same in all chains may be so by luck, as an accuracy of 100.00 % or a rank of 512. Where no number
+of its cell varies, it is exact if it is a whole number of at least ``COUNT``, and may move by one unit of its last
+place if not. Where others do, it depends on training as they do, and may move by ``SLACK`` of itself, unless it is a
+whole number above ``LARGEST_RANK``, such as a count of images. A number after ``±`` is the spread of a few seeds: it
+may be anything up to ``SPREADS`` times the largest seen, or ``OF_MEAN`` of the number before it.
 """
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import numpy as np
@@ -49,9 +54,14 @@ from lowrank_helpers.series.results import read_findings
 from lowrank_helpers.series.store import write_atomically
 
 FALSE_ALARM = 0.01  # of the whole check, on a sound machine
-LEAST_CHAINS = 10
+LEAST_CHAINS = 5  # that must have executed a cell for its numbers to have limits
+FREE = f"fewer than {LEAST_CHAINS} chains have executed it"
 WINDOW = 5  # seeds that a mean is over, as the notebooks' n_seeds
 COUNT = 100
+SLACK = 0.15
+LARGEST_RANK = 1024
+SPREADS = 5
+OF_MEAN = 0.01
 FACTORS = (1.5, 2, 5, 10)  # of an interval's half-width: how far the power study moves each number
 TURNED = {"✓ met": "✗ **not met**", "larger": "smaller", "smaller": "larger", "the same": "larger"}
 TABLE = PROJECT / "docs" / "tolerances.md"
@@ -90,6 +100,11 @@ class Passage:
     place: str
     recorded: str
     values: np.ndarray
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Rows of the chains that have executed the cell."""
+        return np.flatnonzero(np.isfinite(self.values).all(axis=1))
 
     @property
     def printed(self) -> list[str]:
@@ -136,11 +151,7 @@ def passages(chains: Sequence[Chain]) -> tuple[list[Passage], list[str]]:
     for name in notebook_names():
         for cell in nbformat.read(notebook_path(name), as_version=4).cells:
             key = (name, cell.id)
-            if (
-                cell.cell_type != "code"
-                or treatment(cell).extent != CHECKED
-                or "exact" in cell.metadata.get("lowrank", {})
-            ):
+            if cell.cell_type != "code" or not _has_limits(cell):
                 continue
             others = {chain.name: dict(texts(chain.cells[key].outputs)) for chain in chains if key in chain.cells}
             for place, recorded in texts(cell.get("outputs", [])):
@@ -157,6 +168,12 @@ def passages(chains: Sequence[Chain]) -> tuple[list[Passage], list[str]]:
                             values[row] = list(map(_value, NUMBER.findall(others[chain.name][place])))
                     found.append(Passage(key, place, recorded, values))
     return found, worded
+
+
+def _has_limits(cell: NotebookNode) -> bool:
+    """Say whether a cell's numbers may differ from chain to chain, as far as its author said."""
+    stated = cell.metadata.get("lowrank", {})
+    return stated.get("unchecked_numbers") == FREE or (treatment(cell).extent == CHECKED and "exact" not in stated)
 
 
 def _value(number: str) -> float:
@@ -226,13 +243,35 @@ def all_limits(found: Sequence[Passage], chains: Sequence[Chain], rows: Sequence
     """Return the limits of all passages' numbers from the given chains."""
     level = FALSE_ALARM / max(1, _n_varying(found))
     precisions, seeds = [chains[row].precision for row in rows], [chains[row].seed for row in rows]
-    return [
-        [
+    trained = {passage.cell for passage in found if _n_varying([passage])}
+    made = []
+    for passage in found:
+        columns = passage.values[rows].T
+        allowed = [
             limits(printed, column, precisions, seeds, level)
-            for printed, column in zip(p.printed, p.values[rows].T, strict=True)
+            for printed, column in zip(passage.printed, columns, strict=True)
         ]
-        for p in found
-    ]
+        made.append(_loosened(passage, columns, allowed) if passage.cell in trained else allowed)
+    return made
+
+
+def _loosened(passage: Passage, columns: np.ndarray, allowed: Sequence[Limits]) -> list[Limits]:
+    """Allow what varies too rarely for a few chains to show it: see the top of this module."""
+    loosened = []
+    before = 0.0
+    for printed, between, values, within in zip(
+        passage.printed, words(passage.recorded), columns, allowed, strict=False
+    ):
+        recorded, step = _value(printed), unit(printed)
+        if between.endswith("±"):
+            most = max(SPREADS * np.nanmax([*values, recorded]), OF_MEAN * abs(before))
+            within = _rounded(Decimal(0), Decimal(str(max([most, *(within or [])]))), step)
+        elif np.nanmax(values) == np.nanmin(values) == recorded and (step < 1 or abs(recorded) <= LARGEST_RANK):
+            reach = max(Decimal(str(SLACK * abs(recorded))), step)
+            within = _rounded(printed_value(printed) - reach, printed_value(printed) + reach, step)
+        loosened.append(within)
+        before = recorded
+    return loosened
 
 
 def _n_varying(found: Sequence[Passage]) -> int:
@@ -315,30 +354,33 @@ def set_limits(folders: Iterable[Path]) -> list[str]:
     """
     chains = read_chains(folders)
     found, worded = passages(chains)
+    free = {passage.cell for passage in found if len(passage.seen) < LEAST_CHAINS}
+    found = [passage for passage in found if passage.cell not in free]
     made = all_limits(found, chains, range(len(chains)))
     by_cell: dict[tuple[str, str], dict[str, Sequence[Limits]]] = {}
     for passage, allowed in zip(found, made, strict=True):
         if any(allowed):
             by_cell.setdefault(passage.cell, {})[passage.place] = allowed
     for name in notebook_names():
-        _write_metadata(name, {id: intervals for (notebook, id), intervals in by_cell.items() if notebook == name})
-    write_atomically(TABLE, _report(chains, found, made).encode())
+        _write_metadata(name, by_cell, free)
+    write_atomically(TABLE, _report(chains, found, made, len(free)).encode())
     return worded
 
 
-def _write_metadata(name: str, by_cell: Mapping[str, Intervals]) -> None:
+def _write_metadata(name: str, by_cell: Mapping[tuple[str, str], Intervals], free: Collection[tuple[str, str]]) -> None:
     notebook = nbformat.read(notebook_path(name), as_version=4)
     for cell in notebook.cells:
-        stated: dict[str, Any] = cell.metadata.get("lowrank", {})
-        stated.pop("intervals", None)
-        if cell.id in by_cell:
-            cell.metadata["lowrank"] = {"intervals": by_cell[cell.id]}
-        elif not stated:
-            cell.metadata.pop("lowrank", None)
+        if cell.cell_type != "code" or not _has_limits(cell):
+            continue
+        cell.metadata.pop("lowrank", None)
+        if (name, cell.id) in by_cell:
+            cell.metadata["lowrank"] = {"intervals": by_cell[name, cell.id]}
+        elif (name, cell.id) in free:
+            cell.metadata["lowrank"] = {"unchecked_numbers": FREE}
     write_atomically(notebook_path(name), (nbformat.writes(notebook) + "\n").encode())
 
 
-def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Sequence[Limits]]) -> str:
+def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Sequence[Limits]], n_free: int) -> str:
     precisions = [chain.precision for chain in chains]
     numbers = [within for allowed in made for within in allowed]
     n_varying = _n_varying(found)
@@ -351,7 +393,8 @@ def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Se
         "How limits are made stands at the top of `lowrank_helpers/checking/tolerances.py`.",
         "",
         f"- Numbers checked: {len(numbers):,}; with limits: {sum(map(bool, numbers)):,}; exactly as recorded: "
-        f"{sum(within is None for within in numbers):,}. Cells marked exact or unchecked are not counted.",
+        f"{sum(within is None for within in numbers):,}. Cells marked exact or unchecked are not counted, nor the "
+        f"{n_free} cells that fewer than {LEAST_CHAINS} chains have executed, whose words alone are checked.",
         f"- {n_varying:,} numbers vary between chains. The whole check shall fail on a sound machine less than once in "
         f"{1 / FALSE_ALARM:.0f}, so each number less than once in {n_varying / FALSE_ALARM:,.0f}.",
         f"- Leave one out: limits made from all other chains fail {sum(map(bool, alarms))} of {len(alarms)} chains "

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from lowrank_helpers.checking.comparison import CHECKED, treatment
+from lowrank_helpers.checking.tolerances import FREE
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.execution import notebook_names, notebook_path
 
@@ -45,11 +46,13 @@ def test_series_reproduces_itself_on_digits(request, tmp_path):
         pytest.skip("MNIST is at hand: the recorded outputs themselves are checked")
 
 
-def test_at_least_four_fifths_of_the_printing_cells_are_checked():
+def test_at_least_four_fifths_of_the_printing_cells_have_limits_where_enough_chains_ran():
+    """Of the others, which say so, the words are checked."""
     extents: Counter[str] = Counter()
     for name in notebook_names():
         notebook = nbformat.read(notebook_path(name), as_version=4)
-        extents.update(treatment(cell).extent for cell in notebook.cells if cell.get("outputs"))
+        printing = [treatment(cell) for cell in notebook.cells if cell.get("outputs")]
+        extents.update(treated.extent for treated in printing if treated.reason != FREE)
     assert extents.total() > 0, "no outputs are recorded; `lowrank record` records them"
     assert extents[CHECKED] >= 0.8 * extents.total(), extents
 
