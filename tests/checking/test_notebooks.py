@@ -46,14 +46,15 @@ def test_series_reproduces_itself_on_digits(request, tmp_path):
         pytest.skip("MNIST is at hand: the recorded outputs themselves are checked")
 
 
-def test_at_least_four_fifths_of_the_printing_cells_have_limits_where_enough_chains_ran():
-    """Of the others, which say so, the words are checked."""
+def test_at_least_four_fifths_of_the_printing_cells_are_checked_where_enough_chains_ran():
+    """Of notebooks that fewer executed, the cells say so, and their words are checked."""
     extents: Counter[str] = Counter()
     for name in notebook_names():
         notebook = nbformat.read(notebook_path(name), as_version=4)
         printing = [treatment(cell) for cell in notebook.cells if cell.get("outputs")]
-        extents.update(treated.extent for treated in printing if treated.reason != FREE)
-    assert extents.total() > 0, "no outputs are recorded; `lowrank record` records them"
+        if FREE not in {treated.reason for treated in printing}:
+            extents.update(treated.extent for treated in printing)
+    assert extents.total() > 0, "no outputs are recorded, or no notebook has limits"
     assert extents[CHECKED] >= 0.8 * extents.total(), extents
 
 
