@@ -6,7 +6,6 @@ safetensors hold none, and of PyTorch's files only tensors and plain containers 
 
 import importlib
 import math
-import pickle
 import re
 import sys
 import warnings
@@ -15,6 +14,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -258,7 +258,7 @@ def _loaded(file: Path) -> Any:
     except AnalysisError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        if isinstance(error, pickle.UnpicklingError) and (asked_for := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        if isinstance(error, UnpicklingError) and (asked_for := re.search(r"GLOBAL ([\w.]+)", str(error))):
             raise AnalysisError(
                 f"{file} holds more than tensors ({asked_for[1]}), which is not loaded, as that could run code; "
                 "save the model's state_dict() instead"

@@ -174,8 +174,9 @@ def test_malicious_pickle_is_refused(saved, few, tmp_path):
     assert trace.exists(), "the payload must work, or the test proves nothing"
 
 
-def test_nothing_in_the_project_unpickles():
-    forbidden = re.compile(r"import pickle|pickle\.load|torch\.load|torch\.save|joblib|allow_pickle|read_pickle")
+def test_nothing_in_the_project_unpickles_but_tensors_of_a_file_to_analyse():
+    unsafe = r"import pickle|pickle\.load|torch\.save|joblib|allow_pickle|read_pickle"
+    forbidden = re.compile(unsafe + r"|torch\.load\((?!.*weights_only=True)")
     sources = [*PROJECT.glob("lowrank_helpers/**/*.py"), *PROJECT.glob("notebooks/*.ipynb")]
     assert len(sources) > 10
     assert [source.name for source in sources if forbidden.search(source.read_text())] == []
