@@ -115,9 +115,10 @@ def analyze(source: str) -> Analysis:
     Examples
     --------
     >>> from tempfile import TemporaryDirectory
+    >>> from safetensors.torch import save_file
     >>> with TemporaryDirectory() as folder:
-    ...     torch.save({"fc.weight": torch.ones(4, 3), "fc.bias": torch.ones(4)}, f"{folder}/net.pt")
-    ...     found = analyze(f"{folder}/net.pt")
+    ...     save_file({"fc.weight": torch.ones(4, 3), "fc.bias": torch.ones(4)}, f"{folder}/net.safetensors")
+    ...     found = analyze(f"{folder}/net.safetensors")
     >>> int(found.table.loc["fc", "numerical rank"]), found.skipped
     (1, {'fc.bias': 'a vector'})
     """
