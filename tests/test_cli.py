@@ -141,7 +141,7 @@ def test_a_write_protected_output_folder_is_a_clear_error(tmp_path):
 def test_a_failing_notebook_leaves_its_partial_output_and_the_rest_still_runs(own_notebooks, tmp_path):
     _notebook(own_notebooks, "01_fails", "print('so far')", "1 / 0", "print('never')")
     _notebook(own_notebooks, "02_works", "print('fine')")
-    result = _lowrank("run", "-o", tmp_path / "out")
+    result = _lowrank("run", "--workers", "1", "-o", tmp_path / "out")  # here, where the folder is another
     assert result.exit_code == 1
     assert "Failed: 01_fails (cell 3): ZeroDivisionError: division by zero\n" in result.output
     assert not (tmp_path / "out" / "01_fails.ipynb").exists()
@@ -159,7 +159,7 @@ def test_what_fails_several_notebooks_is_said_once(own_notebooks, tmp_path):
     _notebook(own_notebooks, "01_fails", "raise ValueError('no luck')")
     _notebook(own_notebooks, "02_fails", "print('so far')", "raise ValueError('no luck')")
     _notebook(own_notebooks, "03_fails", "raise ValueError('other luck')")
-    result = _lowrank("run", "-o", tmp_path / "out")
+    result = _lowrank("run", "--workers", "1", "-o", tmp_path / "out")  # here, where the folder is another
     assert result.exit_code == 1
     assert result.output.count("no luck") == 1
     assert "Failed: 01_fails (cell 2), 02_fails (cell 3): ValueError: no luck\n" in result.output
@@ -222,7 +222,7 @@ def test_one_notebook_runs_from_end_to_end(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     finding = results["findings"]["2.1"]
     assert finding["values"]["epochs"] == 1
-    assert 0.3 < finding["values"]["test_accuracy"] <= 1
+    assert 30 < finding["values"]["test_accuracy"] <= 100
     assert results["notebooks"]["02_train"]["environment"]["dataset"] == "digits"
     for name in ("02_train.ipynb", "02_train.html"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
