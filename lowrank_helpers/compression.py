@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
-from lowrank_helpers.factorization import Factors, OutputSVD
+from lowrank_helpers.factorization import Factors, OutputSVD, substitute
 from lowrank_helpers.models import n_parameters
 from lowrank_helpers.rank import singular_values
 from lowrank_helpers.selection import WAYS, Choice, Layer, choice_of, smallest
@@ -293,7 +293,7 @@ def candidates(model: nn.Module, images: Tensor) -> Candidates:
         for name, layer in layers.items():
             if name not in moments:
                 left_alone[name] = "the model never calls it, or reads its weight without calling it"
-            elif reason := _objection(model, layer, few, answer):
+            elif reason := _objection(model, name, layer, few, answer):
                 left_alone[name] = reason
             else:
                 outputs[name] = _decomposed(layer, moments[name])
@@ -354,19 +354,18 @@ def _output_moments(
     return moments, {name: rows[name] / len(images) for name in moments}
 
 
-def _objection(model: nn.Module, layer: Replaceable, images: Tensor, answer: Tensor) -> str:
+def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, answer: Tensor) -> str:
     """Replace a layer by two that do the same, and say what goes wrong; leave the model as it was."""
     weight = layer.weight.flatten(1)
     identity = torch.eye(min(weight.shape)).to(weight)
     exact = Factors(identity, weight, []) if len(identity) == len(weight) else Factors(weight, identity, [])
-    places = _places(model, layer)
     try:
-        _put(model, places, _two(layer, exact))
+        substitute(model, name, _two(layer, exact))
         difference = (model(images) - answer).abs().max()
     except Exception as error:  # whatever the model's own code raises where it misses the layer
         return f"the model does more with it than to call it ({error})"
     finally:
-        _put(model, places, layer)
+        substitute(model, name, layer)
     same = difference <= answer.abs().max() * torch.finfo(answer.dtype).eps ** 0.5
     return "" if same else "it gives something else than its weight and bias say"
 
@@ -374,9 +373,7 @@ def _objection(model: nn.Module, layer: Replaceable, images: Tensor, answer: Ten
 def _decomposed(layer: Replaceable, moment: Tensor) -> OutputSVD:
     """Decompose a layer's outputs, given their moment; a convolution's weight is unfolded to (out, in·kh·kw)."""
     weight = layer.weight.detach().flatten(1)
-    values, vectors = torch.linalg.eigh(moment)
-    k = min(weight.shape)
-    return OutputSVD(vectors.flip(1)[:, :k], values.flip(0)[:k].clamp_min(0).sqrt(), weight.to(_precise(weight)))
+    return OutputSVD.of_outputs(weight.to(_precise(weight)), moment)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:
@@ -407,21 +404,12 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     if factors:
         _use_no_fused_code(copy)
     for name, found in factors.items():
-        _put(copy, _places(copy, copy.get_submodule(name)), _two(layers[name], found))
+        substitute(copy, name, _two(layers[name], found))
     return copy
 
 
 def _replaceable(model: nn.Module) -> dict[str, Replaceable]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Replaceable)}
-
-
-def _places(model: nn.Module, layer: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
-
-
-def _put(model: nn.Module, places: Iterable[str], layer: nn.Module) -> None:
-    for place in places:
-        model.set_submodule(place, layer)
 
 
 def _two(layer: Replaceable, factors: Factors) -> nn.Sequential:

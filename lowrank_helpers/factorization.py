@@ -239,7 +239,6 @@ class OutputSVD(NamedTuple):
     A: Tensor
 
     @classmethod
-    @spending("factorising")
     def of(cls, A: Tensor, moment: Tensor) -> "OutputSVD":
         """Decompose the outputs of A (n, m) for inputs of second moment X·Xᵀ/N (m, m).
 
@@ -256,7 +255,13 @@ class OutputSVD(NamedTuple):
             )
         if not moment.isfinite().all():
             raise ValueError("the moment holds NaN or infinite entries")
-        values, vectors = torch.linalg.eigh(A.double() @ moment.double() @ A.double().T)
+        return cls.of_outputs(A, A.double() @ moment.double() @ A.double().T)
+
+    @classmethod
+    @spending("factorising")
+    def of_outputs(cls, A: Tensor, moment: Tensor) -> "OutputSVD":
+        """Decompose the outputs of A (n, m), given their own second moment (n, n) in float64."""
+        values, vectors = torch.linalg.eigh(moment)
         k = min(A.shape)
         return cls(vectors.flip(1)[:, :k], values.flip(0)[:k].clamp_min(0).sqrt(), A)
 
