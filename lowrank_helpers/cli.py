@@ -335,10 +335,8 @@ def _executed(planned: dict[str, dict[str, Any]], folder: Path, workers: int | N
         n_ended = 0
         for ended, standing in execution.execute_side_by_side(planned, folder, client, resume=resume):
             n_ended += len(ended)
-            line.n = n_ended
-            line.set_description_str(f"{n_ended} of {len(planned)} notebooks done; cells: {', '.join(standing) or '–'}")
-            if ended and not sys.stderr.isatty():
-                click.echo(str(line), err=True)
+            stand = f"{n_ended} of {len(planned)} notebooks done; cells: {', '.join(standing) or '–'}"
+            _tell(line, stand, n_ended, news=bool(ended))
             yield from ended
 
 
@@ -383,16 +381,12 @@ def _sweep(
 def _followed(progress: Iterator[tuple[list["Ended"], int]], n_points: int) -> Iterator[list["Ended"]]:
     """Pass on which points ended, and keep a line on how the sweep stands; where there is no terminal, one for each."""
     n_ended = n_failed = 0
-    with _line("{desc}, {remaining} left", n_points) as bar:
+    with _line("{desc}, {remaining} left", n_points) as line:
         for ended, n_running in progress:
             n_ended += len(ended)
             n_failed += sum(bool(end.error) for end in ended)
-            bar.n = n_ended
-            bar.set_description_str(
-                f"{n_ended - n_failed} of {n_points} points done, {n_running} running, {n_failed} failed"
-            )
-            if ended and not sys.stderr.isatty():
-                click.echo(str(bar), err=True)
+            stand = f"{n_ended - n_failed} of {n_points} points done, {n_running} running, {n_failed} failed"
+            _tell(line, stand, n_ended, news=bool(ended))
             yield ended
 
 
@@ -405,6 +399,14 @@ def _line(format: str, total: int) -> tqdm:
         bar_format=format,
         smoothing=0,  # points are few: their mean tells more than the last ones
     )
+
+
+def _tell(line: tqdm, stand: str, n_ended: int, *, news: bool) -> None:
+    """Say how it stands: in a terminal on that line; elsewhere by a line of its own, where there is news."""
+    line.n = n_ended
+    line.set_description_str(stand)
+    if news and not sys.stderr.isatty():
+        click.echo(str(line), err=True)
 
 
 def _first_few(names: list[str]) -> str:
