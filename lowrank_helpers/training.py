@@ -27,7 +27,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
 EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in cache
 
-SCORED_EACH_TIME = 10_000  # training images at most on which a network is scored while it trains
+SCORED_EACH_TIME = 5_000  # images at most, of all but test sets, on which a network is scored while it trains
 
 T = TypeVar("T")
 Splits = Mapping[str, tuple[Tensor, Tensor]]
@@ -141,8 +141,8 @@ class History:
     epochs : list of float
         How many epochs the network had been trained for.
     loss : dict of str to list of float
-        Mean cross-entropy in nats, by split (``train``, ``validation``, ``test``, …). Of a training set on a fixed
-        sample of at most ``SCORED_EACH_TIME`` images.
+        Mean cross-entropy in nats, by split (``train``, ``validation``, ``test``, …). Of a training or validation set
+        on a fixed sample of at most ``SCORED_EACH_TIME`` images.
     accuracy : dict of str to list of float
         Share of samples classified correctly, 0 to 1, likewise.
     seconds : list of float
@@ -281,7 +281,7 @@ def fit(
     # Rounded once, not in every epoch.
     splits = {name: (images.to(getattr(torch, recipe.precision)), labels) for name, (images, labels) in splits.items()}
     images, labels = splits["train"]
-    scored = {name: _sample(*pair) if name.endswith("train") else pair for name, pair in splits.items()}
+    scored = {name: pair if name.endswith("test") else sample(*pair) for name, pair in splits.items()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(
         trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
@@ -322,8 +322,8 @@ def fit(
     return history
 
 
-def _sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the images on which a training set is scored each time: the same ones in every training."""
+def sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return at most ``SCORED_EACH_TIME`` images (n, …) and labels of a set, for scores taken often: always the same."""
     if len(labels) <= SCORED_EACH_TIME:
         return images, labels
     generator = torch.Generator().manual_seed(0)

@@ -4,11 +4,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import dask
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Security, wait
 
 CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
 TICK = 1  # seconds between two looks at what is running
+
+# Dask's scheduler and workers look after themselves many times a second, which suits tasks of milliseconds. Left so,
+# five processes that wait for notebooks take a sixth of a core.
+UNHURRIED = {
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "5s",
+    "distributed.worker.profile.enabled": False,
+}
 
 
 class ClusterError(Exception):
@@ -45,6 +54,7 @@ def connected(
     workers = workers or CPU_COUNT
     n_threads = str(threads or max(1, CPU_COUNT // workers))
     with (
+        dask.config.set(UNHURRIED),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
