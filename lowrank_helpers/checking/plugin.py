@@ -55,8 +55,7 @@ def check(names: Sequence[str], given: Mapping[str, Any]) -> int:
         MNIST, on which the notebooks are recorded, is not at hand.
     """
     planned = execution.plan(names, given)
-    if any(map(execution.reads_findings, planned)):
-        planned = execution.plan((), given)
+    planned = execution.plan(sorted({*planned}.union(*map(execution.reads, planned))), given)
     data.resolve("mnist")  # here, that it is said once if it cannot be had
     paths = [str(execution.notebook_path(name)) for name in planned]
     return pytest.main(["-p", __name__, "--nbval-current-env", f"--given={json.dumps(planned)}", *paths])

@@ -91,9 +91,9 @@ def notebook_path(name: str) -> Path:
     return NOTEBOOK_FOLDER / f"{name}.ipynb"
 
 
-def reads_findings(name: str) -> bool:
-    """Say whether a notebook, by its metadata, shows what the others found."""
-    return bool(nbformat.read(notebook_path(name), as_version=4).metadata.get("lowrank", {}).get("reads_findings"))
+def reads(name: str) -> set[str]:
+    """Return the notebooks whose findings a notebook shows, by its metadata."""
+    return set(nbformat.read(notebook_path(name), as_version=4).metadata.get("lowrank", {}).get("reads", []))
 
 
 @contextmanager
@@ -173,8 +173,8 @@ def execute_side_by_side(
 ) -> Iterator[tuple[list[Outcome], list[str]]]:
     """Execute notebooks into a run folder as :func:`execute` does, as many at once as there are workers.
 
-    A network that two notebooks want is trained by one; the other waits for it. A notebook that reads what the others
-    found starts when they have ended.
+    A network that two notebooks want is trained by one; the other waits for it. A notebook that reads what others
+    found starts when these have ended.
 
     Yields
     ------
@@ -187,20 +187,19 @@ def execute_side_by_side(
     client.subscribe_topic(STANDING, lambda event: standing.update([event[1]]))
     kept, missing = _already_there(planned, folder) if resume else ([], list(planned))
     yield kept, []
-    for together in (
-        [name for name in missing if not reads_findings(name)],
-        [name for name in missing if reads_findings(name)],
-    ):
-        futures = {
-            client.submit(_execute_in_worker, name, planned[name], folder, pure=False, priority=-i): name
-            for i, name in enumerate(together)
-        }
-        while futures:
-            ended = [(futures.pop(future), future) for future in ended_of(futures)]
-            yield (
-                [_outcome(name, future) for name, future in ended],
-                [standing[name] for name in futures.values() if name in standing],
-            )
+    order = {name: i for i, name in enumerate(planned)}
+    running: dict[Future, str] = {}
+    while missing or running:
+        awaited = {*missing, *running.values()}
+        for name in [name for name in missing if not reads(name) & awaited]:
+            missing.remove(name)
+            future = client.submit(_execute_in_worker, name, planned[name], folder, pure=False, priority=-order[name])
+            running[future] = name
+        ended = [(running.pop(future), future) for future in ended_of(running)]
+        yield (
+            [_outcome(name, future) for name, future in ended],
+            [standing[name] for name in running.values() if name in standing],
+        )
 
 
 def _outcome(name: str, future: "Future") -> Outcome:
@@ -238,13 +237,13 @@ class _Standing(io.StringIO):
 def _already_there(planned: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[list[Outcome], list[str]]:
     """Return what a run folder has of the notebooks, and the names of those to execute.
 
-    A notebook that reads what those before it found is kept only if all of them are.
+    A notebook that reads what others found is kept only if all of these are.
     """
     kept: list[Outcome] = []
     missing: list[str] = []
-    for name in sorted(planned, key=reads_findings):
+    for name in sorted(planned, key=lambda name: bool(reads(name))):
         made_by = _kept(name, folder, _fingerprint(name, planned[name]))
-        if made_by and not (reads_findings(name) and any(other < name for other in missing)):
+        if made_by and not reads(name) & {*missing}:
             kept.append(Outcome(name, "kept", made_by["seconds"]))
         else:
             missing.append(name)

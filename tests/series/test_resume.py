@@ -54,6 +54,9 @@ for id, finding in run.findings().items():
 NOTEBOOKS = {"01_first": TRAIN.format(id="2.1"), "02_same": TRAIN.format(id="2.2"), "03_conclusions": CONCLUDE}
 
 
+READ = ["01_first", "02_same"]  # by the last
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     """A project whose series has run, undisturbed: two notebooks use the same network, the third reads findings."""
@@ -88,7 +91,7 @@ def reference(done) -> dict[str, Any]:
 
 
 def write_notebook(project: Path, name: str, source: str) -> None:
-    notebook = nbformat.v4.new_notebook(metadata={"lowrank": {"reads_findings": source == CONCLUDE}})
+    notebook = nbformat.v4.new_notebook(metadata={"lowrank": {"reads": READ if source == CONCLUDE else []}})
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     parameters = nbformat.v4.new_code_cell(PARAMETERS, id="parameters", metadata={"tags": ["parameters"]})
     notebook.cells = [parameters]
@@ -143,6 +146,12 @@ def test_order_and_repetition_change_nothing(fresh, reference):
     finish(fresh, "01_first")
     shown = finish(fresh, "--resume")
     assert shown.count("kept") == 2
+    assert found(fresh) == reference
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_numbers_do_not_depend_on_how_many_notebooks_run_at_once(fresh, reference, workers):
+    finish(fresh, "--workers", workers)
     assert found(fresh) == reference
 
 
