@@ -239,8 +239,7 @@ def tolerances(folders: tuple[Path, ...]) -> None:
     \b
     Example:
       lowrank sweep -f sweeps/chains.yaml
-      lowrank sweep -f sweeps/chains_float32.yaml
-      lowrank tolerances reports/sweeps/chains reports/sweeps/chains_float32
+      lowrank tolerances reports/sweeps/chains
     """  # noqa: D301
     from lowrank_helpers.checking import tolerances as limits
 

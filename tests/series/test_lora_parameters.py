@@ -20,7 +20,7 @@ def test_the_notebooks_plan_refuses_it_by_name():
         execution.plan(["bonus_lora"], {"rank": 11})
 
 
-@pytest.mark.parametrize("rates", [[1e-3], [1e-3, 2e-3, 4e-3]])
+@pytest.mark.parametrize("rates", [[1e-3], [1e-3, 2e-3, 4e-3, 8e-3]])
 def test_each_rank_compared_needs_a_rate(rates):
     parameters.check({"adapter_ranks": [1, 2], "adapter_rates": [1e-3, 1e-3]})
     with pytest.raises(ParameterError, match=r"adapter_rates .*one rate for each of adapter_ranks"):
