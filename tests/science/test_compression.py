@@ -3,8 +3,10 @@
 from functools import partial
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
@@ -408,6 +410,16 @@ def test_what_is_returned_is_pytorchs_own_exports_and_reloads(model, data, tmp_p
     torch.save(small.state_dict(), tmp_path / "small.pt")
     other.load_state_dict(torch.load(tmp_path / "small.pt", weights_only=True))
     torch.testing.assert_close(other(data[0]), small(data[0]))
+
+
+def test_onnx_computes_what_the_returned_model_does(data, tmp_path):
+    small, report = compress(convnet([6, 8], 16, seed=0), data, 0.3, of="flops")
+    assert {type(small.get_submodule(name)[0]) for name in report.ranks} == {nn.Conv2d, nn.Linear}
+    file = tmp_path / "small.onnx"
+    torch.onnx.export(small.eval(), (data[0],), file, input_names=["images"], dynamo=True, verbose=False)
+    onnx.checker.check_model(file)
+    (answer,) = ReferenceEvaluator(str(file)).run(None, {"images": data[0].numpy()})
+    np.testing.assert_allclose(answer, small(data[0]).detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_budget_of_everything_changes_nothing(data):
