@@ -52,8 +52,9 @@ class Change(NamedTuple):
         return self.after / self.before
 
     def __str__(self) -> str:
-        """Write ``before → after (share)``."""
-        return f"{self.before:,.6g} → {self.after:,.6g} ({self.share:.1%})"
+        """Write ``before → after (share)``; counts in full, what is measured to four digits."""
+        before, after = (f"{x:,}" if isinstance(x, int) else f"{x:.4g}" for x in (self.before, self.after))
+        return f"{before} → {after} ({self.share:.1%})"
 
 
 @dataclass(frozen=True)
