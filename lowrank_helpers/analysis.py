@@ -34,6 +34,8 @@ OPTIMISER_KEY = re.compile(r"optim[^.]*\.")  # of checkpoints: {"model": …, "o
 OPTIMISER = "an optimiser's state, no weight"
 ROUNDING = 1e-9  # by which five equal directions may measure as more than five
 HALF = ("float16", "bfloat16")
+# How weight_norm names the directions of a weight's rows, and the lengths to multiply them by.
+LENGTHS = {"weight_v": "weight_g", "parametrizations.weight.original1": "parametrizations.weight.original0"}
 BEYOND = "beyond Marchenko–Pastur"  # the column of directions beyond the edge
 
 
@@ -55,6 +57,8 @@ class Weight(NamedTuple):
         Why it is not to be measured; empty if it is.
     n_stored : int, optional
         How many numbers are kept for it, where these are not its entries: factors for their product.
+    beside : callable, optional
+        Returns the tensor whose columns are as many as the hidden units of the recurrent layer that this one is of.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Weight(NamedTuple):
     layer: nn.Module | None = None
     unwanted: str = ""
     n_stored: int | None = None
+    beside: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def analyze(source: str) -> Analysis:
     >>> int(found.table.loc["fc", "numerical rank"]), found.skipped
     (1, {'fc.bias': 'a vector'})
     """
-    weights = _weights(source)
+    weights = _together(_weights(source))
     rows: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for weight in tqdm(weights, desc="measuring", unit="tensor"):
@@ -148,11 +153,12 @@ def _measured(weight: Weight) -> tuple[dict[str, dict[str, Any]], str]:
         return {}, weight.unwanted
     try:
         tensor = weight.read()
-    except (SafetensorError, TypeError, KeyError) as error:  # a type of number that this PyTorch does not have
+        hidden_size = math.prod(weight.beside().shape[1:]) if weight.beside else None
+    except (SafetensorError, TypeError, KeyError, RuntimeError) as error:  # numbers that this PyTorch does not have
         return {}, f"cannot be read: {_one_line(error)}"
     if reason := _no_matrix(tensor):
         return {}, reason
-    parts = rank.unfold(weight.name, tensor, weight.layer)
+    parts = rank.unfold(weight.name, tensor, weight.layer, hidden_size)
     try:
         return {name: _row(part, weight.n_stored) for name, part in parts.items()}, ""
     except ValueError as error:
@@ -165,7 +171,6 @@ def _no_matrix(tensor: Tensor) -> str:
     """Say why a tensor is no matrix to measure; nothing of one that is."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     reasons = {
-        "not initialised: the model must run once before it has this": lambda: is_lazy(tensor),
         "quantised: integers that stand for values by a scale": lambda: tensor.is_quantized,
         f"sparse ({str(tensor.layout).removeprefix('torch.')})": lambda: tensor.layout != torch.strided,
         "without values (on the device meta)": lambda: tensor.is_meta,
@@ -187,6 +192,7 @@ def _row(part: Unfolded, n_stored: int | None) -> dict[str, Any]:
     s = rank.singular_values(matrix)
     n_parameters = n_stored or matrix.numel()
     ranks = {name: measure(s, shape) for name, measure in rank.MEASURES.items()}
+    ranks["numerical rank"] = rank.numerical_rank(s, _tolerance(s, shape, matrix.dtype))
     cost = math.ceil(rank.effective_rank(s) - ROUNDING) * sum(shape)
     return {
         "unfolded": part.shape,
@@ -195,8 +201,9 @@ def _row(part: Unfolded, n_stored: int | None) -> dict[str, Any]:
         "rows": shape[0],
         "columns": shape[1],
         "parameters": n_parameters,
-        **ranks | {"numerical rank": rank.numerical_rank(s, _tolerance(s, shape, matrix.dtype))},
-        BEYOND: rank.rank_beyond_edge(s, shape, _std(matrix, s)),
+        **ranks,
+        # Equal entries have no spread, and an edge of 0: what is beyond it then is rounding.
+        BEYOND: min(int(ranks["numerical rank"]), rank.rank_beyond_edge(s, shape, _std(matrix, s))),
         "saved": max(0, n_parameters - cost),
     }
 
@@ -264,7 +271,7 @@ def _loaded(file: Path) -> Any:
                 f"{file} holds more than tensors ({asked_for[1]}), which is not loaded, as that could run code; "
                 "save the model's state_dict() instead"
             ) from error
-        raise AnalysisError(f"{file} is damaged, or no file of PyTorch's: {_one_line(error)}") from error
+        raise AnalysisError(f"{file} is damaged, unreadable or no file of PyTorch's: {_one_line(error)}") from error
 
 
 def _check_archive(file: Path) -> None:
@@ -306,7 +313,7 @@ def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor]]:
     while pending:
         name, value = pending.pop()
         if isinstance(value, Tensor):
-            yield name or "tensor", value.detach()
+            yield name or "tensor", value if is_lazy(value) else value.detach()
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in entered:
             entered.add(id(value))
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -314,30 +321,78 @@ def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def of_model(model: nn.Module) -> list[Weight]:
-    """List the tensors of a model's ``state_dict``, and for a ``FactorizedLinear`` the product of its factors."""
+    """List the tensors of a model's ``state_dict``, with what layers compute in place of what they compute it from.
+
+    A ``FactorizedLinear`` has the product of its factors, and a parametrized layer, as by ``weight_norm`` or
+    ``spectral_norm``, the weight that it works with.
+    """
     layers = dict(model.named_modules(remove_duplicate=False))
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    weights = []
-    for name, tensor, unwanted in _tied(state):
-        prefix, _, part = name.rpartition(".")
-        layer = layers.get(prefix)
-        if isinstance(layer, FactorizedLinear) and part == "B":
+    weights: dict[str, Weight] = {}
+    for stored, tensor, unwanted in _tied(dict(_tensors_in(model.state_dict()))):
+        name = _computed(stored, layers)
+        owner, _, part = name.rpartition(".")
+        layer = layers.get(owner)
+        read = partial(Tensor.detach, tensor) if name == stored else partial(getattr, layer, part)
+        n_stored = None
+        if isinstance(layer, FactorizedLinear) and part == "weight":
             n_stored = layer.B.numel() + layer.C.numel()
-            weights.append(Weight(f"{prefix}.weight", partial(getattr, layer, "weight"), layer, unwanted, n_stored))
-        elif not (isinstance(layer, FactorizedLinear) and part == "C"):
-            weights.append(Weight(name, partial(Tensor.detach, tensor), layer, unwanted))
-    return weights
+        weights.setdefault(name, Weight(name, read, layer, unwanted, n_stored))
+    return list(weights.values())
+
+
+def _computed(name: str, layers: Mapping[str, nn.Module]) -> str:
+    """Return the name of what a layer computes from a stored tensor, or else the tensor's own."""
+    owner, _, rest = name.partition("parametrizations.")
+    if hasattr(layers.get(owner.removesuffix(".")), "parametrizations"):
+        return owner + rest.partition(".")[0]
+    owner, _, part = name.rpartition(".")
+    factor = part in ("B", "C") and isinstance(layers.get(owner), FactorizedLinear)
+    return f"{owner}.weight".removeprefix(".") if factor else name
+
+
+def _together(weights: list[Weight]) -> list[Weight]:
+    """Put together what a file keeps apart and only names connect.
+
+    These are ``weight_norm``'s lengths and directions; and of a recurrent layer the weight that tells its hidden size:
+    ``weight_hr`` of an LSTM with projections, else ``weight_hh``.
+    """
+    named = {weight.name: weight for weight in weights}
+    for name, weight in list(named.items()):
+        for directions, lengths in LENGTHS.items():
+            stem = name.removesuffix(directions)
+            if stem != name and stem + lengths in named:
+                factor = named[stem + lengths]
+                read = partial(_normed, weight.read, factor.read)
+                named[name] = weight._replace(name=f"{stem}weight", read=read)
+                named[factor.name] = factor._replace(unwanted=f"lengths of weight_norm's, multiplied into {stem}weight")
+        if found := rank.RECURRENT.search(name):
+            layer, number = name[: found.start()], found[2] or ""
+            telling = [named.get(f"{layer}weight_{kind}{number}") for kind in ("hr", "hh")]
+            named[name] = weight._replace(beside=next((other.read for other in telling if other), None))
+    return list(named.values())
+
+
+def _normed(read_directions: Callable[[], Tensor], read_lengths: Callable[[], Tensor]) -> Tensor:
+    """Return the weight that ``weight_norm`` would (Salimans & Kingma 2016, arXiv 1602.07868, equation 2)."""
+    directions, lengths = read_directions(), read_lengths()
+    if lengths.numel() != max(lengths.shape, default=0) or lengths.dim() != directions.dim():
+        raise TypeError(f"lengths of shape {rank.times(lengths.shape)} are not those of weight_norm")
+    across = [axis for axis, size in enumerate(lengths.shape) if size == 1]
+    return directions * (lengths / directions.norm(dim=across, keepdim=True))
 
 
 def _tied(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield tensors, each with why not to measure it, if one before it has the same entries in the same place."""
+    """Yield tensors, each with why not to measure it: it has no entries yet, or one before it has the same."""
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in named.items():
-        same = name
-        if tensor.layout == torch.strided and not tensor.is_meta and not is_lazy(tensor) and tensor.numel():
+        reason = ""
+        if is_lazy(tensor):
+            reason = "not initialised: the model must run once before it has this"
+        elif tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
             place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel())
             same = first.setdefault(place, name)
-        yield name, tensor, "" if same == name else f"the same tensor as {same}"
+            reason = "" if same == name else f"the same tensor as {same}"
+        yield name, tensor, reason
 
 
 def _called(source: str) -> nn.Module:
@@ -346,7 +401,7 @@ def _called(source: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
         model = getattr(importlib.import_module(module), name)()
-    except Exception as error:  # the code is the user's own: it may raise anything
+    except (Exception, SystemExit) as error:  # the code is the user's own: it may raise anything
         raise AnalysisError(f"{source} cannot be called: {_one_line(error)}") from error
     finally:
         sys.path.remove("")

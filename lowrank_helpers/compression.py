@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -23,7 +24,7 @@ from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import Factors, OutputSVD, substitute
 from lowrank_helpers.models import n_parameters
-from lowrank_helpers.rank import singular_values
+from lowrank_helpers.rank import singular_values, times
 from lowrank_helpers.selection import WAYS, Choice, Layer, choice_of, smallest
 from lowrank_helpers.training import evaluate
 
@@ -51,8 +52,9 @@ class Change(NamedTuple):
         return self.after / self.before
 
     def __str__(self) -> str:
-        """Write ``before → after (share)``."""
-        return f"{self.before:,.6g} → {self.after:,.6g} ({self.share:.1%})"
+        """Write ``before → after (share)``; counts in full, what is measured to four digits."""
+        before, after = (f"{x:,}" if isinstance(x, int) else f"{x:.4g}" for x in (self.before, self.after))
+        return f"{before} → {after} ({self.share:.1%})"
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,12 @@ class Report:
         Predicted, as in :class:`lowrank_helpers.selection.Choice`.
     parameters : Change
     flops : Change
-        For one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``.
+        For one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``, which sees no
+        recurrent layers.
+    seconds : Change
+        Median of a batch of ``latency_batch``, measured here and now. Fewer FLOPs are often not faster.
     accuracy : Change or None
         On the validation images, 0 to 1; measured where it is the budget.
-    seconds : Change or None
-        Median of a batch; measured where it is the budget. Fewer FLOPs are often not faster.
     """
 
     ranks: dict[str, int]
@@ -81,12 +84,12 @@ class Report:
     error: float
     parameters: Change
     flops: Change
+    seconds: Change
     accuracy: Change | None = None
-    seconds: Change | None = None
 
     def __str__(self) -> str:
         """Write a line for each size and each layer."""
-        numbers = {name: getattr(self, name) for name in ("parameters", "flops", "accuracy", "seconds")}
+        numbers = {name: getattr(self, name) for name in ("parameters", "flops", "seconds", "accuracy")}
         lines = [f"{name}: {change}" for name, change in numbers.items() if change]
         lines += [f"{name}: rank {rank}" for name, rank in self.ranks.items()]
         return "\n".join(lines + [f"{name}: left alone, {reason}" for name, reason in self.left_alone.items()])
@@ -141,7 +144,8 @@ def compress(
     Parameters
     ----------
     model : nn.Module
-        Maps a batch of images to one tensor, logits (n, n_classes) where accuracy counts. It stays as it is.
+        Maps a batch of images to one tensor, logits (n, n_classes) where accuracy counts. It stays as it is. One that
+        takes or gives something else goes in a module that takes and gives such a tensor.
     data : Dataset or (images, labels)
         Training images measure the layers' outputs, validation images choose. Of a pair a sixth, drawn at random, is
         for choosing.
@@ -153,7 +157,7 @@ def compress(
     way : str
         How ranks are chosen: one of ``selection.WAYS``.
     latency_batch : int
-        Images in the batch whose latency is measured.
+        Images in the batch whose latency is measured: for the report once, which takes a few answers of both models.
 
     Returns
     -------
@@ -162,21 +166,26 @@ def compress(
     Raises
     ------
     ValueError
-        The budget is impossible (the message says what is possible), no layer can be replaced, there are no
-        validation images where they must choose, or an option is unknown.
+        The budget is impossible (the message says what is possible), no layer can be replaced, the model or the data
+        are of another kind, there are no validation images where they must choose, or an option is unknown.
     """
     _check_options(budget, of, way, latency_batch)
+    _check_model(model)
     device = next(model.parameters()).device
     images, validation_images, validation_labels = (tensor.to(device) for tensor in _parts(data))
     found = candidates(model, images)
     bench = _Bench(model, found, images, (validation_images, validation_labels))
+    batch = images[:latency_batch]
+    measured: dict[str, Change] = {}
     if of == "accuracy":
-        choice, measured = bench.accurate_enough(budget, way)
+        choice, measured["accuracy"] = bench.accurate_enough(budget, way)
     elif of == "latency":
-        choice, measured = bench.fast_enough(budget, way, images[:latency_batch])
+        choice, measured["seconds"] = bench.fast_enough(budget, way, batch)
     else:
-        choice, measured = bench.small_enough(budget, way, of), {}
+        choice = bench.small_enough(budget, way, of)
     small = bench.cut(choice.ranks)
+    if of != "latency":
+        measured["seconds"] = bench.seconds(small, batch)
     sizes = {name: Change(size(model, images), size(small, images)) for name, size in SIZES.items()}
     return small, Report(choice.ranks, found.left_alone, choice.error, **sizes, **measured)
 
@@ -233,29 +242,30 @@ class _Bench:
             )
         return WAYS[way](layers, limit - fixed, self.accuracy)
 
-    def accurate_enough(self, target: float, way: str) -> tuple[Choice, dict[str, Change]]:
+    def accurate_enough(self, target: float, way: str) -> tuple[Choice, Change]:
         """Choose the smallest model that reaches an accuracy."""
         before = self.accuracy({})
         if before < target:
             raise ValueError(f"an accuracy of {target:.2%} is impossible: the model itself has {before:.2%}")
         choice = smallest(way, self.found.layers(of="parameters"), self.accuracy, target)
-        return choice, {"accuracy": Change(before, self.accuracy(choice.ranks))}
+        return choice, Change(before, self.accuracy(choice.ranks))
 
-    def fast_enough(self, target: float, way: str, batch: Tensor) -> tuple[Choice, dict[str, Change]]:
-        """Choose the most FLOPs, to a sixteenth of the model's, with which a batch takes no longer than a share.
+    def seconds(self, small: nn.Module, batch: Tensor) -> Change:
+        """Time a smaller model right after the model itself, as a machine's speed drifts."""
+        return Change(_seconds(self.model, batch), _seconds(small, batch))
 
-        Each try is timed right after the model itself, as a machine's speed drifts.
-        """
+    def fast_enough(self, target: float, way: str, batch: Tensor) -> tuple[Choice, Change]:
+        """Choose the most FLOPs, to a sixteenth of the model's, with which a batch takes no longer than a share."""
         layers = self.found.layers(of="flops")
         dense = choice_of(layers, {}).parameters
         least = choice_of(layers, dict.fromkeys(layers, 1)).parameters
         fastest = np.inf
         for limit in np.linspace(dense, least, 16):
             choice = WAYS[way](layers, limit, self.accuracy)
-            seconds = Change(*(_seconds(network, batch) for network in (self.model, self.cut(choice.ranks))))
+            seconds = self.seconds(self.cut(choice.ranks), batch)
             fastest = min(fastest, seconds.share)
             if seconds.share <= target:
-                return choice, {"seconds": seconds}
+                return choice, seconds
         raise ValueError(
             f"a latency of {target:.0%} is impossible for batches of {len(batch)}: the fastest try took {fastest:.0%}"
         )
@@ -278,15 +288,14 @@ def candidates(model: nn.Module, images: Tensor) -> Candidates:
     Raises
     ------
     ValueError
-        There are no images, the model gives no finite tensor for them, or it has no layer that can be replaced.
+        There are no images, the model gives no finite tensor for them, it cannot be copied, or it has no layer that
+        can be replaced.
     """
-    model = deepcopy(model)
+    model = _copied(model)
     _use_no_fused_code(model)
     with _evaluating(model):
         few = images[:FEW]
-        answer = model(few) if len(few) else None
-        if not isinstance(answer, Tensor) or not answer.isfinite().all():
-            raise ValueError(f"the model must map at least one image to a finite tensor; it gave {answer!r:.60}")
+        answer = _answer(model, few)
         layers, left_alone = _layers_with_own_weight(model)
         moments, rows = _output_moments(model, layers, images)
         outputs = {}
@@ -300,6 +309,34 @@ def candidates(model: nn.Module, images: Tensor) -> Candidates:
     if not outputs:
         raise ValueError(f"{type(model).__name__} has no layer that can be replaced: {left_alone}")
     return Candidates(outputs, rows, left_alone)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except Exception as error:  # RuntimeError of tensors with a history, whatever a model's own code raises
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({error!s:.100}): it may keep a tensor that it computed, as "
+            "torch.nn.utils.weight_norm does; torch.nn.utils.parametrizations.weight_norm does not"
+        ) from error
+
+
+def _answer(model: nn.Module, images: Tensor) -> Tensor:
+    """Return what a model maps images to, if that is the one tensor that it must be."""
+    wanted = f"{type(model).__name__} must map at least one image to a finite tensor"
+    given = f"images of {str(images.dtype).removeprefix('torch.')}, {times(images.shape)}"
+    wrap = "put a model that takes or gives something else in a module that takes and gives a tensor"
+    if not len(images):
+        raise ValueError(f"{wanted}; there is none")
+    try:
+        answer = model(images)
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"{wanted}; for {given}, it raised {type(error).__name__}: {error!s:.200}; {wrap}") from error
+    if not isinstance(answer, Tensor):
+        raise ValueError(f"{wanted}; it gave {type(answer).__name__}; {wrap}")
+    if not answer.isfinite().all():
+        raise ValueError(f"{wanted}; for {given}, it gave NaN or infinity")
+    return answer
 
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
@@ -466,7 +503,11 @@ def _parts(data: Dataset | Split) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(data, Dataset):
         order = _order(len(data.train_labels))[:CALIBRATION].to(data.train_images.device)
         return data.train_images[order], data.validation_images, data.validation_labels
-    images, labels = data
+    pair = data if isinstance(data, (tuple, list)) else (data,)
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        kinds = ", ".join(type(part).__name__ for part in pair)
+        raise ValueError(f"data must be a Dataset or two tensors, images and labels; given: {kinds:.100}")
+    images, labels = pair
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: one label for each image is needed")
     order, n = _order(len(images)).to(images.device), len(images) // VALIDATION_PART
@@ -475,6 +516,16 @@ def _parts(data: Dataset | Split) -> tuple[Tensor, Tensor, Tensor]:
 
 def _order(n: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no layer that can be replaced: it has no parameters")
+    if empty := [name for name, parameter in parameters.items() if is_lazy(parameter) or parameter.is_meta]:
+        raise ValueError(f"{', '.join(empty[:3])}: no values yet; load them, or run the model once, before compressing")
 
 
 def _check_options(budget: float, of: str, way: str, latency_batch: int) -> None:

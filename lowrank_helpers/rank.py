@@ -4,6 +4,7 @@ Exact rank says nothing of a trained network: noise makes almost every matrix fu
 how many directions carry the matrix, each with its own idea of "carry".
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -23,7 +24,21 @@ IN_BLOCKS_FROM = 2**24  # entries; from 128 MiB in float64 on, a thin matrix is 
 ROWS_AT_ONCE = 1024  # where all entries are gone through, so that no temporary is as large as the matrix
 # Names of layers whose rows, or columns, are those of an attention's q, k and v one after the other.
 PACKED = ("in_proj_weight", "qkv.weight", "qkv_proj.weight", "Wqkv.weight", "c_attn.weight")
-LAYER_WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+# Recurrent layers' weights, whose rows are those of the gates one after the other: input, forget, cell and output gate
+# of an LSTM; reset, update and new gate of a GRU.
+RECURRENT = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?$")
+GATES = ("ifgo", "rzn")
+LAYERS = (
+    nn.Linear,
+    _ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+LAYER_WEIGHTS = re.compile(r"weight|in_proj_weight|[qkv]_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
 def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
@@ -32,7 +47,7 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
     Raises
     ------
     ValueError
-        The argument is no matrix, is empty, or holds NaN or infinity.
+        The argument is no matrix, is empty, holds NaN or infinity, or has a norm beyond float64.
 
     Examples
     --------
@@ -46,8 +61,12 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
         raise ValueError("the matrix holds NaN or infinite entries")
     tall = array if array.shape[0] >= array.shape[1] else array.T
     if tall.numel() >= IN_BLOCKS_FROM and tall.shape[0] >= 4 * tall.shape[1]:
-        return torch.linalg.svdvals(_triangle(tall)).numpy()
-    return torch.linalg.svdvals(array.double()).numpy()
+        s = torch.linalg.svdvals(_triangle(tall))
+    else:
+        s = torch.linalg.svdvals(array.double())
+    if not s.isfinite().all():
+        raise ValueError("the matrix is too large in norm for float64")
+    return s.numpy()
 
 
 def _triangle(tall: Tensor) -> Tensor:
@@ -232,7 +251,9 @@ class Unfolded(NamedTuple):
     remark: str = ""
 
 
-def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[str, Unfolded]:
+def unfold(
+    name: str, weight: Tensor, layer: nn.Module | None = None, hidden_size: int | None = None
+) -> dict[str, Unfolded]:
     """Return the matrices that a weight stands for, by name.
 
     - Two axes are rows and columns: a linear layer's (out_features, in_features), an embedding's (entries, dimension).
@@ -243,6 +264,8 @@ def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[st
     - Of three axes, a first one of size 1 is dropped, as of position embeddings, unless the layer is a convolution.
     - Packed projections of attention, told by their name (``PACKED``) and a ratio of 3 between their sides, are split
       into q, k and v.
+    - Packed gates of a recurrent layer, told by their name (``RECURRENT``) and the layer's hidden size, are split into
+      the gates, ``GATES``: ``weight_hh_l0.f`` is what an LSTM forgets by.
 
     Parameters
     ----------
@@ -252,6 +275,8 @@ def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[st
         With two axes at least.
     layer : nn.Module, optional
         Whose weight it is, where that is known.
+    hidden_size : int, optional
+        Of the recurrent layer whose weight it is, where that is known though the layer is not.
 
     Raises
     ------
@@ -270,14 +295,23 @@ def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[st
         return {short: _filters(weight, layer.groups if isinstance(layer, _ConvNd) else 1)}
     if name.endswith(PACKED) and max(weight.shape) == 3 * min(weight.shape):
         axis = weight.shape.index(max(weight.shape))
-        stem = short.removesuffix("in_proj_weight").removesuffix(".")
-        return {
-            f"{stem}.{part}".removeprefix("."): Unfolded(
-                matrix, times(matrix.shape), f"packed q, k, v, split by {('rows', 'columns')[axis]}"
-            )
-            for part, matrix in zip("qkv", weight.chunk(3, axis), strict=True)
-        }
+        return _split(short.removesuffix("in_proj_weight").removesuffix("."), weight, "qkv", axis)
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        hidden_size = layer.hidden_size
+    if hidden_size and RECURRENT.search(name):
+        for gates in GATES:
+            if len(weight) == len(gates) * hidden_size:
+                return _split(short, weight, gates, kind="gates ")
     return {short: Unfolded(weight, times(weight.shape))}
+
+
+def _split(stem: str, packed: Tensor, parts: str, axis: int = 0, kind: str = "") -> dict[str, Unfolded]:
+    """Split a matrix into parts of one letter each."""
+    remark = f"packed {kind}{', '.join(parts)}, split by {('rows', 'columns')[axis]}"
+    return {
+        f"{stem}.{part}".removeprefix("."): Unfolded(matrix, times(matrix.shape), remark)
+        for part, matrix in zip(parts, packed.chunk(len(parts), axis), strict=True)
+    }
 
 
 def _filters(weight: Tensor, groups: int, *remarks: str) -> Unfolded:
@@ -295,22 +329,30 @@ def times(shape: tuple[int, ...]) -> str:
 def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     """Return the weight matrices of a model's layers by dotted names, unfolded as :func:`unfold` says.
 
-    Layers are ``nn.Linear``, ``FactorizedLinear`` (its product), convolutions, ``nn.Embedding`` and
-    ``nn.MultiheadAttention``. Of a weight that several layers share, only the first is returned.
+    Layers are ``nn.Linear``, ``FactorizedLinear`` (its product), convolutions, ``nn.Embedding``, ``nn.EmbeddingBag``,
+    ``nn.Bilinear``, ``nn.MultiheadAttention`` and recurrent ones. Of a weight that several layers share, only the first
+    is returned.
     """
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
     for name, layer in model.named_modules():
         if isinstance(layer, FactorizedLinear):
             found[name] = layer.weight.detach()
-        elif isinstance(layer, (nn.Linear, _ConvNd, nn.Embedding, nn.MultiheadAttention)):
-            for part in LAYER_WEIGHTS:
-                weight = getattr(layer, part, None)
-                if weight is not None and id(weight) not in seen:
+        elif isinstance(layer, LAYERS):
+            for part, weight in _weights(layer).items():
+                if id(weight) not in seen:
                     seen[id(weight)] = weight
                     parts = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
                     found |= {key: unfolded.matrix for key, unfolded in parts.items()}
     return found
+
+
+def _weights(layer: nn.Module) -> dict[str, Tensor]:
+    """Return a layer's weights by attribute, as they come out of weight_norm and other parametrizations."""
+    stored = dict(layer.named_parameters(recurse=False))
+    computed = getattr(layer, "parametrizations", {})
+    names = filter(LAYER_WEIGHTS.fullmatch, dict.fromkeys(["weight", *stored, *computed]))
+    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
 
 
 def rank_table(matrices: Mapping[str, Tensor]) -> pd.DataFrame:

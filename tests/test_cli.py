@@ -213,11 +213,16 @@ def test_the_readmes_parameter_file_is_accepted():
     assert planned["02_train"]["learning_rate"] == 1e-3
 
 
-def test_one_notebook_runs_from_end_to_end(tmp_path):
-    command = [LOWRANK, "run", "02_train", "-p", "dataset", "digits", "-p", "epochs", "1", "-o", tmp_path / "out"]
+def test_one_notebook_runs_from_end_to_end_where_a_damaged_one_lies(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "02_train.ipynb").write_text("{")
+    given = ["-p", "dataset", "digits", "-p", "epochs", "1", "-o", tmp_path / "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [LOWRANK, "run", "02_train", "--resume", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    assert warning.startswith("Warning: 02_train.ipynb ") and "warnings.warn" not in done.stderr
     assert "digits" in done.stdout and "index.html" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     finding = results["findings"]["2.1"]

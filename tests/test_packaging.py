@@ -26,13 +26,14 @@ PINNED = {
     if not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-# Used without being imported: the kernel, the lab and its widgets' front end, what pandas writes Parquet with, the
-# linters and what types they need.
+# Used without being imported: the kernel, the lab and its widgets' front end, what pandas writes Parquet with and what
+# PyTorch translates to ONNX with, the linters and what types they need.
 TOOLS = {
     "ipykernel",
     "jupyterlab",
     "pyarrow",
     "mypy",
+    "onnxscript",
     "pdoc",
     "ruff",
     "pandas-stubs",

@@ -89,6 +89,7 @@ def test_what_is_no_matrix_is_listed_with_its_reason(tmp_path):
         "inf": torch.tensor([[1.0, torch.inf], [0, 1]]),
         "sparse": torch.eye(3).to_sparse(),
         "quantised": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
+        "large": torch.full((3, 3), 1e308, dtype=torch.float64),
         "meta": torch.ones(3, 3, device="meta"),
         "huge": torch.ones(1).expand(10**6, 10**6),
     }
@@ -107,6 +108,7 @@ def test_what_is_no_matrix_is_listed_with_its_reason(tmp_path):
         "inf": "NaN or infinite",
         "sparse": "sparse",
         "quantised": "quantised",
+        "large": "too large in norm",
         "meta": "without values",
         "huge": "a view of fewer numbers",
     }
@@ -216,6 +218,77 @@ def test_a_model_knows_what_its_file_does_not(tmp_path, monkeypatch):
     assert list(table["remark"]) == ["transposed, 2 groups, below each other", "8 groups, below each other"]
 
 
+class _Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 3, num_layers=2, bidirectional=True)
+        self.projected = nn.LSTM(5, 6, proj_size=2)
+        self.gru = nn.GRU(12, 3)  # its inputs' weight, 9×12, tells nothing of how many gates it has
+        self.rnn = nn.RNN(5, 3)
+        self.cell = nn.LSTMCell(3, 4)
+
+
+def test_gates_are_split_in_a_file_as_in_its_model(tmp_path):
+    model = _Recurrent()
+    of_model = rank.weight_matrices(model)
+    for name in ("net.safetensors", "net.pt"):
+        table = analyze(_written(tmp_path, model.state_dict(), name)).table
+        assert sorted(table.index) == sorted(of_model)
+        for matrix, values in of_model.items():
+            s = np.linalg.svd(values.numpy(), compute_uv=False)
+            assert table.loc[matrix, "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
+    assert table.loc["gru.weight_ih_l0.n", "remark"] == "packed gates r, z, n, split by rows"
+    assert {"rnn.weight_ih_l0", "projected.weight_hr_l0", "lstm.weight_hh_l1_reverse.f"} <= set(table.index)
+
+
+def test_gates_that_a_file_does_not_tell_stay_together(tmp_path):
+    tensors = {"weight_ih_l0": torch.randn(12, 3), "other.weight_hh": torch.randn(10, 4)}
+    assert dict(analyze(_written(tmp_path, tensors)).table["rows"]) == {"other.weight_hh": 10, "weight_ih_l0": 12}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_what_weight_norm_keeps_apart_is_measured_together(tmp_path, norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(6, 5)), norm(nn.Conv1d(4, 5, 3)), norm(nn.ConvTranspose1d(4, 5, 3), dim=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    found = analyze(_written(tmp_path, model.state_dict(), "net.pt"))
+    model[0](torch.zeros(1, 6)), model[1](torch.zeros(1, 4, 3)), model[2](torch.zeros(1, 4, 3))  # computes the weights
+    assert list(found.table.index) == ["0", "1", "2"]
+    for i, layer in enumerate(model):
+        s = np.linalg.svd(layer.weight.detach().flatten(1).numpy(), compute_uv=False)
+        assert found.table.loc[str(i), "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
+    assert sum("weight_norm's, multiplied into 0.weight" in reason for reason in found.skipped.values()) == 1
+
+
+def test_two_tensors_that_are_not_weight_norms_are_listed(tmp_path):
+    tensors = {"a.weight_v": torch.randn(4, 3), "a.weight_g": torch.randn(4, 4), "b": torch.eye(2)}
+    found = analyze(_written(tmp_path, tensors, "net.pt"))
+    assert "not those of weight_norm" in found.skipped["a.weight"]
+
+
+def test_a_models_layers_are_measured_as_they_work(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "normed_layers.py").write_text(
+        "from torch import nn\n"
+        "from torch.nn.utils.parametrizations import spectral_norm, weight_norm\n"
+        "def build():\n"
+        "    layers = weight_norm(nn.Linear(6, 5)), spectral_norm(nn.Linear(5, 4)), nn.LazyLinear(3)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    found = analyze("normed_layers:build")
+    assert list(found.table["unfolded"].items()) == [("0", "5×6"), ("1", "4×5")]
+    assert "not initialised" in found.skipped["2.weight"]
+    assert not any("parametrizations" in name for name in found.skipped)
+
+
+def test_equal_entries_have_one_direction_by_every_measure(tmp_path):
+    row = analyze(_written(tmp_path, {"ones": torch.ones(30, 40)})).table.loc["ones"]
+    assert (row["numerical rank"], row[BEYOND], row["energy rank 99 %"]) == (1, 1, 1)
+
+
 def test_factors_are_measured_as_their_product_and_counted_as_themselves(tmp_path, monkeypatch):
     model = factorize(mlp([30, 20, 10], seed=0), {"fc1": 4})
     weights = {weight.name: weight for weight in analysis.of_model(model)}
@@ -307,6 +380,7 @@ def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path):
         ("torchvision.models:resnet", "resnet"),
         ("os:getcwd", "returns str"),
         ("torch.nn:Linear", "TypeError"),
+        ("sys:exit", "SystemExit"),
         ("torch.nn:ReLU", "no matrix"),
     ],
 )

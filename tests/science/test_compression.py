@@ -1,13 +1,18 @@
 """Compressing any network: factors against NumPy and PyTorch, budgets kept, and models that need care."""
 
+from functools import partial
+
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
 from lowrank_helpers import compression
 from lowrank_helpers.compression import candidates, compress, replaced
+from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.factorization import SVD, fitted_factors
 from lowrank_helpers.models import mlp, n_parameters
 from lowrank_helpers.networks import VisionTransformer, convnet
@@ -17,6 +22,12 @@ from lowrank_helpers.training import Recipe, evaluate, fit
 
 def _draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    """Time as little as can be: how long a network takes is nothing that these tests look at."""
+    monkeypatch.setattr(compression, "median_seconds", partial(median_seconds, at_least=1e-4))
 
 
 @pytest.fixture
@@ -156,6 +167,16 @@ def test_latency_is_of_the_batch_that_was_asked_for(digits_held_out):
     assert 17 in sizes and report.seconds.before > 0
 
 
+@pytest.mark.parametrize("of", ["parameters", "flops", "accuracy"])
+def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, digits_held_out, monkeypatch, of):
+    timed = []
+    monkeypatch.setattr(compression, "_seconds", lambda model, batch: timed.append((model, len(batch))) or len(timed))
+    small, report = compress(trained, digits_held_out, 0.6, of=of, latency_batch=13)
+    assert timed == [(trained, 13), (small, 13)]
+    assert (report.seconds.before, report.seconds.after) == (1, 2)
+    assert "flops: " in str(report) and "seconds: 1 → 2 (200.0%)" in str(report)
+
+
 @pytest.mark.parametrize(
     ("budget", "options", "named"),
     [
@@ -182,12 +203,75 @@ def test_without_validation_images_accuracy_is_refused(digits):
 
 
 def test_data_must_fit_each_other_and_the_model(data):
+    with pytest.raises(ValueError, match="given: ndarray, ndarray"):
+        compress(mlp([784, 40, 10], seed=0), (data[0].numpy(), data[1].numpy()), 0.5)
+    with pytest.raises(ValueError, match="given: NoneType"):
+        compress(mlp([784, 40, 10], seed=0), None, 0.5)
     with pytest.raises(ValueError, match="60 images and 59 labels"):
         compress(mlp([784, 40, 10], seed=0), (data[0], data[1][:-1]), 0.5)
     with pytest.raises(ValueError, match="finite tensor"):
         compress(mlp([784, 40, 10], seed=0), (data[0] * torch.nan, data[1]), 0.5)
     with pytest.raises(ValueError, match="at least one image"):
         compress(mlp([784, 40, 10], seed=0), (data[0][:0], data[1][:0]), 0.5)
+
+
+class _Answers(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.fc, self.answer = nn.Linear(784, 10), answer
+
+    def forward(self, x):
+        return self.answer(self.fc(x))
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
+
+    def forward(self, x, mask):
+        return self.fc(x) * mask
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ("resnet18", "must be a torch.nn.Module, not str"),
+        (nn.Flatten(), "Flatten has no layer .* no parameters"),
+        (nn.Sequential(nn.LazyLinear(9)), r"0\.weight, 0\.bias: no values yet"),
+        (nn.Linear(784, 9, device="meta"), "weight, bias: no values yet"),
+        (_TwoInputs(), "_TwoInputs .*TypeError.*'mask'.* in a module that takes and gives a tensor"),
+        (_Answers(lambda x: {"logits": x}), "_Answers .*gave dict; put a model"),
+        (_Answers(lambda x: (x, x)), "gave tuple"),
+        (mlp([30, 20, 10], seed=0), "images of float32, 8×784, it raised RuntimeError"),
+        (mlp([784, 20, 10], seed=0).bfloat16(), "images of float32, 8×784, it raised RuntimeError"),
+    ],
+)
+def test_models_that_cannot_be_compressed_are_refused_with_what_to_do(model, named, data):
+    with pytest.raises(ValueError, match=named):
+        compress(model, data, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_model_that_cannot_be_copied_is_refused_with_what_can(data):
+    with pytest.raises(ValueError, match=r"cannot be copied.*parametrizations\.weight_norm does not"):
+        compress(nn.Sequential(nn.utils.weight_norm(nn.Linear(784, 9)), nn.Linear(9, 10)), data, 0.5)
+
+
+def test_a_recurrent_network_keeps_its_recurrent_layer_by_name():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.lstm = nn.Embedding(50, 16), nn.LSTM(16, 32, batch_first=True)
+            self.hidden, self.out = nn.Linear(32, 64), nn.Linear(64, 10)
+
+        def forward(self, tokens):
+            return self.out(self.hidden(self.lstm(self.words(tokens))[0]).relu())
+
+    tokens = torch.randint(50, (60, 7), generator=torch.Generator().manual_seed(0))
+    small, report = compress(Tagger(), (tokens, tokens[:, 0]), 0.9)
+    assert report.left_alone.keys() == {"words", "lstm.weight_ih_l0", "lstm.weight_hh_l0"}
+    assert "hidden" in report.ranks and small(tokens).shape == (60, 7, 10)
 
 
 def test_the_model_stays_as_it_was_and_the_copy_in_its_mode(data):
@@ -326,6 +410,16 @@ def test_what_is_returned_is_pytorchs_own_exports_and_reloads(model, data, tmp_p
     torch.save(small.state_dict(), tmp_path / "small.pt")
     other.load_state_dict(torch.load(tmp_path / "small.pt", weights_only=True))
     torch.testing.assert_close(other(data[0]), small(data[0]))
+
+
+def test_onnx_computes_what_the_returned_model_does(data, tmp_path):
+    small, report = compress(convnet([6, 8], 16, seed=0), data, 0.3, of="flops")
+    assert {type(small.get_submodule(name)[0]) for name in report.ranks} == {nn.Conv2d, nn.Linear}
+    file = tmp_path / "small.onnx"
+    torch.onnx.export(small.eval(), (data[0],), file, input_names=["images"], dynamo=True, verbose=False)
+    onnx.checker.check_model(file)
+    (answer,) = ReferenceEvaluator(str(file)).run(None, {"images": data[0].numpy()})
+    np.testing.assert_allclose(answer, small(data[0]).detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_budget_of_everything_changes_nothing(data):

@@ -269,3 +269,41 @@ def test_shared_weights_appear_once_and_computed_ones_each_time():
 def test_a_vector_is_not_unfolded():
     with pytest.raises(ValueError, match=r"fc\.bias has 1 axes"):
         rank.unfold("fc.bias", torch.ones(3))
+
+
+def test_gates_of_recurrent_layers_are_split_as_pytorch_packs_them():
+    torch.manual_seed(0)
+    lstm = nn.LSTM(5, 3, num_layers=2, bidirectional=True, proj_size=2)
+    matrices = rank.weight_matrices(lstm)
+    assert tuple(matrices["weight_ih_l1_reverse.g"].shape) == (3, 4)  # inputs: both directions' two projections
+    assert tuple(matrices["weight_hh_l0.o"].shape) == (3, 2)
+    assert tuple(matrices["weight_hr_l0"].shape) == (2, 3)
+    assert len(matrices) == 4 * (4 + 4 + 1)
+    x, h, c = torch.randn(1, 5), torch.randn(1, 3), torch.randn(1, 3)
+    cell = nn.LSTMCell(5, 3, bias=False)
+    W = rank.weight_matrices(cell)
+    i, f, g, o = (x @ W[f"weight_ih.{gate}"].T + h @ W[f"weight_hh.{gate}"].T for gate in "ifgo")
+    after = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    torch.testing.assert_close((o.sigmoid() * after.tanh(), after), cell(x, (h, c)))
+    cell = nn.GRUCell(5, 3, bias=False)
+    W = rank.weight_matrices(cell)
+    ir, iz, i_n = (x @ W[f"weight_ih.{gate}"].T for gate in "rzn")
+    hr, hz, hn = (h @ W[f"weight_hh.{gate}"].T for gate in "rzn")
+    z = (iz + hz).sigmoid()
+    torch.testing.assert_close((1 - z) * (i_n + (ir + hr).sigmoid() * hn).tanh() + z * h, cell(x, h))
+
+
+def test_a_recurrent_layer_without_gates_is_not_split():
+    shapes = {name: tuple(matrix.shape) for name, matrix in rank.weight_matrices(nn.RNN(12, 4)).items()}
+    assert shapes == {"weight_ih_l0": (4, 12), "weight_hh_l0": (4, 4)}
+
+
+def test_computed_weights_are_measured_as_they_work():
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        layer = norm(nn.Linear(4, 3)).eval()
+        assert torch.equal(rank.weight_matrices(nn.Sequential(layer))["0"], layer.weight)
+
+
+def test_entries_whose_norm_is_beyond_float64_are_refused():
+    with pytest.raises(ValueError, match="too large in norm"):
+        rank.singular_values(np.full((3, 3), 1e308))
