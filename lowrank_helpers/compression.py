@@ -274,7 +274,7 @@ class _Bench:
 @torch.no_grad()
 def _seconds(model: nn.Module, batch: Tensor) -> float:
     with _evaluating(model):
-        return median_seconds(lambda: model(batch), batch.device)
+        return median_seconds(lambda: model(batch), batch.device, at_least=0.02)
 
 
 @torch.no_grad()
