@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lowrank_helpers.data import Dataset, batches
-from lowrank_helpers.models import squared_norm
+from lowrank_helpers.models import SelfTrained, squared_norm
 from lowrank_helpers.quiet import give_way
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -407,6 +407,9 @@ def _step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, la
         loss = loss + recipe.frobenius_decay / 2 * squared_norm(model)
     optimiser.zero_grad()
     loss.backward()
+    for layer in model.modules():
+        if isinstance(layer, SelfTrained):
+            layer.step(optimiser)
     optimiser.step()
 
 
