@@ -193,7 +193,8 @@ def test_second_training_begins_without_the_first_ones_velocity(of_rank_three):
     recipe = Recipe(epochs=1, batch_size=512, learning_rate=0.01)
     network = _network()
     fit(network, of_rank_three, recipe)
-    fresh = copy.deepcopy(network)
+    fresh = _network()
+    fresh.load_state_dict(network.state_dict())
     for trained in (network, fresh):
         fit(trained, of_rank_three, recipe)
     assert torch.equal(network.fc1.weight, fresh.fc1.weight)
