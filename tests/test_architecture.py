@@ -22,7 +22,7 @@ SCIENCE = [
     {"data", "models", "quiet", "statistics"},
     {"networks", "training"},
     {"rank", "factorization", "subspace"},
-    {"analysis", "lora", "costs", "plots", "selection"},
+    {"analysis", "dlrt", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]
 

@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["analysis", "costs", "factorization", "lora", "models", "rank", "statistics", "subspace"]
+    "module", ["analysis", "costs", "dlrt", "factorization", "lora", "models", "rank", "statistics", "subspace"]
 )
 def test_examples_give_what_they_show(module):
     failed, tried = doctest.testmod(
