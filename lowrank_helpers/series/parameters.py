@@ -143,6 +143,8 @@ RULES: dict[str, Rule] = {
     "cut_budgets": _list_of(_whole(1)),
     "tuned_budgets": _list_of(_whole(1)),
     "layer_shares": SHARES,
+    "adaptive_rank": _whole(1),
+    "adaptive_tolerances": _list_of(SHARE),
     "moment_images": _whole(1),
     "frontier_learning_rate": POSITIVE,
     "born_learning_rate": POSITIVE,
