@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -20,12 +21,12 @@ from lowrank_helpers.series.run import software
 PAGE = PROJECT / "docs" / "machines.md"
 HEAD = """# The recorded outputs on other machines
 
-The last result of each variant of `make test-machines`: the whole of `lowrank check` under other arithmetic, starts and
-numbers of workers. A start is *moved* where every weight begins one unit in the last place beside its recorded start,
+The last result of each variant of `make test-machines`: `lowrank check` under other arithmetic, starts and numbers of
+workers. A start is *moved* where every weight begins one unit in the last place beside its recorded start,
 after which a training goes its own way as it does on another processor.
 
-| variant | result | revision | processor | minutes |
-|---|---|---|---|---|
+| variant | notebooks | result | revision | processor | minutes |
+|---|---|---|---|---|---|
 """
 VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
     "as-recorded": ([], {}),
@@ -38,12 +39,12 @@ VARIANTS: dict[str, tuple[list[str], dict[str, str]]] = {
 } | {f"moved-start-{seed}": ([], {"LOWRANK_MOVED_STARTS": str(seed)}) for seed in range(1, 11)}
 
 
-def check(variant: str) -> tuple[bool, str]:
-    """Run one variant; return whether it passed, and its line of the table."""
+def check(variant: str, notebooks: Sequence[str]) -> tuple[bool, str]:
+    """Run one variant of all notebooks or of some; return whether it passed, and its line of the table."""
     arguments, environment = VARIANTS[variant]
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "lowrank_helpers", "check", *arguments],
+        [sys.executable, "-m", "lowrank_helpers", "check", *notebooks, *arguments],
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -54,7 +55,7 @@ def check(variant: str) -> tuple[bool, str]:
     counts = re.findall(r"^=+ (.*(?:passed|failed).*) in .* =+$", done.stdout, re.MULTILINE) or ["no cell ran"]
     return (
         not done.returncode,
-        f"| {variant} | {counts[-1]} | {software()['revision']} | {_processor()} | {minutes:.1f} |",
+        f"| {variant} | {', '.join(notebooks) or 'all'} | {counts[-1]} | {software()['revision']} | {_processor()} | {minutes:.1f} |",
     )
 
 
@@ -66,13 +67,14 @@ def _processor() -> str:
 
 @click.command()
 @click.argument("variants", nargs=-1, type=click.Choice(list(VARIANTS)), metavar="[VARIANT]...")
-def main(variants: tuple[str, ...]) -> None:
+@click.option("-n", "--notebook", "notebooks", multiple=True, help="Check this one, and others named so; without, all.")
+def main(variants: tuple[str, ...], notebooks: tuple[str, ...]) -> None:
     """Check the recorded notebooks under the VARIANTS named, or under all of them."""
     text = PAGE.read_text() if PAGE.exists() else ""
     lines = {variant: line for variant in VARIANTS for line in text.splitlines() if line.startswith(f"| {variant} |")}
     failed = []
     for variant in variants or VARIANTS:
-        passed, lines[variant] = check(variant)
+        passed, lines[variant] = check(variant, notebooks)
         click.echo(lines[variant])
         failed += [] if passed else [variant]
         PAGE.write_text(HEAD + "\n".join(lines[name] for name in VARIANTS if name in lines) + "\n")
