@@ -53,10 +53,8 @@ def check(variant: str, notebooks: Sequence[str]) -> tuple[bool, str]:
     if done.returncode:
         click.echo(done.stdout + done.stderr)
     counts = re.findall(r"^=+ (.*(?:passed|failed).*) in .* =+$", done.stdout, re.MULTILINE) or ["no cell ran"]
-    return (
-        not done.returncode,
-        f"| {variant} | {', '.join(notebooks) or 'all'} | {counts[-1]} | {software()['revision']} | {_processor()} | {minutes:.1f} |",
-    )
+    cells = [variant, ", ".join(notebooks) or "all", counts[-1], software()["revision"], _processor(), f"{minutes:.1f}"]
+    return not done.returncode, f"| {' | '.join(cells)} |"
 
 
 def _processor() -> str:
