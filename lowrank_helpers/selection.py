@@ -7,7 +7,7 @@ One asks the network instead, after every cut. ``WAYS`` names them all.
 The last step of a layer leaves it dense: factors never cost more than the matrix.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,6 +213,25 @@ def check_budget(layers: Mapping[str, Layer], budget: float) -> None:
     least = sum(layer.costs[0] for layer in layers.values())
     if not budget >= least:
         raise ValueError(f"a budget of {budget:,} is too small; one direction in every layer costs {least:,.0f}")
+
+
+def by_shares(layers: Mapping[str, Layer], budget: float, shares: Sequence[float]) -> Choice:
+    """Give each layer a share of the budget: the largest rank that it pays for, of which factors still save numbers.
+
+    Parameters
+    ----------
+    shares : sequence of float
+        One for each layer, in their order, with a sum of at most 1. Where a network is tuned after the cut, it is what
+        a layer can still learn that counts more than what the cut takes from it.
+
+    Raises
+    ------
+    ValueError
+        The shares are not as many as the layers.
+    """
+    pairs = zip(layers.items(), shares, strict=True)
+    paid = {name: int(share * budget / sum(layer.shape)) for (name, layer), share in pairs}
+    return choice_of(layers, {name: min(max(1, paid[name]), layer.largest_rank) for name, layer in layers.items()})
 
 
 WAYS: dict[str, Callable[[Mapping[str, Layer], float, Score | None], Choice]] = {

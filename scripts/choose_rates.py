@@ -25,6 +25,7 @@ from lowrank_helpers.compression import compress
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import linear_layers, mlp
 from lowrank_helpers.networks import VisionTransformer, convnet
+from lowrank_helpers.selection import by_shares, layers_of
 from lowrank_helpers.series.execution import notebook_path
 from lowrank_helpers.series.parameters import declared
 from lowrank_helpers.series.store import Store, write_atomically
@@ -168,6 +169,22 @@ def compressed(bench: Bench, seed: int, *, teacher: Arm, rate: float, share: flo
     return compress(network, bench.data, share)[0]
 
 
+def fitted(
+    bench: Bench, seed: int, *, budget: int, shares: Sequence[float], n_images: int, teacher: Arm, rate: float
+) -> nn.Module:
+    """Return a dense network that this seed has trained, cut by factors that fit its outputs, with ranks by shares."""
+    network = teacher.start(bench, seed)
+    bench.train(
+        network, bench.data, Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
+    )
+    *hidden, last = linear_layers(network)
+    moments = factorization.input_moments(network, bench.data.train_images[:n_images], hidden)
+    svds = factorization.decompose(network, moments)
+    rest = linear_layers(network)[last].weight.numel()
+    layers = layers_of({name: svds[name] for name in hidden})
+    return factorization.factorize(network, by_shares(layers, budget - rest, shares).ranks, svds)
+
+
 def by_layer(network: nn.Module, ranks: Sequence[int]) -> dict[str, int]:
     """Name the layers that the ranks are of."""
     return dict(zip(linear_layers(network), ranks, strict=False))
@@ -229,6 +246,25 @@ def arms_of_07() -> dict[str, Arm]:
     return arms
 
 
+def arms_of_08() -> dict[str, Arm]:
+    """Tune cut networks of all sizes with the notebook's shares of the budget, and of the smallest with even ones."""
+    p = declared(notebook_path("08_frontier"))
+    teacher = Arm(
+        partial(dense, widths=p["big_widths"], activation=p["activation"]), p["factorized_epochs"], p["batch_size"]
+    )
+    cut_from = partial(fitted, n_images=p["moment_images"], teacher=teacher, rate=p["dense_learning_rate"])
+    even = [0.29, 0.33, 0.25, 0.13]  # about equal ranks
+    sizes = [("", budget, p["layer_shares"]) for budget in p["tuned_budgets"]]
+    sizes.append((", even", p["tuned_budgets"][0], even))
+    return {
+        f"tuned {budget}{kind}": Arm(
+            partial(cut_from, budget=budget, shares=shares), p["tuning_epochs"], p["batch_size"],
+            rates=FINE_TUNING_RATES,
+        )
+        for kind, budget, shares in sizes
+    }  # fmt: skip
+
+
 def arms_of_bonus() -> dict[str, Arm]:
     """Ways to learn a digit that the network has not seen: all weights, the last layer's, adapters of several ranks."""
     p = declared(notebook_path("bonus_lora"))
@@ -278,6 +314,7 @@ ARMS: dict[str, Callable[[], dict[str, Arm]]] = {
     "02": arms_of_02,
     "06": arms_of_06,
     "07": arms_of_07,
+    "08": arms_of_08,
     "bonus": arms_of_bonus,
     "09": arms_of_09,
 }  # by notebook

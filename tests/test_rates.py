@@ -176,3 +176,9 @@ def test_an_unknown_arm_is_refused_with_those_there_are():
     assert result.exit_code == 2
     assert "06/sparse" in result.output
     assert "06/dense" in result.output
+
+
+def test_notebook_08_takes_for_each_size_the_rate_that_validation_chose(recorded):
+    given, chosen = declared(notebook_path("08_frontier")), choose_rates.chosen(recorded)
+    assert given["tuned_learning_rates"] == [chosen[f"08/tuned {budget}"] for budget in given["tuned_budgets"]]
+    assert set(recorded[recorded["arm"].str.startswith("08/")]["epochs"]) == {given["tuning_epochs"]}

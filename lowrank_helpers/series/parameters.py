@@ -146,7 +146,7 @@ RULES: dict[str, Rule] = {
     "adaptive_rank": _whole(1),
     "adaptive_tolerances": _list_of(SHARE),
     "moment_images": _whole(1),
-    "frontier_learning_rate": POSITIVE,
+    "tuned_learning_rates": RATES,
     "born_learning_rate": POSITIVE,
     "channels": RANKS,
     "convnet_width": _whole(1),
@@ -180,6 +180,8 @@ RULES: dict[str, Rule] = {
     "adapter_rates": RATES,
 }
 
+RATES_OF = {"adapter_rates": "adapter_ranks", "tuned_learning_rates": "tuned_budgets"}  # one for each of these
+
 
 def check(parameters: Mapping[str, Any]) -> None:
     """Check values by name, and against each other.
@@ -205,8 +207,11 @@ def check(parameters: Mapping[str, Any]) -> None:
         _check_budgets(parameters)
     if {"widths", "rank", "layers"} <= parameters.keys():
         _check_adapter_rank(parameters["widths"], parameters["rank"], parameters["layers"])
-    if {"adapter_ranks", "adapter_rates"} <= parameters.keys():
-        _check_adapter_rates(parameters["adapter_ranks"], parameters["adapter_rates"])
+    for name, of in RATES_OF.items():
+        if {name, of} <= parameters.keys() and len(parameters[name]) != len(parameters[of]):
+            raise ParameterError(
+                f"parameter {name} = {parameters[name]} must have one rate for each of {of} = {parameters[of]}"
+            )
 
 
 def _check_ranks(parameters: Mapping[str, Any]) -> None:
@@ -252,13 +257,6 @@ def _check_adapter_rank(widths: list[int], rank: int, layers: str) -> None:
         raise ParameterError(
             f"parameter rank = {rank} is above min(n, m) of a layer that layers = {layers!r} adapts; "
             f"allowed: 1 to {most}"
-        )
-
-
-def _check_adapter_rates(ranks: list[int], rates: list[float]) -> None:
-    if len(ranks) != len(rates):
-        raise ParameterError(
-            f"parameter adapter_rates = {rates} must have one rate for each of adapter_ranks = {ranks}"
         )
 
 

@@ -12,7 +12,7 @@ from lowrank_helpers import selection
 from lowrank_helpers.factorization import decompose, factorize, input_moments
 from lowrank_helpers.models import linear_layers, mlp, n_parameters
 from lowrank_helpers.rank import energy_rank, gavish_donoho_rank
-from lowrank_helpers.selection import WAYS, Layer, choice_of, layers_of, smallest
+from lowrank_helpers.selection import WAYS, Layer, by_shares, choice_of, layers_of, smallest
 
 DIRECT = [name for name in WAYS if name != "validation"]
 
@@ -162,3 +162,13 @@ def test_the_smallest_choice_reaches_the_target_and_a_smaller_budget_does_not():
     assert score(WAYS["output error"](layers, 0.97 * found.parameters, None).ranks) < -0.2
     with pytest.raises(ValueError, match="even the whole network stays below the target 1"):
         smallest("output error", layers, score, 1)
+
+
+def test_shares_pay_for_ranks_layer_by_layer():
+    layers = {"wide": _layer(100, 80, 0), "narrow": _layer(30, 20, 1)}
+    assert by_shares(layers, 1000, [0.6, 0.4]).ranks == {"wide": 3, "narrow": 8}  # 180 and 50 numbers a rank
+    few = by_shares(layers, 100, [0.5, 0.5])
+    assert few.ranks == {"wide": 1, "narrow": 1} and few.parameters == 230, "one direction at least"
+    assert by_shares(layers, 10**6, [0.5, 0.5]).ranks == {"wide": 44, "narrow": 11}, "never dense"
+    with pytest.raises(ValueError, match="shorter"):
+        by_shares(layers, 1000, [1.0])
