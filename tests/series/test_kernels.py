@@ -66,8 +66,8 @@ def test_libraries_know_that_they_are_in_a_kernel():
 
 def test_kernel_can_be_interrupted():
     with kernel() as (manager, client):
-        message = client.execute("import time\ntime.sleep(60)")
-        while client.get_iopub_msg(timeout=30)["header"]["msg_type"] != "execute_input":
+        message = client.execute("import time\nprint('started')\ntime.sleep(60)")
+        while client.get_iopub_msg(timeout=30)["header"]["msg_type"] != "stream":  # before, the kernel is not at it yet
             pass
         manager.interrupt_kernel()
         assert client.get_shell_msg(timeout=30)["parent_header"]["msg_id"] == message
