@@ -63,6 +63,13 @@ class Bench:
         """Train a network in place, or load it."""
         return self._store.trained(model.to(self.device), data, recipe, stop=stop)
 
+    def taught(self, teacher: "Arm", rate: float, seed: int) -> nn.Module:
+        """Return the network that an arm gives at a rate, for another arm to go on from."""
+        network = teacher.start(self, seed)
+        recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=self.precision)
+        self.train(network, teacher.select(self.data, seed), recipe)
+        return network
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -113,9 +120,7 @@ def subspace(bench: Bench, seed: int, *, widths: Sequence[int], activation: str,
 
 def cut(bench: Bench, seed: int, *, ranks: Sequence[int], teacher: Arm, rate: float) -> nn.Module:
     """Return the best factors of a dense network that this seed has trained."""
-    network = teacher.start(bench, seed)
-    recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
-    bench.train(network, teacher.select(bench.data, seed), recipe)
+    network = bench.taught(teacher, rate, seed)
     return factorization.factorize(network, by_layer(network, ranks))
 
 
@@ -136,10 +141,7 @@ def fine_tuned(
     bench: Bench, seed: int, *, teacher: Arm, rate: float, change: Callable[[nn.Module, int], nn.Module]
 ) -> nn.Module:
     """Return a network that this seed has trained, changed for its fine-tuning."""
-    network = teacher.start(bench, seed)
-    recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
-    bench.train(network, teacher.select(bench.data, seed), recipe)
-    return change(network, seed)
+    return change(bench.taught(teacher, rate, seed), seed)
 
 
 def adapted(network: nn.Module, seed: int, *, rank: int, alpha: float) -> nn.Module:
@@ -163,20 +165,14 @@ def started(bench: Bench, seed: int, *, fresh: Callable[[int], nn.Module]) -> nn
 
 def compressed(bench: Bench, seed: int, *, teacher: Arm, rate: float, share: float) -> nn.Module:
     """Return a network that this seed has trained, compressed to a share of its parameters."""
-    network = teacher.start(bench, seed)
-    recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
-    bench.train(network, bench.data, recipe)
-    return compress(network, bench.data, share)[0]
+    return compress(bench.taught(teacher, rate, seed), bench.data, share)[0]
 
 
 def fitted(
     bench: Bench, seed: int, *, budget: int, shares: Sequence[float], n_images: int, teacher: Arm, rate: float
 ) -> nn.Module:
     """Return a dense network that this seed has trained, cut by factors that fit its outputs, with ranks by shares."""
-    network = teacher.start(bench, seed)
-    bench.train(
-        network, bench.data, Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=bench.precision)
-    )
+    network = bench.taught(teacher, rate, seed)
     *hidden, last = linear_layers(network)
     moments = factorization.input_moments(network, bench.data.train_images[:n_images], hidden)
     svds = factorization.decompose(network, moments)
