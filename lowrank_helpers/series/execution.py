@@ -188,10 +188,11 @@ def execute_side_by_side(
     kept, missing = _already_there(planned, folder) if resume else ([], list(planned))
     yield kept, []
     order = {name: i for i, name in enumerate(planned)}
+    read_by = {name: reads(name) for name in missing}
     running: dict[Future, str] = {}
     while missing or running:
         awaited = {*missing, *running.values()}
-        for name in [name for name in missing if not reads(name) & awaited]:
+        for name in [name for name in missing if not read_by[name] & awaited]:
             missing.remove(name)
             future = client.submit(_execute_in_worker, name, planned[name], folder, pure=False, priority=-order[name])
             running[future] = name
@@ -241,9 +242,10 @@ def _already_there(planned: Mapping[str, Mapping[str, Any]], folder: Path) -> tu
     """
     kept: list[Outcome] = []
     missing: list[str] = []
-    for name in sorted(planned, key=lambda name: bool(reads(name))):
+    read_by = {name: reads(name) for name in planned}
+    for name in sorted(planned, key=lambda name: bool(read_by[name])):
         made_by = _kept(name, folder, _fingerprint(name, planned[name]))
-        if made_by and not reads(name) & {*missing}:
+        if made_by and not read_by[name] & {*missing}:
             kept.append(Outcome(name, "kept", made_by["seconds"]))
         else:
             missing.append(name)
