@@ -1,7 +1,7 @@
 """Check the recorded notebooks under what other machines do: ``make test-machines``, or some variants by name.
 
 Each variant is one whole ``lowrank check``, which takes minutes. The result of each, with revision and processor, goes
-into docs/machines.md; a variant that was not run this time keeps its line.
+into docs/machines.md; a variant that was not run this time, or with other notebooks, keeps its line.
 """
 
 import os
@@ -63,19 +63,26 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
+def _key(line: str) -> tuple[str, ...]:
+    """Return the variant and the notebooks of a line of the page."""
+    return tuple(cell.strip() for cell in line.split("|")[1:3])
+
+
 @click.command()
 @click.argument("variants", nargs=-1, type=click.Choice(list(VARIANTS)), metavar="[VARIANT]...")
 @click.option("-n", "--notebook", "notebooks", multiple=True, help="Check this one, and others named so; without, all.")
 def main(variants: tuple[str, ...], notebooks: tuple[str, ...]) -> None:
     """Check the recorded notebooks under the VARIANTS named, or under all of them."""
     text = PAGE.read_text() if PAGE.exists() else ""
-    lines = {variant: line for variant in VARIANTS for line in text.splitlines() if line.startswith(f"| {variant} |")}
+    known = tuple(f"| {variant} |" for variant in VARIANTS)
+    lines = {_key(line): line for line in text.splitlines() if line.startswith(known)}
     failed = []
     for variant in variants or VARIANTS:
-        passed, lines[variant] = check(variant, notebooks)
-        click.echo(lines[variant])
+        passed, line = check(variant, notebooks)
+        lines[_key(line)] = line
+        click.echo(line)
         failed += [] if passed else [variant]
-        PAGE.write_text(HEAD + "\n".join(lines[name] for name in VARIANTS if name in lines) + "\n")
+        PAGE.write_text(HEAD + "\n".join(lines[key] for key in sorted(lines)) + "\n")
     sys.exit(f"Failed: {', '.join(failed)}" if failed else 0)
 
 
