@@ -21,9 +21,9 @@ from lowrank_helpers.series.run import software
 PAGE = PROJECT / "docs" / "machines.md"
 HEAD = """# The recorded outputs on other machines
 
-The last result of each variant of `make test-machines`: `lowrank check` under other arithmetic, starts and numbers of
-workers. A start is *moved* where every weight begins one unit in the last place beside its recorded start,
-after which a training goes its own way as it does on another processor.
+The last result of each variant of `make test-machines`, of all notebooks or of some: `lowrank check` under other
+arithmetic, starts and numbers of workers. A start is *moved* where every weight begins one unit in the last place
+beside its recorded start, after which a training goes its own way as it does on another processor.
 
 | variant | notebooks | result | revision | processor | minutes |
 |---|---|---|---|---|---|
@@ -82,7 +82,8 @@ def main(variants: tuple[str, ...], notebooks: tuple[str, ...]) -> None:
         lines[_key(line)] = line
         click.echo(line)
         failed += [] if passed else [variant]
-        PAGE.write_text(HEAD + "\n".join(lines[key] for key in sorted(lines)) + "\n")
+        in_order = sorted(lines, key=lambda key: (list(VARIANTS).index(key[0]), key))
+        PAGE.write_text(HEAD + "\n".join(lines[key] for key in in_order) + "\n")
     sys.exit(f"Failed: {', '.join(failed)}" if failed else 0)
 
 
