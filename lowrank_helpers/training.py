@@ -282,10 +282,7 @@ def fit(
     splits = {name: (images.to(getattr(torch, recipe.precision)), labels) for name, (images, labels) in splits.items()}
     images, labels = splits["train"]
     scored = {name: pair if name.endswith("test") else sample(*pair) for name, pair in splits.items()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(
-        trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
-    )
+    steps = _steps_of(model, recipe, device)
     steps_per_epoch = math.ceil(len(labels) / recipe.batch_size)
     n_steps = recipe.epochs * steps_per_epoch
     step = 0
@@ -303,10 +300,10 @@ def fit(
                 if stop and stop.is_set():
                     raise CancelledError
                 give_way()
-                optimiser.param_groups[0]["lr"] = recipe.learning_rate * (1 - step / n_steps)
                 index = index.to(device)
                 # Not images[index], which copies number by number where this copies rows: a quarter of the time.
-                _step(model, optimiser, images.index_select(0, index), labels.index_select(0, index), recipe)
+                batch = images.index_select(0, index), labels.index_select(0, index)
+                steps.take(*batch, learning_rate=recipe.learning_rate * (1 - step / n_steps))
                 step += 1
                 if i in pauses:
                     synchronise(device)
@@ -399,18 +396,94 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = 
     return Score(F.cross_entropy(logits, labels).item(), accuracy.item())
 
 
-def _step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
-    with products_in(recipe.precision, images.device):
-        logits = model(images)
-    loss = F.cross_entropy(logits.float(), labels)
-    if recipe.frobenius_decay:
-        loss = loss + recipe.frobenius_decay / 2 * squared_norm(model)
-    optimiser.zero_grad()
-    loss.backward()
-    for layer in model.modules():
-        if isinstance(layer, SelfTrained):
-            layer.step(optimiser)
-    optimiser.step()
+class _Steps:
+    """Takes the steps of one training."""
+
+    def __init__(
+        self, model: nn.Module, trainable: Sequence[nn.Parameter], recipe: Recipe, device: torch.device
+    ) -> None:
+        self._model = model
+        self._recipe = recipe
+        self._optimiser = torch.optim.Adam(
+            trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
+        )
+
+    def take(self, images: Tensor, labels: Tensor, *, learning_rate: float) -> None:
+        """Move the network once, against the gradient of a batch."""
+        self._optimiser.param_groups[0]["lr"] = learning_rate
+        self._move(images, labels)
+
+    def _move(self, images: Tensor, labels: Tensor) -> None:
+        with products_in(self._recipe.precision, images.device):
+            logits = self._model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        if self._recipe.frobenius_decay:
+            loss = loss + self._recipe.frobenius_decay / 2 * squared_norm(self._model)
+        self._optimiser.zero_grad()
+        loss.backward()
+        for layer in self._model.modules():
+            if isinstance(layer, SelfTrained):
+                layer.step(self._optimiser)
+        self._optimiser.step()
+
+
+class _GraphSteps(_Steps):
+    """Takes the steps on a CUDA device, each with one launch.
+
+    A step of such a network is some hundred kernels that run for microseconds each: to launch them one by one takes
+    five times as long as they run. So they are recorded once for each size of batch, as a ``torch.cuda.CUDAGraph``,
+    and replayed on whatever the recorded batch holds then. The first steps are launched as usual, on a stream of their
+    own, as PyTorch asks before a recording.
+    """
+
+    LAUNCHED = 3
+
+    def __init__(
+        self, model: nn.Module, trainable: Sequence[nn.Parameter], recipe: Recipe, device: torch.device
+    ) -> None:
+        super().__init__(model, trainable, recipe, device)
+        for group in self._optimiser.param_groups:
+            group |= {"lr": torch.tensor(recipe.learning_rate, device=device), "capturable": True}
+        self._stream = torch.cuda.Stream(device)
+        self._n_launched: Counter[int] = Counter()
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    def take(self, images: Tensor, labels: Tensor, *, learning_rate: float) -> None:
+        """Move the network once, against the gradient of a batch."""
+        self._optimiser.param_groups[0]["lr"].fill_(learning_rate)
+        size = len(labels)
+        if size not in self._graphs and self._n_launched[size] < self.LAUNCHED:
+            self._n_launched[size] += 1
+            self._launch(images, labels)
+            return
+        if size not in self._graphs:
+            self._graphs[size] = self._recorded(images.clone(), labels.clone())
+        graph, recorded_images, recorded_labels = self._graphs[size]
+        recorded_images.copy_(images)
+        recorded_labels.copy_(labels)
+        graph.replay()
+
+    def _launch(self, images: Tensor, labels: Tensor) -> None:
+        usual = torch.cuda.current_stream(images.device)
+        self._stream.wait_stream(usual)
+        with torch.cuda.stream(self._stream):
+            self._move(images, labels)
+        usual.wait_stream(self._stream)
+
+    def _recorded(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        self._optimiser.zero_grad()  # gradients are the graph's own
+        # Other threads of this process may go on meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._move(images, labels)
+        return graph, images, labels
+
+
+def _steps_of(model: nn.Module, recipe: Recipe, device: torch.device) -> _Steps:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # A layer that trains itself may change its shape from step to step, which no recording can follow.
+    recordable = device.type == "cuda" and not any(isinstance(layer, SelfTrained) for layer in model.modules())
+    return (_GraphSteps if recordable else _Steps)(model, trainable, recipe, device)
 
 
 def _record(

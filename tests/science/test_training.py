@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import training
 from lowrank_helpers.data import epoch_generator
+from lowrank_helpers.dlrt import rank_adaptive
 from lowrank_helpers.factorization import factorize
 from lowrank_helpers.models import mlp
 from lowrank_helpers.training import History, Recipe, evaluate, fit, pick_device, pick_precision, predict, side_by_side
@@ -75,6 +76,32 @@ def test_training_is_the_textbooks(digits, decay, penalty):
     fit(ours, digits, recipe)
     _textbook(theirs, digits, recipe, penalty)
     torch.testing.assert_close(_weights(ours), _weights(theirs), rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("build", [_model, lambda: factorize(_model(), {"fc1": 8, "fc2": 8})])
+def test_on_a_gpu_recorded_steps_are_those_that_the_processor_takes(digits, build):
+    recipe = Recipe(epochs=6, batch_size=400, learning_rate=1e-3, weight_decay=0.01)  # the last batch is smaller
+    expected, recorded = build(), build().to("cuda")
+    steps = training._steps_of(recorded, recipe, torch.device("cuda"))
+    fit(expected, digits, recipe)
+    fit(recorded, digits.to("cuda"), recipe)
+    assert isinstance(steps, training._GraphSteps)
+    torch.testing.assert_close(_weights(recorded).cpu(), _weights(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_bfloat16_learns(digits):
+    model = _model().to("cuda")
+    history = fit(model, digits.to("cuda"), Recipe(8, 128, 2e-3, precision="bfloat16"))
+    assert history.final("test").accuracy > 0.9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_layers_that_train_themselves_still_do(digits):
+    model = rank_adaptive(factorize(_model(), {"fc1": 8}), 0.1).to("cuda")
+    history = fit(model, digits.to("cuda"), Recipe(3, 128, 2e-3))
+    assert history.final("test").accuracy > 0.8
 
 
 def test_a_network_learns_in_either_precision_and_keeps_float32_weights(digits):
