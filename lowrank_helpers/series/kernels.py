@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -148,7 +149,12 @@ def _exit_code(pid: int) -> int | None:
 
 
 def _fork(arguments: list[str], environment: dict[str, str], folder: str) -> int:
-    return os.fork() or _be_kernel(arguments, environment, folder)
+    with warnings.catch_warnings():
+        # Python from 3.12 on warns of forks where there are threads. These are OpenBLAS's and jemalloc's, idle by now,
+        # and both libraries see to forks (pthread_atfork).
+        warnings.simplefilter("ignore", DeprecationWarning)
+        kernel = os.fork()
+    return kernel or _be_kernel(arguments, environment, folder)
 
 
 def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str) -> NoReturn:
