@@ -9,6 +9,7 @@ The last step of a layer leaves it dense: factors never cost more than the matri
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -232,6 +233,34 @@ def by_shares(layers: Mapping[str, Layer], budget: float, shares: Sequence[float
     pairs = zip(layers.items(), shares, strict=True)
     paid = {name: int(share * budget / sum(layer.shape)) for (name, layer), share in pairs}
     return choice_of(layers, {name: min(max(1, paid[name]), layer.largest_rank) for name, layer in layers.items()})
+
+
+def narrow_widths(widths: Sequence[int], budget: int) -> list[int]:
+    """Return the widths of a dense network of at most so many weights whose hidden layers keep their proportions.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Inputs, hidden units, classes.
+    budget : int
+        Weights, biases not counted.
+
+    Raises
+    ------
+    ValueError
+        One unit in every hidden layer is too much already.
+
+    Examples
+    --------
+    >>> narrow_widths([784, 1024, 1024, 512, 256, 10], 125_000)
+    [784, 116, 116, 58, 29, 10]
+    """
+    n_inputs, *hidden, n_classes = widths
+    for widest in range(max(hidden), 0, -1):
+        narrowed = [n_inputs, *(max(1, width * widest // max(hidden)) for width in hidden), n_classes]
+        if sum(n * m for n, m in pairwise(narrowed)) <= budget:
+            return narrowed
+    raise ValueError(f"no network of this depth has {budget:,} weights or fewer")
 
 
 WAYS: dict[str, Callable[[Mapping[str, Layer], float, Score | None], Choice]] = {

@@ -8,7 +8,7 @@ the highest mean accuracy: the default of the notebook that compares it. A test 
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from filelock import FileLock
 from torch import nn
 from tqdm import tqdm
 
-from lowrank_helpers import data, factorization, lora
+from lowrank_helpers import data, dlrt, factorization, lora
 from lowrank_helpers.compression import compress
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import linear_layers, mlp
 from lowrank_helpers.networks import VisionTransformer, convnet
-from lowrank_helpers.selection import by_shares, layers_of
+from lowrank_helpers.selection import by_shares, layers_of, narrow_widths
 from lowrank_helpers.series.execution import notebook_path
 from lowrank_helpers.series.parameters import declared
 from lowrank_helpers.series.store import Store, write_atomically
@@ -35,6 +35,7 @@ from lowrank_helpers.training import (
     Recipe,
     pick_device,
     pick_precision,
+    predict,
     side_by_side,
     take_one_thread_each,
 )
@@ -67,7 +68,7 @@ class Bench:
         """Return the network that an arm gives at a rate, for another arm to go on from."""
         network = teacher.start(self, seed)
         recipe = Recipe(teacher.epochs, teacher.batch_size, rate, seed=seed, precision=self.precision)
-        self.train(network, teacher.select(self.data, seed), recipe)
+        self.train(network, teacher.select(self, seed), recipe)
         return network
 
 
@@ -83,7 +84,7 @@ class Arm:
     penalty : dict
         ``weight_decay`` or ``frobenius_decay`` of the recipe.
     select : callable
-        Of the bench's data and a seed: returns those to train and score on.
+        Of the bench and a seed: returns the data to train and score on.
     rates : tuple of float
         The grid.
     """
@@ -92,7 +93,7 @@ class Arm:
     epochs: int
     batch_size: int
     penalty: dict[str, float] = field(default_factory=dict)
-    select: Callable[[Dataset, int], Dataset] = lambda whole, seed: whole
+    select: Callable[[Bench, int], Dataset] = lambda bench, seed: bench.data
     rates: tuple[float, ...] = RATES
 
 
@@ -124,13 +125,15 @@ def cut(bench: Bench, seed: int, *, ranks: Sequence[int], teacher: Arm, rate: fl
     return factorization.factorize(network, by_layer(network, ranks))
 
 
-def nine_digits(whole: Dataset, seed: int, *, digit: int) -> Dataset:
+def nine_digits(bench: Bench, seed: int, *, digit: int) -> Dataset:
     """Return the data without a digit."""
+    whole = bench.data
     return whole.select(**{split: labels != digit for split, (_, labels) in whole.splits().items()})
 
 
-def rehearsed(whole: Dataset, seed: int, *, digit: int, n_kept: int, share: float) -> Dataset:
+def rehearsed(bench: Bench, seed: int, *, digit: int, n_kept: int, share: float) -> Dataset:
     """Return a training set of a digit with kept images of the others; the validation images are of all ten."""
+    whole = bench.data
     size = int((whole.train_labels == digit).sum())
     return whole.select(
         train=lora.rehearsal(whole.train_labels, digit, size=size, n_kept=n_kept, share=share, seed=seed)
@@ -179,6 +182,39 @@ def fitted(
     rest = linear_layers(network)[last].weight.numel()
     layers = layers_of({name: svds[name] for name in hidden})
     return factorization.factorize(network, by_shares(layers, budget - rest, shares).ranks, svds)
+
+
+def born(
+    bench: Bench, seed: int, *, widths: Sequence[int], activation: str, budget: int, shares: Sequence[float]
+) -> nn.Module:
+    """Return a network of freshly drawn factors, with ranks by shares."""
+    network = mlp(widths, activation, seed=seed)
+    *hidden, last = linear_layers(network)
+    svds = factorization.decompose(network)
+    layers = layers_of({name: svds[name] for name in hidden})
+    ranks = by_shares(layers, budget - linear_layers(network)[last].weight.numel(), shares).ranks
+    return factorization.factorize_standard(network, ranks, seed=seed)
+
+
+def adaptive(
+    bench: Bench, seed: int, *, widths: Sequence[int], activation: str, ranks: int, tolerance: float
+) -> nn.Module:
+    """Return a fresh network whose hidden layers find their ranks while they are trained, from these on."""
+    network = mlp(widths, activation, seed=seed)
+    *hidden, _ = linear_layers(network).items()
+    start = {name: min(ranks, *layer.weight.shape) for name, layer in hidden}
+    return dlrt.rank_adaptive(factorization.factorize(network, start), tolerance)
+
+
+def answered(bench: Bench, seed: int, *, teacher: Arm, rate: float) -> Dataset:
+    """Return the data with the answers of a network that this seed has trained in place of training labels."""
+    logits = predict(bench.taught(teacher, rate, seed), bench.data.train_images, bench.precision)
+    return replace(bench.data, train_labels=logits.softmax(dim=1))
+
+
+def shifted(bench: Bench, seed: int) -> Dataset:
+    """Return the data with every training image twice, as it is and moved by a pixel."""
+    return bench.data.with_shifted(seed=seed)
 
 
 def by_layer(network: nn.Module, ranks: Sequence[int]) -> dict[str, int]:
@@ -243,22 +279,32 @@ def arms_of_07() -> dict[str, Arm]:
 
 
 def arms_of_08() -> dict[str, Arm]:
-    """Tune cut networks of all sizes with the notebook's shares of the budget, and of the smallest with even ones."""
+    """Train small networks of all kinds at the notebook's sizes, and tune the smallest with even shares as well."""
     p = declared(notebook_path("08_frontier"))
-    teacher = Arm(
-        partial(dense, widths=p["big_widths"], activation=p["activation"]), p["factorized_epochs"], p["batch_size"]
-    )
-    cut_from = partial(fitted, n_images=p["moment_images"], teacher=teacher, rate=p["dense_learning_rate"])
+    big = {"widths": p["big_widths"], "activation": p["activation"]}
+    least, middle, most = p["tuned_budgets"][0], *p["tuned_budgets"][-2:]
     even = [0.29, 0.33, 0.25, 0.13]  # about equal ranks
-    sizes = [("", budget, p["layer_shares"]) for budget in p["tuned_budgets"]]
-    sizes.append((", even", p["tuned_budgets"][0], even))
-    return {
-        f"tuned {budget}{kind}": Arm(
-            partial(cut_from, budget=budget, shares=shares), p["tuning_epochs"], p["batch_size"],
-            rates=FINE_TUNING_RATES,
+    teacher = Arm(partial(dense, **big), p["factorized_epochs"], p["batch_size"])
+    taught = {"teacher": teacher, "rate": p["dense_learning_rate"]}
+
+    def cut_to(budget: int, shares: Sequence[float] = p["layer_shares"]) -> Callable[[Bench, int], nn.Module]:
+        return partial(fitted, budget=budget, shares=shares, n_images=p["moment_images"], **taught)
+
+    tuned = partial(Arm, epochs=p["tuning_epochs"], batch_size=p["small_batch_size"], rates=FINE_TUNING_RATES)
+    scratch = partial(Arm, epochs=p["factorized_epochs"], batch_size=p["small_batch_size"], rates=FEW_EPOCHS_RATES)
+    arms = {f"tuned {budget}": tuned(cut_to(budget)) for budget in p["tuned_budgets"]}
+    arms[f"tuned {least}, even"] = tuned(cut_to(least, even))
+    arms[f"distilled {middle}"] = tuned(cut_to(middle), select=partial(answered, **taught))
+    for budget in (least, most):
+        arms[f"shifted {budget}"] = replace(tuned(cut_to(budget), select=shifted), epochs=p["shifted_epochs"])
+    for budget in (least, middle):
+        arms[f"born {budget}"] = scratch(partial(born, budget=budget, shares=p["layer_shares"], **big))
+        arms[f"narrow {budget}"] = scratch(
+            partial(dense, widths=narrow_widths(p["big_widths"], budget), activation=p["activation"])
         )
-        for kind, budget, shares in sizes
-    }  # fmt: skip
+    found = partial(adaptive, ranks=p["adaptive_rank"], tolerance=p["adaptive_tolerances"][-1], **big)
+    arms["DLRT"] = replace(scratch(found), batch_size=p["batch_size"])
+    return arms
 
 
 def arms_of_bonus() -> dict[str, Arm]:
@@ -383,7 +429,7 @@ def main(names: tuple[str, ...], data_dir: str, networks: Path, only_list: bool)
         name, rate, _, seed = key
         arm = arms[name]
         recipe = Recipe(arm.epochs, arm.batch_size, rate, seed=seed, precision=bench.precision, **arm.penalty)
-        history = bench.train(arm.start(bench, seed), arm.select(bench.data, seed), recipe, stop)
+        history = bench.train(arm.start(bench, seed), arm.select(bench, seed), recipe, stop)
         result = history.final("validation")
         row = dict(zip(KEY, key, strict=True))
         add(row | {"validation_accuracy": result.accuracy, "validation_loss": result.loss}, TABLE)

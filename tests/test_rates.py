@@ -181,4 +181,26 @@ def test_an_unknown_arm_is_refused_with_those_there_are():
 def test_notebook_08_takes_for_each_size_the_rate_that_validation_chose(recorded):
     given, chosen = declared(notebook_path("08_frontier")), choose_rates.chosen(recorded)
     assert given["tuned_learning_rates"] == [chosen[f"08/tuned {budget}"] for budget in given["tuned_budgets"]]
-    assert set(recorded[recorded["arm"].str.startswith("08/")]["epochs"]) == {given["tuning_epochs"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arm"),
+    {"distilled": "distilled", "shifted": "shifted", "born": "born", "narrow": "narrow", "adaptive": "DLRT"}.items(),
+)
+def test_notebook_08_takes_the_rate_that_is_best_in_the_mean_over_the_sizes_of_a_kind(recorded, kind, arm):
+    means = recorded[recorded["arm"].str.startswith(f"08/{arm}")].groupby("learning_rate")["validation_accuracy"].mean()
+    assert declared(notebook_path("08_frontier"))[f"{kind}_learning_rate"] == means.idxmax()
+
+
+def test_every_arm_of_notebook_08_has_every_rate_from_seeds_that_it_does_not_use(recorded):
+    wanted = {
+        (name, rate, arm.epochs, seed)
+        for name, arm in choose_rates.all_arms().items()
+        if name.startswith("08/")
+        for rate in arm.rates
+        for seed in choose_rates.SEEDS
+    }
+    rows = recorded[recorded["arm"].str.startswith("08/")][choose_rates.KEY]
+    assert set(rows.itertuples(index=False, name=None)) == wanted
+    given = declared(notebook_path("08_frontier"))
+    assert not set(rows["seed"]) & set(range(given["seed"], given["seed"] + given["n_seeds"]))

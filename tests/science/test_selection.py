@@ -1,6 +1,7 @@
 """Ranks chosen by machine: budgets are kept, ways do what they say, and the greedy one against all choices."""
 
 import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from lowrank_helpers import selection
 from lowrank_helpers.factorization import decompose, factorize, input_moments
 from lowrank_helpers.models import linear_layers, mlp, n_parameters
 from lowrank_helpers.rank import energy_rank, gavish_donoho_rank
-from lowrank_helpers.selection import WAYS, Layer, by_shares, choice_of, layers_of, smallest
+from lowrank_helpers.selection import WAYS, Layer, by_shares, choice_of, layers_of, narrow_widths, smallest
 
 DIRECT = [name for name in WAYS if name != "validation"]
 
@@ -172,3 +173,20 @@ def test_shares_pay_for_ranks_layer_by_layer():
     assert by_shares(layers, 10**6, [0.5, 0.5]).ranks == {"wide": 44, "narrow": 11}, "never dense"
     with pytest.raises(ValueError, match="shorter"):
         by_shares(layers, 1000, [1.0])
+
+
+@pytest.mark.parametrize("budget", [813, 5_000, 60_000, 124_999])
+def test_a_narrow_network_is_the_largest_of_its_proportions_within_the_budget(budget):
+    widths = [784, 400, 200, 10]
+
+    def weights(widest):
+        hidden = [max(1, width * widest // 400) for width in widths[1:-1]]
+        return sum(n * m for n, m in pairwise([784, *hidden, 10]))
+
+    narrowed = narrow_widths(widths, budget)
+    assert sum(n * m for n, m in pairwise(narrowed)) == weights(narrowed[1]) <= budget < weights(narrowed[1] + 1)
+
+
+def test_no_narrow_network_for_a_budget_below_one_unit_a_layer():
+    with pytest.raises(ValueError, match="no network of this depth has 700 weights"):
+        narrow_widths([784, 400, 10], 700)

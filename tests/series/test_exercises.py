@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 QUICK = {
     "dataset": "digits", "device": "cpu", "precision": "float32", "n_seeds": 1, "epochs": 1, "big_epochs": 1,
     "big_batch_size": 512, "few_seeds": 1, "few_epochs": 1,
-    "factorized_epochs": 1, "tuning_epochs": 1, "low_epochs": 1, "subspace_epochs": 1,
+    "factorized_epochs": 1, "tuning_epochs": 1, "shifted_epochs": 1, "low_epochs": 1, "subspace_epochs": 1,
     "adapter_epochs": 1, "als_sweeps": 2, "gradient_steps": 2, "rank_grid": [1, 50], "accuracy_kept": 0.5,
 }  # fmt: skip
 NARROW = {"big_widths": [784, 64, 48, 32, 16, 10], "ranks": [8, 8, 8, 8], "rank_grid": [1, 8, 64]}
