@@ -25,6 +25,7 @@ from lowrank_helpers.quiet import give_way
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
+STREAMS = 4  # networks that train at once on a CUDA device, which one of these sizes does not fill
 EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in cache
 
 SCORED_EACH_TIME = 5_000  # images at most, of all but test sets, on which a network is scored while it trains
@@ -37,6 +38,7 @@ spent: Counter[str] = Counter()  # processor seconds of this process by kind of 
 _n_side_by_side = 1
 _this_thread = threading.local()
 _spent_lock = threading.Lock()
+_one_graph = threading.Lock()  # one is recorded or replayed at a time: both touch the device's random generator
 
 
 def take_one_thread_each() -> None:
@@ -77,9 +79,11 @@ def _prepare_thread() -> None:
     torch.set_flush_denormal(True)
 
 
-def _prepare_worker() -> None:
+def _prepare_worker(device: torch.device) -> None:
     _prepare_thread()
     _this_thread.is_worker = True
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,7 @@ def fit(
     with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
         _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
         clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-        start = clock()
+        start, processor_start, processor_seconds = clock(), time.thread_time(), 0.0
         for epoch in range(1, recipe.epochs + 1):
             order = batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch)
             for i, index in enumerate(order, start=1):
@@ -308,14 +312,15 @@ def fit(
                 if i in pauses:
                     synchronise(device)
                     seconds = history.seconds[-1] + clock() - start
+                    processor_seconds += time.thread_time() - processor_start
                     _record(history, model, scored, recipe.precision, epochs=step / steps_per_epoch, seconds=seconds)
                     bar.update(step - bar.n)
                     bar.set_postfix(test_accuracy=f"{history.accuracy['test'][-1]:.2%}")
-                    start = clock()
+                    start, processor_start = clock(), time.thread_time()
         _record_whole(
             history, model, {k: pair for k, pair in splits.items() if pair is not scored[k]}, recipe.precision
         )
-    _spend("training", history.seconds[-1])
+    _spend("training", processor_seconds)
     return history
 
 
@@ -329,7 +334,7 @@ def sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device) -> list[T]:
-    """Do several trainings at the same time: on the CPU :func:`n_side_by_side`, elsewhere one.
+    """Do several trainings at the same time: on the CPU :func:`n_side_by_side`, on CUDA four, elsewhere one.
 
     Parameters
     ----------
@@ -347,7 +352,8 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
     n_workers = min(_n_workers(device), len(trainings))
     if n_workers <= 1:
         return [training(stop) for training in trainings]
-    pool = ThreadPoolExecutor(n_workers, initializer=_prepare_worker)
+    synchronise(device)  # the data may still be on their way, on a stream that is not the workers'
+    pool = ThreadPoolExecutor(n_workers, initializer=_prepare_worker, initargs=(device,))
     try:
         futures = [pool.submit(training, stop) for training in trainings]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
@@ -359,14 +365,16 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
 
 
 def _n_workers(device: torch.device) -> int:
-    """Return how many may work here: a worker has no workers of its own."""
-    return _n_side_by_side if device.type == "cpu" and not hasattr(_this_thread, "is_worker") else 1
+    """Return how many may train here: a worker has no workers of its own."""
+    if hasattr(_this_thread, "is_worker"):
+        return 1
+    return {"cpu": _n_side_by_side, "cuda": STREAMS}.get(device.type, 1)
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
     """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share."""
     batches = images.split(EVALUATION_BATCH)
-    size = math.ceil(len(batches) / _n_workers(images.device))
+    size = math.ceil(len(batches) / (_n_workers(images.device) if images.device.type == "cpu" else 1))
     shares = [batches[first : first + size] for first in range(0, len(batches), size)]
     # A copy for each: modules may keep state while they compute, as `functional_call` does.
     models = [model, *(copy.deepcopy(model) for _ in shares[1:])]
@@ -461,7 +469,8 @@ class _GraphSteps(_Steps):
         graph, recorded_images, recorded_labels = self._graphs[size]
         recorded_images.copy_(images)
         recorded_labels.copy_(labels)
-        graph.replay()
+        with _one_graph:
+            graph.replay()
 
     def _launch(self, images: Tensor, labels: Tensor) -> None:
         usual = torch.cuda.current_stream(images.device)
@@ -473,8 +482,8 @@ class _GraphSteps(_Steps):
     def _recorded(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         graph = torch.cuda.CUDAGraph()
         self._optimiser.zero_grad()  # gradients are the graph's own
-        # Other threads of this process may go on meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        # Other threads may go on meanwhile with what is no graph.
+        with _one_graph, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._move(images, labels)
         return graph, images, labels
 
@@ -509,6 +518,6 @@ def _record_whole(history: History, model: nn.Module, splits: Splits, precision:
 def synchronise(device: torch.device) -> None:
     """Wait for queued work, so that a clock read next tells the truth."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()

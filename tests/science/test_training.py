@@ -91,17 +91,16 @@ def test_on_a_gpu_recorded_steps_are_those_that_the_processor_takes(digits, buil
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_bfloat16_learns(digits):
-    model = _model().to("cuda")
-    history = fit(model, digits.to("cuda"), Recipe(8, 128, 2e-3, precision="bfloat16"))
-    assert history.final("test").accuracy > 0.9
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_layers_that_train_themselves_still_do(digits):
-    model = rank_adaptive(factorize(_model(), {"fc1": 8}), 0.1).to("cuda")
-    history = fit(model, digits.to("cuda"), Recipe(3, 128, 2e-3))
-    assert history.final("test").accuracy > 0.8
+@pytest.mark.parametrize("build", [_model, lambda: rank_adaptive(factorize(_model(), {"fc1": 8}), 0.1)])
+def test_on_a_gpu_networks_learn_side_by_side_what_each_learns_alone(digits, build):
+    device, recipe = torch.device("cuda"), Recipe(8, 64, 2e-3, precision="bfloat16")
+    data = digits.to(device)
+    alone, *together = [build().to(device) for _ in range(7)]
+    expected = fit(alone, data, recipe).final("test")
+    histories = side_by_side([partial(_fit, model, data, recipe) for model in together], device)
+    assert expected.accuracy > 0.85
+    for history in histories:
+        assert history.final("test").accuracy == pytest.approx(expected.accuracy, abs=0.03)
 
 
 def test_a_network_learns_in_either_precision_and_keeps_float32_weights(digits):
