@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: help report test test-fast check test-machines bench lab record lint docs screenshots
+.PHONY: help report test test-fast test-notebooks test-commands check test-machines bench lab record lint docs screenshots
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
@@ -24,9 +24,18 @@ help:
 report: $(VENV)/ready
 	$(BIN)/lowrank run
 
-# Unit tests first, so that a mistake shows at once.
+# Unit tests first, so that a mistake shows at once. Then two halves side by side: one executes notebooks, in one process
+# for most of the time, and the other starts commands, which wait for one another as much as they work.
+NOTEBOOKS := tests/checking tests/series/test_exercises.py
+
 test: test-fast
-	$(BIN)/pytest -m slow
+	$(MAKE) --jobs=2 --output-sync=line test-notebooks test-commands
+
+test-notebooks: $(VENV)/ready
+	$(BIN)/pytest -m slow $(NOTEBOOKS)
+
+test-commands: $(VENV)/ready
+	$(BIN)/pytest -m slow $(NOTEBOOKS:%=--ignore=%)
 
 test-fast: $(VENV)/ready
 	$(BIN)/pytest -m "not slow"
