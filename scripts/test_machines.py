@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.series.run import software
+from lowrank_helpers.series.results import software
 
 PAGE = PROJECT / "docs" / "machines.md"
 HEAD = """# The recorded outputs on other machines

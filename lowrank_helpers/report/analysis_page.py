@@ -163,7 +163,7 @@ def write(folder: Path, analysis: Analysis) -> None:
     """Write ``index.html`` and ``results.json``."""
     from lowrank_helpers import plots  # here: these take seconds to import, which the table need not wait for
     from lowrank_helpers.report import pages
-    from lowrank_helpers.series.run import software
+    from lowrank_helpers.series.results import software
 
     plain, evidence = answer(analysis)
     results: dict[str, Any] = {

@@ -22,8 +22,7 @@ from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import kernels, parameters
 from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.results import Outcome, findings_file, read_findings
-from lowrank_helpers.series.run import software
+from lowrank_helpers.series.results import Outcome, findings_file, read_findings, software
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import TEMPORARY, write_atomically
 

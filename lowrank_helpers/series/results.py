@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+import platform
+import subprocess
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.store import UnusableError, write_atomically
 
 FORMAT = 2
+LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
 
 
 @dataclass(frozen=True)
@@ -133,3 +139,23 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def software() -> dict[str, Any]:
+    """Return what produced a result: the versions of Python and the libraries, and the project's git revision."""
+    return {
+        "python": platform.python_version(),
+        "versions": {library: metadata.version(library) for library in LIBRARIES},
+        "revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()

@@ -1,14 +1,11 @@
 """What a notebook works with: its checked parameters, the device, the data, trained networks, and its findings."""
 
 import json
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +17,7 @@ from torch import nn
 from lowrank_helpers import data, plots
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.series import parameters
-from lowrank_helpers.series.results import file_findings, read_findings
+from lowrank_helpers.series.results import file_findings, read_findings, software
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import Store
 from lowrank_helpers.statistics import Interval
@@ -36,7 +33,6 @@ from lowrank_helpers.training import (
 )
 
 FINDING_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
-LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -279,26 +275,6 @@ def _move(model: nn.Module, seed: int) -> None:
     for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
         towards = torch.randint(2, weight.shape, generator=generator).to(weight).mul_(2).sub_(1) * torch.inf
         weight.copy_(torch.nextafter(weight, towards))
-
-
-@cache
-def software() -> dict[str, Any]:
-    """Return what produced a result: the versions of Python and the libraries, and the project's git revision."""
-    return {
-        "python": platform.python_version(),
-        "versions": {library: version(library) for library in LIBRARIES},
-        "revision": _git_revision(),
-    }
-
-
-def _git_revision() -> str:
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:

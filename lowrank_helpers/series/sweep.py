@@ -26,7 +26,7 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import execution, parameters, results
 from lowrank_helpers.series.cluster import ClusterError, ended_of
 from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.run import software
+from lowrank_helpers.series.results import software
 from lowrank_helpers.series.settings import Settings
 
 KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
