@@ -342,6 +342,8 @@ def _swaps(number: str) -> Iterator[str]:
 def set_limits(folders: Iterable[Path]) -> list[str]:
     """Write the limits from the chains of sweeps into the cells' metadata, and what they are worth into the docs.
 
+    A notebook that none of these chains has executed keeps the limits that others gave it.
+
     Returns
     -------
     list of str
@@ -354,16 +356,19 @@ def set_limits(folders: Iterable[Path]) -> list[str]:
     """
     chains = read_chains(folders)
     found, worded = passages(chains)
-    free = {passage.cell for passage in found if len(passage.seen) < LEAST_CHAINS}
-    found = [passage for passage in found if passage.cell not in free]
+    before = _rows_before()
+    executed = {name for chain in chains for name, _ in chain.cells}
+    kept = {cell: row for cell, row in before.items() if cell[0] not in executed}
+    free = {passage.cell for passage in found if len(passage.seen) < LEAST_CHAINS} - kept.keys()
+    found = [passage for passage in found if passage.cell not in free | kept.keys()]
     made = all_limits(found, chains, range(len(chains)))
     by_cell: dict[tuple[str, str], dict[str, Sequence[Limits]]] = {}
     for passage, allowed in zip(found, made, strict=True):
         if any(allowed):
             by_cell.setdefault(passage.cell, {})[passage.place] = allowed
-    for name in notebook_names():
+    for name in sorted(set(notebook_names()) - {name for name, _ in kept}):
         _write_metadata(name, by_cell, free)
-    write_atomically(TABLE, _report(chains, found, made, len(free)).encode())
+    write_atomically(TABLE, _report(chains, found, made, len(free), kept).encode())
     return worded
 
 
@@ -380,17 +385,33 @@ def _write_metadata(name: str, by_cell: Mapping[tuple[str, str], Intervals], fre
     write_atomically(notebook_path(name), (nbformat.writes(notebook) + "\n").encode())
 
 
-def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Sequence[Limits]], n_free: int) -> str:
+def _rows_before() -> dict[tuple[str, str], str]:
+    """Return the rows of the table as it is, by notebook and cell."""
+    lines = TABLE.read_text().splitlines() if TABLE.exists() else []
+    cells = {line: [cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| ")}
+    return {(row[1], row[2]): line for line, row in cells.items() if row[1] in notebook_names()}
+
+
+def _report(
+    chains: Sequence[Chain],
+    found: Sequence[Passage],
+    made: Sequence[Sequence[Limits]],
+    n_free: int,
+    kept: Mapping[tuple[str, str], str],
+) -> str:
     precisions = [chain.precision for chain in chains]
     numbers = [within for allowed in made for within in allowed]
     n_varying = _n_varying(found)
     counts = ", ".join(f"{precisions.count(precision)} in {precision}" for precision in dict.fromkeys(precisions))
     alarms = false_alarms(found, chains)
+    names = ", ".join(dict.fromkeys(name for name, _ in kept))
+    earlier = [f"Limits of {names} are those of earlier chains, counted in the last table alone."] if kept else []
     lines = [
         "# Where recorded numbers may lie",
         "",
         f"Made by `lowrank tolerances` from {len(chains)} chains ({counts}), runs of the series with a seed each.",
         "How limits are made stands at the top of `lowrank_helpers/checking/tolerances.py`.",
+        *earlier,
         "",
         f"- Numbers checked: {len(numbers):,}; with limits: {sum(map(bool, numbers)):,}; exactly as recorded: "
         f"{sum(within is None for within in numbers):,}. Cells marked exact or unchecked are not counted, nor the "
@@ -418,7 +439,7 @@ def _report(chains: Sequence[Chain], found: Sequence[Passage], made: Sequence[Se
         "",
         "| notebook | cell | numbers | exact | widest half-width | relative | chains |",
         "|---|---|---|---|---|---|---|",
-        *_rows(found, made),
+        *sorted([*kept.values(), *_rows(found, made)], key=lambda row: row.split("|")[1]),
     ]
     return "\n".join(lines) + "\n"
 

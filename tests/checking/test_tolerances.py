@@ -168,6 +168,20 @@ def test_a_chain_without_a_notebook_is_left_out_of_its_limits(series):
     assert "| 02_train | finding | 2 | 1 | " in (text := (folder / "tolerances.md").read_text()) and "% | 9 |" in text
 
 
+def test_a_notebook_that_no_chain_has_executed_keeps_the_limits_that_others_gave_it(series):
+    folder, _ = series
+    set_limits([folder / "sweep"])
+    limited = _recorded(folder).metadata["lowrank"]
+    for point in (folder / "sweep" / "points").iterdir():
+        (point / "02_train.ipynb").rename(point / "03_rank.ipynb")
+    (folder / "notebooks" / "03_rank.ipynb").write_bytes((folder / "notebooks" / "02_train.ipynb").read_bytes())
+    set_limits([folder / "sweep"])
+    assert _recorded(folder).metadata["lowrank"] == limited
+    table = (folder / "tolerances.md").read_text()
+    assert "Limits of 02_train are those of earlier chains" in table
+    assert table.index("| 02_train | finding |") < table.index("| 03_rank | finding |")
+
+
 def test_too_few_chains_are_refused(tmp_path):
     with pytest.raises(ChainsError, match="there are 0 chains"):
         tolerances.read_chains([tmp_path])
