@@ -290,8 +290,8 @@ def arms_of_08() -> dict[str, Arm]:
     def cut_to(budget: int, shares: Sequence[float] = p["layer_shares"]) -> Callable[[Bench, int], nn.Module]:
         return partial(fitted, budget=budget, shares=shares, n_images=p["moment_images"], **taught)
 
-    tuned = partial(Arm, epochs=p["tuning_epochs"], batch_size=p["small_batch_size"], rates=FINE_TUNING_RATES)
-    scratch = partial(Arm, epochs=p["factorized_epochs"], batch_size=p["small_batch_size"], rates=FEW_EPOCHS_RATES)
+    arm = partial(Arm, epochs=p["factorized_epochs"], batch_size=p["small_batch_size"])
+    tuned, scratch = partial(arm, rates=FINE_TUNING_RATES), partial(arm, rates=FEW_EPOCHS_RATES)
     arms = {f"tuned {budget}": tuned(cut_to(budget)) for budget in p["tuned_budgets"]}
     arms[f"tuned {least}, even"] = tuned(cut_to(least, even))
     arms[f"distilled {middle}"] = tuned(cut_to(middle), select=partial(answered, **taught))
