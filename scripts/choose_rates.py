@@ -295,7 +295,7 @@ def arms_of_08() -> dict[str, Arm]:
     arms = {f"tuned {budget}": tuned(cut_to(budget)) for budget in p["tuned_budgets"]}
     arms[f"tuned {least}, even"] = tuned(cut_to(least, even))
     arms[f"distilled {middle}"] = tuned(cut_to(middle), select=partial(answered, **taught))
-    for budget in (least, most):
+    for budget in (least, middle, most):
         arms[f"shifted {budget}"] = replace(tuned(cut_to(budget), select=shifted), epochs=p["shifted_epochs"])
     for budget in (least, middle):
         arms[f"born {budget}"] = scratch(partial(born, budget=budget, shares=p["layer_shares"], **big))
