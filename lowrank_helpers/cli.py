@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from tqdm import tqdm
 
+from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT, DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, parameters, results
@@ -201,6 +202,10 @@ def sweep(
 @main.command()
 def record() -> None:
     """Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/."""
+    try:
+        data.resolve("mnist")  # not digits in its place, which a run would take
+    except DatasetError as error:
+        _fail(str(error), code=1)
     latest = PROJECT / "reports" / "latest"
     _run(execution.plan((), {}), latest)
     execution.record(latest)

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 from idx_files import write_small_fashion_mnist
 
-from lowrank_helpers import cli
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import cli, data
+from lowrank_helpers.data import PROJECT, DatasetMissingError
 from lowrank_helpers.series import execution
 from lowrank_helpers.series.parameters import parse
 
@@ -84,6 +84,19 @@ def test_a_device_that_is_not_here_is_refused(tmp_path):
     result = _lowrank("run", "02_train", "-p", "device", missing, "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert f"'{missing}' is not on this machine; allowed: auto, " in result.output
+
+
+def test_without_mnist_nothing_is_recorded(monkeypatch):
+    """A run would take digits in its place."""
+
+    def missing(name, data_dir):
+        raise DatasetMissingError(f"dataset {name!r} is not on this machine")
+
+    monkeypatch.setattr(data, "_provide", missing)
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("the series was run"))
+    result = _lowrank("record")
+    assert result.exit_code == 1
+    assert "dataset 'mnist' is not on this machine" in result.output
 
 
 @pytest.mark.parametrize(
