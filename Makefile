@@ -29,7 +29,7 @@ report: $(VENV)/ready
 NOTEBOOKS := tests/checking tests/series/test_exercises.py
 
 test: test-fast
-	$(MAKE) --jobs=2 --output-sync=line test-notebooks test-commands
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-notebooks test-commands
 
 test-notebooks: $(VENV)/ready
 	$(BIN)/pytest -m slow $(NOTEBOOKS)
