@@ -121,7 +121,7 @@ class Dataset:
     def with_shifted(self, *, seed: int) -> "Dataset":
         """Return the data with every training image twice: as it is, and moved by at most one pixel each way.
 
-        What comes in at an edge is background. All nine moves are as likely, one of them none at all.
+        Of images of 28×28. What comes in at an edge is background. All nine moves are as likely; one is none at all.
         """
         images = self.train_images
         framed = F.pad(images.reshape(-1, IMAGE_SIDE, IMAGE_SIDE), (1, 1, 1, 1), value=images.min().item())
