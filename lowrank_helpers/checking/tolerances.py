@@ -365,18 +365,18 @@ def set_limits(folders: Iterable[Path]) -> list[str]:
     """
     chains = read_chains(folders)
     found, worded = passages(chains)
-    before = _rows_before()
     executed = {name for chain in chains for name, _ in chain.cells}
-    kept = {cell: row for cell, row in before.items() if cell[0] not in executed}
+    kept = {cell: row for cell, row in _rows_before().items() if cell[0] not in executed}
+    untouched = {name for name, _ in kept}
     free = {passage.cell for passage in found if len(passage.seen) < LEAST_CHAINS} - kept.keys()
     found = [passage for passage in found if passage.cell not in free | kept.keys()]
-    n_checked = _n_varying(found) + sum(map(_n_limits, {name for name, _ in kept}))
+    n_checked = _n_varying(found) + sum(map(_n_limits, untouched))
     made = all_limits(found, chains, range(len(chains)), n_checked)
     by_cell: dict[tuple[str, str], dict[str, Sequence[Limits]]] = {}
     for passage, allowed in zip(found, made, strict=True):
         if any(allowed):
             by_cell.setdefault(passage.cell, {})[passage.place] = allowed
-    for name in sorted(set(notebook_names()) - {name for name, _ in kept}):
+    for name in sorted(set(notebook_names()) - untouched):
         _write_metadata(name, by_cell, free)
     write_atomically(TABLE, _report(chains, found, made, n_checked, len(free), kept).encode())
     return worded
@@ -399,7 +399,8 @@ def _rows_before() -> dict[tuple[str, str], str]:
     """Return the rows of the table as it is, by notebook and cell."""
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
     cells = {line: [cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| ")}
-    return {(row[1], row[2]): line for line, row in cells.items() if row[1] in notebook_names()}
+    names = notebook_names()
+    return {(row[1], row[2]): line for line, row in cells.items() if row[1] in names}
 
 
 def _report(

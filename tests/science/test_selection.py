@@ -1,7 +1,6 @@
 """Ranks chosen by machine: budgets are kept, ways do what they say, and the greedy one against all choices."""
 
 import itertools
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -181,10 +180,12 @@ def test_a_narrow_network_is_the_largest_of_its_proportions_within_the_budget(bu
 
     def weights(widest):
         hidden = [max(1, width * widest // 400) for width in widths[1:-1]]
-        return sum(n * m for n, m in pairwise([784, *hidden, 10]))
+        return sum(n * m for n, m in itertools.pairwise([784, *hidden, 10]))
 
     narrowed = narrow_widths(widths, budget)
-    assert sum(n * m for n, m in pairwise(narrowed)) == weights(narrowed[1]) <= budget < weights(narrowed[1] + 1)
+    assert (
+        sum(n * m for n, m in itertools.pairwise(narrowed)) == weights(narrowed[1]) <= budget < weights(narrowed[1] + 1)
+    )
 
 
 def test_no_narrow_network_for_a_budget_below_one_unit_a_layer():
