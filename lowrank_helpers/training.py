@@ -407,11 +407,10 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = 
 class _Steps:
     """Takes the steps of one training."""
 
-    def __init__(
-        self, model: nn.Module, trainable: Sequence[nn.Parameter], recipe: Recipe, device: torch.device
-    ) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
         self._model = model
         self._recipe = recipe
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimiser = torch.optim.Adam(
             trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
         )
@@ -446,10 +445,8 @@ class _GraphSteps(_Steps):
 
     LAUNCHED = 3
 
-    def __init__(
-        self, model: nn.Module, trainable: Sequence[nn.Parameter], recipe: Recipe, device: torch.device
-    ) -> None:
-        super().__init__(model, trainable, recipe, device)
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(model, recipe, device)
         for group in self._optimiser.param_groups:
             group |= {"lr": torch.tensor(recipe.learning_rate, device=device), "capturable": True}
         self._stream = torch.cuda.Stream(device)
@@ -489,10 +486,9 @@ class _GraphSteps(_Steps):
 
 
 def _steps_of(model: nn.Module, recipe: Recipe, device: torch.device) -> _Steps:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # A layer that trains itself may change its shape from step to step, which no recording can follow.
     recordable = device.type == "cuda" and not any(isinstance(layer, SelfTrained) for layer in model.modules())
-    return (_GraphSteps if recordable else _Steps)(model, trainable, recipe, device)
+    return (_GraphSteps if recordable else _Steps)(model, recipe, device)
 
 
 def _record(
