@@ -95,6 +95,8 @@ def learning_curves(
 ) -> Figure:
     """Plot loss and accuracy, train and test, of one or more trainings, from the first score after the start on.
 
+    Where that is the only one, the start is drawn too, as one point makes no line.
+
     Of several seeds the mean is drawn with its 95 % interval (Student's t) as a band.
 
     Parameters
@@ -148,14 +150,15 @@ def _limits(values: pd.Series) -> tuple[float, float]:
 def _scores(label: str, seeds: Sequence[History], against: str) -> pd.DataFrame:
     """Return the scores of trainings that differ in their seed alone, one row a seed, score and split."""
     x = seeds[0].epochs if against == "epoch" else np.mean([history.seconds for history in seeds], axis=0)
+    shown = slice(0 if len(x) == 2 else 1, None)
     rows = [
         pd.DataFrame(
             {
                 "label": label,
                 "split": split,
-                against: x[1:],
-                "loss": history.loss[split][1:],
-                "accuracy": 100 * np.array(history.accuracy[split][1:]),
+                against: x[shown],
+                "loss": history.loss[split][shown],
+                "accuracy": 100 * np.array(history.accuracy[split][shown]),
             }
         )
         for history in seeds

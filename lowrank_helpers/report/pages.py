@@ -4,6 +4,7 @@ Imported only where pages are written: nbconvert takes seconds to import.
 """
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nbformat import NotebookNode
 from traitlets import default
 
 TEMPLATES = Path(__file__).parent / "templates"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class PageExporter(HTMLExporter):
@@ -111,8 +113,24 @@ def page(notebook: NotebookNode, **resources: Any) -> str:
         What the template shows beside the notebook: ``name``, ``run`` (the notebook's entry in ``results.json``)
         and ``names`` (of all pages, in order).
     """
-    html, _ = exporter().from_notebook_node(notebook, resources=resources)
+    html, _ = exporter().from_notebook_node(_kept_together(notebook), resources=resources)
     return html
+
+
+def _kept_together(notebook: NotebookNode) -> NotebookNode:
+    """Return a copy in whose text and tables no line ends between a number and its spread or percent sign."""
+    copy = deepcopy(notebook)
+    for cell in copy.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _unbroken(cell.source)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            data |= {kind: _unbroken(data[kind]) for kind in ("text/markdown", "text/html") if kind in data}
+    return copy
+
+
+def _unbroken(text: str) -> str:
+    return re.sub(r"(?<=\d) (?=%)", NO_BREAK, text.replace(" ± ", f"{NO_BREAK}±{NO_BREAK}"))
 
 
 def environment() -> Environment:
