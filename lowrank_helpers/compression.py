@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -212,17 +212,24 @@ class _Bench:
     found: Candidates
     images: Tensor
     validation: Split
+    scored: dict[frozenset[tuple[str, int]], float] = field(default_factory=dict)
 
     def cut(self, ranks: Mapping[str, int]) -> nn.Module:
         """Return the model at these ranks."""
         return replaced(self.model, {name: self.found.outputs[name].factors(rank) for name, rank in ranks.items()})
 
     def accuracy(self, ranks: Mapping[str, int]) -> float:
-        """Return the share of validation images that the model at these ranks gets right."""
+        """Return the share of validation images that the model at these ranks gets right; each model is scored once."""
+        key = frozenset(ranks.items())
+        if key not in self.scored:
+            self.scored[key] = self._score(self.cut(ranks))
+        return self.scored[key]
+
+    def _score(self, model: nn.Module) -> float:
         images, labels = self.validation
         if not len(labels):
             raise ValueError("validation images choose here, and there are none: Dataset.hold_out() sets some aside")
-        model, hits = self.cut(ranks), 0.0
+        hits = 0.0
         with _evaluating(model):
             pairs = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
             for batch, classes in _bar(pairs, "scoring ranks"):

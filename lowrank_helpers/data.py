@@ -126,13 +126,14 @@ class Dataset:
         images = self.train_images
         framed = F.pad(images.reshape(-1, IMAGE_SIDE, IMAGE_SIDE), (1, 1, 1, 1), value=images.min().item())
         moves = torch.randint(9, (len(images),), generator=torch.Generator().manual_seed(seed)).to(images.device)
-        moved = torch.empty_like(images)
+        both = torch.cat([images, images])
+        moved = both[len(images) :]
         for move in range(9):
             down, right = divmod(move, 3)
             window = framed[moves == move, down : down + IMAGE_SIDE, right : right + IMAGE_SIDE]
             moved[moves == move] = window.flatten(1)
         labels = self.train_labels
-        return replace(self, train_images=torch.cat([images, moved]), train_labels=torch.cat([labels, labels]))
+        return replace(self, train_images=both, train_labels=torch.cat([labels, labels]))
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return ``{"train": (images, labels), …}``, with ``validation`` where there is one, and ``test``."""
