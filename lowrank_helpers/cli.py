@@ -90,8 +90,7 @@ def _choices() -> str:
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Notebooks to execute at once; two more than cores if not given, as some wait for what others train. "
-    "1: one after the other. Numbers do not depend on it.",
+    help="Notebooks to execute at once; one a core if not given. Numbers do not depend on it.",
 )
 @click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
 def run(
@@ -331,7 +330,7 @@ def _executed(planned: dict[str, dict[str, Any]], folder: Path, workers: int | N
         return
     from lowrank_helpers.series import cluster  # here: other commands need not wait for the import of Dask
 
-    workers = min(workers or cluster.CPU_COUNT + 2, len(planned))
+    workers = min(workers or cluster.CPU_COUNT, len(planned))
     with (
         cluster.connected(workers=workers, threads=cluster.CPU_COUNT) as client,
         _line("{desc}", len(planned)) as line,
