@@ -163,8 +163,8 @@ def test_a_number_stays_with_its_spread_and_percent_sign_and_code_as_it_is():
     shown = {"text/html": "<p>1.5 ± 0.2</p>", "text/markdown": "90 % ± 1"}
     outputs = [nbformat.v4.new_output("display_data", {kind: text}) for kind, text in shown.items()]
     cells = [nbformat.v4.new_markdown_cell("about 5 % of them"), nbformat.v4.new_code_cell('"5 %"', outputs=outputs)]
-    page = BeautifulSoup(pages.page(nbformat.v4.new_notebook(cells=cells), name="x", run={}, names=["x"]), "html.parser")
-    text = page.get_text()
+    page = pages.page(nbformat.v4.new_notebook(cells=cells), name="x", run={}, names=["x"])
+    text = BeautifulSoup(page, "html.parser").get_text()
     assert all(kept in text for kept in ("about 5\xa0% of them", "1.5\xa0±\xa00.2", "90\xa0%\xa0±\xa01", '"5 %"'))
     assert cells[0].source == "about 5 % of them", "the notebook itself stays as it is"
 
