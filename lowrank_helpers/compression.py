@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import Factors, OutputSVD, substitute
-from lowrank_helpers.models import n_parameters
+from lowrank_helpers.models import linear_layers, n_parameters
 from lowrank_helpers.rank import singular_values, times
 from lowrank_helpers.selection import WAYS, Choice, Layer, choice_of, smallest
 from lowrank_helpers.training import evaluate
@@ -449,6 +450,27 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         _use_no_fused_code(copy)
     for name, found in factors.items():
         substitute(copy, name, _two(layers[name], found))
+    return copy
+
+
+@torch.no_grad()
+def pruned(model: nn.Module, n_kept: int) -> nn.Module:
+    """Return a copy whose linear layers keep their largest weights, so many together, and hold the others at zero.
+
+    Magnitude pruning after Han et al. 2015, arXiv 1506.02626, section 3, with one threshold for all layers. A mask of
+    ``torch.nn.utils.prune`` keeps zeros at zero in training too; ``prune.remove`` makes plain weights of the result.
+
+    Raises
+    ------
+    ValueError
+        The layers have fewer weights.
+    """
+    copy = deepcopy(model)
+    matrices = [(layer, "weight") for layer in linear_layers(copy).values()]
+    n_weights = sum(layer.weight.numel() for layer, _ in matrices)
+    if not 0 <= n_kept <= n_weights:
+        raise ValueError(f"n_kept {n_kept:,} must be between 0 and the {n_weights:,} weights of the linear layers")
+    prune.global_unstructured(matrices, pruning_method=prune.L1Unstructured, amount=n_weights - n_kept)
     return copy
 
 

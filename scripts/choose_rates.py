@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank_helpers import data, dlrt, factorization, lora
-from lowrank_helpers.compression import compress
+from lowrank_helpers.compression import compress, pruned
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import linear_layers, mlp
 from lowrank_helpers.networks import VisionTransformer, convnet
@@ -184,6 +184,11 @@ def fitted(
     return factorization.factorize(network, by_shares(layers, budget - rest, shares).ranks, svds)
 
 
+def sparse(bench: Bench, seed: int, *, n_kept: int, teacher: Arm, rate: float) -> nn.Module:
+    """Return a dense network that this seed has trained, with all but its largest weights held at zero."""
+    return pruned(bench.taught(teacher, rate, seed), n_kept)
+
+
 def born(
     bench: Bench, seed: int, *, widths: Sequence[int], activation: str, budget: int, shares: Sequence[float]
 ) -> nn.Module:
@@ -302,6 +307,7 @@ def arms_of_08() -> dict[str, Arm]:
         arms[f"narrow {budget}"] = scratch(
             partial(dense, widths=narrow_widths(p["big_widths"], budget), activation=p["activation"])
         )
+    arms[f"pruned {least}"] = scratch(partial(sparse, n_kept=least, **taught))
     found = partial(adaptive, ranks=p["adaptive_rank"], tolerance=p["adaptive_tolerances"][-1], **big)
     arms["DLRT"] = replace(scratch(found), batch_size=p["batch_size"])
     return arms

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.series.execution import notebook_path
+from lowrank_helpers.series.execution import notebook_names, notebook_path
 from lowrank_helpers.series.parameters import declared
 
 SPEC = importlib.util.spec_from_file_location("choose_rates", PROJECT / "scripts" / "choose_rates.py")
@@ -66,17 +66,6 @@ def test_the_bonus_takes_for_each_way_and_rank_the_rate_that_validation_chose(re
     assert rates == [chosen[f"bonus/LoRA, rank {rank}"] for rank in ranks]
 
 
-@pytest.mark.parametrize("name", [f"bonus/{name}" for name in choose_rates.arms_of_bonus()])
-def test_every_arm_of_the_bonus_has_every_rate_from_seeds_that_it_does_not_use(recorded, name):
-    given = declared(notebook_path("bonus_lora"))
-    rows = recorded[recorded["arm"] == name]
-    assert set(zip(rows["learning_rate"], rows["seed"], strict=True)) == {
-        (rate, seed) for rate in choose_rates.FINE_TUNING_RATES for seed in choose_rates.SEEDS
-    }
-    assert not set(rows["seed"]) & set(range(given["seed"], given["seed"] + given["n_seeds"]))
-    assert set(rows["epochs"]) == {given["adapter_epochs"]}
-
-
 @pytest.mark.parametrize("kind", ["convnet", "transformer"])
 def test_notebook_09_takes_the_rates_that_validation_chose(recorded, kind):
     given, chosen = declared(notebook_path("09_your_network")), choose_rates.chosen(recorded)
@@ -111,20 +100,18 @@ def _best(rows: pd.DataFrame) -> tuple[str, float]:
 
 
 def test_every_arm_has_every_rate_from_seeds_that_no_notebook_uses(recorded):
-    given = declared(notebook_path("06_factorized"))
-    series = range(given["seed"], given["seed"] + given["n_seeds"])
-    assert not set(recorded["seed"]) & set(series)
-    arms = choose_rates.all_arms()
     wanted = {
         (name, rate, arm.epochs, seed)
-        for name, arm in arms.items()
-        if name.startswith("06/")
-        for rate in choose_rates.RATES
+        for name, arm in choose_rates.all_arms().items()
+        for rate in arm.rates
         for seed in choose_rates.SEEDS
     }
-    rows = recorded[recorded["arm"].str.startswith("06/")][choose_rates.KEY]
+    rows = recorded[choose_rates.KEY]
     assert set(rows.itertuples(index=False, name=None)) == wanted
     assert len(rows) == len(wanted)
+    for given in map(declared, map(notebook_path, notebook_names())):
+        n_seeds = max(given.get("n_seeds", 1), given.get("few_seeds", 1))
+        assert not set(choose_rates.SEEDS) & set(range(given["seed"], given["seed"] + n_seeds))
 
 
 def test_the_mean_over_seeds_decides_and_not_the_best_seed():
@@ -183,24 +170,8 @@ def test_notebook_08_takes_for_each_size_the_rate_that_validation_chose(recorded
     assert given["tuned_learning_rates"] == [chosen[f"08/tuned {budget}"] for budget in given["tuned_budgets"]]
 
 
-@pytest.mark.parametrize(
-    ("kind", "arm"),
-    {"distilled": "distilled", "shifted": "shifted", "born": "born", "narrow": "narrow", "adaptive": "DLRT"}.items(),
-)
-def test_notebook_08_takes_the_rate_that_is_best_in_the_mean_over_the_sizes_of_a_kind(recorded, kind, arm):
+@pytest.mark.parametrize("kind", ["distilled", "shifted", "born", "narrow", "pruned", "adaptive"])
+def test_notebook_08_takes_the_rate_that_is_best_in_the_mean_over_the_sizes_of_a_kind(recorded, kind):
+    arm = "DLRT" if kind == "adaptive" else kind
     means = recorded[recorded["arm"].str.startswith(f"08/{arm}")].groupby("learning_rate")["validation_accuracy"].mean()
     assert declared(notebook_path("08_frontier"))[f"{kind}_learning_rate"] == means.idxmax()
-
-
-def test_every_arm_of_notebook_08_has_every_rate_from_seeds_that_it_does_not_use(recorded):
-    wanted = {
-        (name, rate, arm.epochs, seed)
-        for name, arm in choose_rates.all_arms().items()
-        if name.startswith("08/")
-        for rate in arm.rates
-        for seed in choose_rates.SEEDS
-    }
-    rows = recorded[recorded["arm"].str.startswith("08/")][choose_rates.KEY]
-    assert set(rows.itertuples(index=False, name=None)) == wanted
-    given = declared(notebook_path("08_frontier"))
-    assert not set(rows["seed"]) & set(range(given["seed"], given["seed"] + given["n_seeds"]))

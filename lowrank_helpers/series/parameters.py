@@ -153,6 +153,7 @@ RULES: dict[str, Rule] = {
     "shifted_learning_rate": POSITIVE,
     "adaptive_learning_rate": POSITIVE,
     "born_learning_rate": POSITIVE,
+    "pruned_learning_rate": POSITIVE,
     "channels": RANKS,
     "convnet_width": _whole(1),
     "patch": Rule(lambda value: _is_whole(value, 1) and IMAGE_SIDE % value == 0, f"a divisor of {IMAGE_SIDE}"),

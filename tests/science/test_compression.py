@@ -9,9 +9,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from lowrank_helpers import compression
-from lowrank_helpers.compression import candidates, compress, replaced
+from lowrank_helpers.compression import candidates, compress, pruned, replaced
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.factorization import SVD, fitted_factors
 from lowrank_helpers.models import mlp, n_parameters
@@ -438,3 +439,23 @@ def test_the_report_says_all_in_words(data):
     text = str(compress(_Tied(), data, 0.3)[1])
     assert "parameters: " in text and "flops: " in text and "enter: rank" in text
     assert "inner: left alone, shares its weight with leave" in text
+
+
+def test_pruning_keeps_the_largest_weights_of_all_layers_and_holds_the_others_at_zero(digits):
+    network = mlp([784, 40, 10], seed=0)
+    before = torch.cat([weight.detach().flatten() for weight in network.parameters()]).abs()
+    small = pruned(network, 1000)
+    fit(small, digits, Recipe(epochs=1, batch_size=256, learning_rate=1e-2))
+    for layer in small[::2]:
+        prune.remove(layer, "weight")
+    after = torch.cat([weight.detach().flatten() for weight in small.parameters()])
+    assert (after != 0).sum() == 1000
+    assert before[after != 0].min() >= before[after == 0].max()
+    assert not torch.equal(after[after != 0].abs(), before[after != 0]), "those that are left were trained"
+    assert torch.equal(torch.cat([weight.detach().flatten() for weight in network.parameters()]).abs(), before)
+
+
+@pytest.mark.parametrize("n_kept", [-1, 31_761])
+def test_no_more_weights_are_kept_than_there_are(n_kept):
+    with pytest.raises(ValueError, match="between 0 and the 31,760 weights"):
+        pruned(mlp([784, 40, 10], seed=0), n_kept)
