@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowrank_helpers.series.execution import notebook_path
+from lowrank_helpers.statistics import compare
 from lowrank_helpers.training import History
 
 N_SEEDS = 5
@@ -311,3 +312,17 @@ def test_07_intrinsic_dimension():
     assert "the more numbers" in words(0.5)
     assert "the fewer numbers" in words(-0.5)
     assert "undecided" in words(np.nan)
+
+
+@pytest.mark.parametrize(("pruned", "word"), [(98.5, "more"), (96.5, "less"), (97.5, "as accurate as")])
+def test_08_pruned_weights_against_factors(pruned, word):
+    rows = [
+        {"network": kind, "parameters": 60_000, "split": split, "seed": s, "accuracy": value}
+        for kind, accuracy in (("tuned", 97.5), ("pruned, tuned", pruned))
+        for split in ("train", "test")
+        for s, value in enumerate(around(accuracy))
+    ]
+    helpers = {"compare": compare, "cut_budgets": [1, 2, 3]}
+    exec(sources("08_frontier")["finding-8-1"].split("\nword, gain")[0], helpers)
+    names = {name: helpers[name] for name in ("kept", "values")} | {"least": 60_000, "alike_within": 0.3}
+    assert word in say("08_frontier", "finding-pruned", frontier=pd.DataFrame(rows), **names)[0]
