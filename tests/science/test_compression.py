@@ -168,6 +168,14 @@ def test_latency_is_of_the_batch_that_was_asked_for(digits_held_out):
     assert 17 in sizes and report.seconds.before > 0
 
 
+def test_no_model_is_scored_twice(trained, digits_held_out, monkeypatch):
+    scored, score = [], compression._Bench._score
+    monkeypatch.setattr(compression._Bench, "_score", lambda bench, model: scored.append(model) or score(bench, model))
+    compress(trained, digits_held_out, 0.9, of="accuracy")
+    shapes = [tuple(weight.shape for weight in model.parameters()) for model in scored]
+    assert len(shapes) > 3 and len(set(shapes)) == len(shapes)
+
+
 @pytest.mark.parametrize("of", ["parameters", "flops", "accuracy"])
 def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, digits_held_out, monkeypatch, of):
     timed = []
