@@ -455,15 +455,21 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 
 @torch.no_grad()
 def pruned(model: nn.Module, n_kept: int) -> nn.Module:
-    """Return a copy whose linear layers keep their largest weights, so many together, and hold the others at zero.
+    """Return a copy whose linear layers keep their largest weights and hold the others at zero.
 
     Magnitude pruning after Han et al. 2015, arXiv 1506.02626, section 3, with one threshold for all layers. A mask of
     ``torch.nn.utils.prune`` keeps zeros at zero in training too; ``prune.remove`` makes plain weights of the result.
 
+    Parameters
+    ----------
+    model : nn.Module
+    n_kept : int
+        Weights left, of all ``nn.Linear`` layers together.
+
     Raises
     ------
     ValueError
-        The layers have fewer weights.
+        ``n_kept`` is negative, or the layers have fewer weights.
     """
     copy = deepcopy(model)
     matrices = [(layer, "weight") for layer in linear_layers(copy).values()]
