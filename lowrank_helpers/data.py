@@ -255,12 +255,12 @@ def standardise(images: Tensor, mean: float, std: float) -> Tensor:
     return images.reshape(len(images), -1).float().div_(255).sub_(mean).div_(std)
 
 
-def batches(n: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
-    """Yield the index tensors of one epoch's shuffled batches; the last may be smaller.
+def batches(n: int, batch_size: int, *, seed: int, epoch: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """Yield the index tensors of one epoch's shuffled batches, on a device; the last may be smaller.
 
     The order depends on ``seed`` and ``epoch`` alone, so no epoch depends on what was drawn before it.
     """
-    return iter(torch.randperm(n, generator=epoch_generator(seed, epoch)).split(batch_size))
+    return iter(torch.randperm(n, generator=epoch_generator(seed, epoch)).to(device).split(batch_size))
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

@@ -26,7 +26,8 @@ from lowrank_helpers.quiet import give_way
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
 STREAMS = 4  # networks that train at once on a CUDA device, which one of these sizes does not fill
-EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in cache
+EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in a processor's cache
+EVALUATION_BATCH_GPU = 16 * EVALUATION_BATCH  # a GPU takes as long to be told what to do as to do it
 
 SCORED_EACH_TIME = 5_000  # images at most, of all but test sets, on which a network is scored while it trains
 
@@ -286,7 +287,7 @@ def fit(
     splits = {name: (images.to(getattr(torch, recipe.precision)), labels) for name, (images, labels) in splits.items()}
     images, labels = splits["train"]
     scored = {name: pair if name.endswith("test") else sample(*pair) for name, pair in splits.items()}
-    steps = _steps_of(model, recipe, device)
+    steps = _steps_of(model, images, labels, recipe)
     steps_per_epoch = math.ceil(len(labels) / recipe.batch_size)
     n_steps = recipe.epochs * steps_per_epoch
     step = 0
@@ -299,15 +300,12 @@ def fit(
         clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         start, processor_start, processor_seconds = clock(), time.thread_time(), 0.0
         for epoch in range(1, recipe.epochs + 1):
-            order = batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch)
+            order = batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch, device=device)
             for i, index in enumerate(order, start=1):
                 if stop and stop.is_set():
                     raise CancelledError
                 give_way()
-                index = index.to(device)
-                # Not images[index], which copies number by number where this copies rows: a quarter of the time.
-                batch = images.index_select(0, index), labels.index_select(0, index)
-                steps.take(*batch, learning_rate=recipe.learning_rate * (1 - step / n_steps))
+                steps.take(index, learning_rate=recipe.learning_rate * (1 - step / n_steps))
                 step += 1
                 if i in pauses:
                     synchronise(device)
@@ -373,8 +371,9 @@ def _n_workers(device: torch.device) -> int:
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
     """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share."""
-    batches = images.split(EVALUATION_BATCH)
-    size = math.ceil(len(batches) / (_n_workers(images.device) if images.device.type == "cpu" else 1))
+    on_cpu = images.device.type == "cpu"
+    batches = images.split(EVALUATION_BATCH if on_cpu else EVALUATION_BATCH_GPU)
+    size = math.ceil(len(batches) / (_n_workers(images.device) if on_cpu else 1))
     shares = [batches[first : first + size] for first in range(0, len(batches), size)]
     # A copy for each: modules may keep state while they compute, as `functional_call` does.
     models = [model, *(copy.deepcopy(model) for _ in shares[1:])]
@@ -407,20 +406,23 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = 
 class _Steps:
     """Takes the steps of one training."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
         self._model = model
+        self._images, self._labels = images, labels
         self._recipe = recipe
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimiser = torch.optim.Adam(
-            trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=device.type != "mps"
+            trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=images.device.type != "mps"
         )
 
-    def take(self, images: Tensor, labels: Tensor, *, learning_rate: float) -> None:
-        """Move the network once, against the gradient of a batch."""
+    def take(self, index: Tensor, *, learning_rate: float) -> None:
+        """Move the network once, against the gradient of the batch of these images."""
         self._optimiser.param_groups[0]["lr"] = learning_rate
-        self._move(images, labels)
+        self._move(index)
 
-    def _move(self, images: Tensor, labels: Tensor) -> None:
+    def _move(self, index: Tensor) -> None:
+        # Not images[index], which copies number by number where this copies rows: a quarter of the time.
+        images, labels = self._images.index_select(0, index), self._labels.index_select(0, index)
         with products_in(self._recipe.precision, images.device):
             logits = self._model(images)
         loss = F.cross_entropy(logits.float(), labels)
@@ -438,57 +440,64 @@ class _GraphSteps(_Steps):
     """Takes the steps on a CUDA device, each with one launch.
 
     A step of such a network is some hundred kernels that run for microseconds each: to launch them one by one takes
-    five times as long as they run. So they are recorded once for each size of batch, as a ``torch.cuda.CUDAGraph``,
-    and replayed on whatever the recorded batch holds then. The first steps are launched as usual, on a stream of their
-    own, as PyTorch asks before a recording.
+    five times as long as they run. So they are recorded once, as a ``torch.cuda.CUDAGraph``, and replayed for the
+    images whose numbers its index holds then. The first steps are launched as usual, as PyTorch asks before a
+    recording; so is the smaller batch that ends an epoch, which comes too seldom to be recorded.
+
+    All of it happens on one stream, the thread's own if it has one: what ``torch.cuda.Stream`` gives is one of 32 that
+    are given again and again, and may be where another thread is at work, which no recording survives.
     """
 
     LAUNCHED = 3
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
-        super().__init__(model, recipe, device)
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
+        super().__init__(model, images, labels, recipe)
         for group in self._optimiser.param_groups:
-            group |= {"lr": torch.tensor(recipe.learning_rate, device=device), "capturable": True}
-        self._stream = torch.cuda.Stream(device)
-        self._n_launched: Counter[int] = Counter()
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-
-    def take(self, images: Tensor, labels: Tensor, *, learning_rate: float) -> None:
-        """Move the network once, against the gradient of a batch."""
-        self._optimiser.param_groups[0]["lr"].fill_(learning_rate)
-        size = len(labels)
-        if size not in self._graphs and self._n_launched[size] < self.LAUNCHED:
-            self._n_launched[size] += 1
-            self._launch(images, labels)
-            return
-        if size not in self._graphs:
-            self._graphs[size] = self._recorded(images.clone(), labels.clone())
-        graph, recorded_images, recorded_labels = self._graphs[size]
-        recorded_images.copy_(images)
-        recorded_labels.copy_(labels)
-        with _one_graph:
-            graph.replay()
-
-    def _launch(self, images: Tensor, labels: Tensor) -> None:
+            group |= {"lr": torch.tensor(recipe.learning_rate, device=images.device), "capturable": True}
         usual = torch.cuda.current_stream(images.device)
+        self._stream = torch.cuda.Stream(images.device) if usual == torch.cuda.default_stream(images.device) else usual
+        self._n_launched = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._index = torch.empty(recipe.batch_size, dtype=torch.int64, device=images.device)
+
+    def take(self, index: Tensor, *, learning_rate: float) -> None:
+        """Move the network once, against the gradient of the batch of these images."""
+        self._optimiser.param_groups[0]["lr"].fill_(learning_rate)
+        if self._n_launched < self.LAUNCHED or len(index) < len(self._index):
+            self._n_launched += 1
+            self._launch(index)
+            return
+        self._index.copy_(index)
+        with _one_graph:
+            if not self._graph:
+                self._graph = self._recorded()
+            self._graph.replay()
+
+    def _launch(self, index: Tensor) -> None:
+        usual = torch.cuda.current_stream(index.device)
         self._stream.wait_stream(usual)
         with torch.cuda.stream(self._stream):
-            self._move(images, labels)
+            self._move(index)
         usual.wait_stream(self._stream)
 
-    def _recorded(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _recorded(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self._optimiser.zero_grad()  # gradients are the graph's own
-        # Other threads may go on meanwhile with what is no graph.
-        with _one_graph, torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._move(images, labels)
-        return graph, images, labels
+        # Not torch.cuda.graph, which first waits for all streams of the device. Other threads may go on meanwhile with
+        # what is no graph.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._move(self._index)
+            finally:
+                graph.capture_end()
+        return graph
 
 
-def _steps_of(model: nn.Module, recipe: Recipe, device: torch.device) -> _Steps:
+def _steps_of(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -> _Steps:
     # A layer that trains itself may change its shape from step to step, which no recording can follow.
-    recordable = device.type == "cuda" and not any(isinstance(layer, SelfTrained) for layer in model.modules())
-    return (_GraphSteps if recordable else _Steps)(model, recipe, device)
+    recordable = images.device.type == "cuda" and not any(isinstance(layer, SelfTrained) for layer in model.modules())
+    return (_GraphSteps if recordable else _Steps)(model, images, labels, recipe)
 
 
 def _record(

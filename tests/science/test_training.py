@@ -83,9 +83,10 @@ def test_training_is_the_textbooks(digits, decay, penalty):
 def test_on_a_gpu_recorded_steps_are_those_that_the_processor_takes(digits, build):
     recipe = Recipe(epochs=6, batch_size=400, learning_rate=1e-3, weight_decay=0.01)  # the last batch is smaller
     expected, recorded = build(), build().to("cuda")
-    steps = training._steps_of(recorded, recipe, torch.device("cuda"))
+    data = digits.to("cuda")
+    steps = training._steps_of(recorded, data.train_images, data.train_labels, recipe)
     fit(expected, digits, recipe)
-    fit(recorded, digits.to("cuda"), recipe)
+    fit(recorded, data, recipe)
     assert isinstance(steps, training._GraphSteps)
     torch.testing.assert_close(_weights(recorded).cpu(), _weights(expected), rtol=1e-3, atol=1e-4)
 
