@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from threading import Event
@@ -39,7 +39,9 @@ spent: Counter[str] = Counter()  # processor seconds of this process by kind of 
 _n_side_by_side = 1
 _this_thread = threading.local()
 _spent_lock = threading.Lock()
-_one_graph = threading.Lock()  # one is recorded or replayed at a time: both touch the device's random generator
+# One graph is recorded, replayed or given up at a time: all three touch the device's random generator, which keeps a
+# list of the graphs without a lock of its own.
+_one_graph = threading.Lock()
 
 
 def take_one_thread_each() -> None:
@@ -287,7 +289,6 @@ def fit(
     splits = {name: (images.to(getattr(torch, recipe.precision)), labels) for name, (images, labels) in splits.items()}
     images, labels = splits["train"]
     scored = {name: pair if name.endswith("test") else sample(*pair) for name, pair in splits.items()}
-    steps = _steps_of(model, images, labels, recipe)
     steps_per_epoch = math.ceil(len(labels) / recipe.batch_size)
     n_steps = recipe.epochs * steps_per_epoch
     step = 0
@@ -295,7 +296,10 @@ def fit(
     history = History()
     # tqdm reads TQDM_DISABLE by itself in a terminal, but not in a notebook.
     hidden = "TQDM_DISABLE" in os.environ
-    with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar:
+    with (
+        tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar,
+        closing(_steps_of(model, images, labels, recipe)) as steps,
+    ):
         _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
         clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         start, processor_start, processor_seconds = clock(), time.thread_time(), 0.0
@@ -420,6 +424,9 @@ class _Steps:
         self._optimiser.param_groups[0]["lr"] = learning_rate
         self._move(index)
 
+    def close(self) -> None:
+        """Give back what the steps were taken with."""
+
     def _move(self, index: Tensor) -> None:
         # Not images[index], which copies number by number where this copies rows: a quarter of the time.
         images, labels = self._images.index_select(0, index), self._labels.index_select(0, index)
@@ -472,6 +479,11 @@ class _GraphSteps(_Steps):
             if not self._graph:
                 self._graph = self._recorded()
             self._graph.replay()
+
+    def close(self) -> None:
+        """Give the graph up, here and not whenever Python collects it."""
+        with _one_graph:
+            self._graph = None
 
     def _launch(self, index: Tensor) -> None:
         usual = torch.cuda.current_stream(index.device)

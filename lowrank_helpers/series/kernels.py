@@ -23,7 +23,13 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 PROVISIONER = "lowrank-nursery"  # as pyproject.toml registers it
-IMPORTED = ("ipykernel.kernelapp", "ipykernel.zmqshell", "lowrank_helpers.plots", "lowrank_helpers.series.run")
+IMPORTED = (
+    "ipykernel.kernelapp",
+    "ipykernel.zmqshell",
+    "lowrank_helpers.plots",
+    "lowrank_helpers.series.run",
+    "torch._dynamo",  # which PyTorch imports with the first optimiser
+)
 PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a kernel sets it before it imports
 
 # Let malloc keep what is freed, since the next step asks for as much again. A worker of Dask is told to give it back at

@@ -11,6 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from idx_files import write_idx
 from scipy import ndimage
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -215,6 +217,31 @@ def test_whatever_a_student_does_to_the_data_changes_its_fingerprint(change):
     data_set = data.load("digits").hold_out()
     before = data_set.fingerprint()
     assert change(data_set).fingerprint() != before
+
+
+@given(st.lists(st.floats(width=32), max_size=20))
+def test_mixed_is_the_sum_of_splitmix64_over_places(values):
+    tensor = torch.tensor(values, dtype=torch.float32)
+    assert data.mixed(tensor) == b"".join(_splitmix64_sum(tensor, start).to_bytes(8, "little") for start in (1, 2))
+
+
+def _splitmix64_sum(tensor, start):
+    total, most = 0, 2**64 - 1
+    for place, word in enumerate(tensor.numpy().view(np.int32).tolist()):
+        mix = ((2 * place + start) * 0x9E3779B97F4A7C15 + word) & most
+        mix = ((mix ^ (mix >> 30)) * 0xBF58476D1CE4E5B9) & most
+        mix = ((mix ^ (mix >> 27)) * 0x94D049BB133111EB) & most
+        total += mix ^ (mix >> 31)
+    return total & most
+
+
+@given(st.permutations(range(6)), st.integers(0, 5))
+def test_mixed_sees_the_order_and_each_value(order, place):
+    labels = torch.arange(6)
+    assert (data.mixed(labels[list(order)]) == data.mixed(labels)) == (order == sorted(order))
+    changed = labels.clone()
+    changed[place] += 1
+    assert data.mixed(changed) != data.mixed(labels)
 
 
 def test_validation_images_are_training_images_set_aside(digits):
