@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from IPython.display import Markdown, display
 from torch import nn
@@ -50,6 +51,13 @@ def histories_by_label(trained: Mapping[tuple[str, int], tuple[nn.Module, Histor
     for (label, _), (_, history) in trained.items():
         histories.setdefault(label, []).append(history)
     return histories
+
+
+def rate_table(rates: pd.DataFrame) -> pd.DataFrame:
+    """Return what :meth:`Run.rates` gives as a table to be shown: means over seeds, a row an arm, a column a rate."""
+    accuracy = rates.pivot_table("accuracy", "arm", "learning_rate").map("{:.2f}".format, na_action="ignore").fillna("")
+    title = f"validation accuracy (%), mean of {rates['seed'].nunique()} seeds"
+    return accuracy.rename_axis(index=title, columns="rate")
 
 
 class Run:
@@ -186,6 +194,20 @@ class Run:
 
         done = side_by_side([partial(train, key) for key in trainings], self.device)
         return dict(zip(trainings, done, strict=True))
+
+    def rates(self) -> pd.DataFrame:
+        """Return how the learning rates did that were tried for this notebook's networks, from ``sweeps/rates.csv``.
+
+        Returns
+        -------
+        DataFrame
+            One row a training: ``arm`` (whose rate it is), ``learning_rate``, ``seed``, and ``accuracy`` on validation
+            images in percent.
+        """
+        tried = pd.read_csv(PROJECT / "sweeps" / "rates.csv")
+        prefix = self.notebook.split("_")[0] + "/"
+        own = tried[tried["arm"].str.startswith(prefix)]
+        return own.assign(arm=own["arm"].str.removeprefix(prefix), accuracy=100 * own["validation_accuracy"])
 
     def finding(
         self,

@@ -168,6 +168,16 @@ def test_latency_is_of_the_batch_that_was_asked_for(digits_held_out):
     assert 17 in sizes and report.seconds.before > 0
 
 
+def test_large_images_go_through_a_model_few_at_a_time(digits_held_out, monkeypatch):
+    sizes, model = [], mlp([784, 32, 10], seed=0)
+    model.register_forward_hook(lambda layer, arguments, output: sizes.append(len(output)))
+    for limit in (10**9, 20 * 784):
+        monkeypatch.setattr(compression, "LARGE_BATCH", limit)
+        compress(model, digits_held_out, 0.01, of="accuracy", latency_batch=1)
+        assert max(sizes) == min(compression.BATCH, limit // 784)
+        sizes.clear()
+
+
 def test_no_model_is_scored_twice(trained, digits_held_out, monkeypatch):
     scored, score = [], compression._Bench._score
     monkeypatch.setattr(compression._Bench, "_score", lambda bench, model: scored.append(model) or score(bench, model))

@@ -91,9 +91,9 @@ def test_data_dir_goes_before_the_variable_and_the_variable_before_the_project(m
     for place in places:
         _damaged_mnist(place)  # each folder's refusal tells that it was the first one looked at
     monkeypatch.setenv("LOWRANK_DATA_DIR", str(places[1]))
-    for given, expected in ((places[0], places[0]), ("", places[1])):
+    for folder, expected in ((places[0], places[0]), ("", places[1])):
         with pytest.raises(DatasetError, match=str(expected)):
-            data.load("mnist", given)
+            data.load("mnist", folder)
     monkeypatch.delenv("LOWRANK_DATA_DIR")
     with pytest.raises(DatasetError, match=str(places[2])):
         data.load("mnist")
