@@ -27,6 +27,8 @@ class Interval:
     def __format__(self, spec: str) -> str:
         """Write ``mean ± half_width`` with the given format; of one seed the mean alone."""
         mean = format(self.mean, spec)
+        if not set(mean) & set("123456789"):
+            mean = mean.lstrip("-")  # of zero
         return mean if self.n == 1 else f"{mean} ± {format(self.half_width, spec)}"
 
     def __str__(self) -> str:

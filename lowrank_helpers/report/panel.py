@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 from torch import Tensor, nn
 
@@ -197,6 +198,7 @@ def _draw_curves(axes: Sequence[Axes], cuts: Cuts, layer: str) -> None:
     spectrum, error, accuracy = axes
     s = cuts.svd(layer).s.cpu()
     spectrum.semilogy(range(1, len(s) + 1), s.numpy(), color=plots.PALETTE[0])
+    spectrum.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     spectrum.set(
         title=f"Spectrum of {layer}", ylabel="singular value", ylim=(max(s[-1].item(), s[0].item() * 1e-3), None)
     )

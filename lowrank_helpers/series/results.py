@@ -101,7 +101,12 @@ def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = No
             seconds_by_kind=filed["seconds_by_kind"],
         )
         findings |= {id: {"notebook": name} | finding for id, finding in filed["findings"].items()}
-    results = {"format": FORMAT, "seconds": seconds, "notebooks": notebooks, "findings": dict(sorted(findings.items()))}
+    results = {
+        "format": FORMAT,
+        "seconds": seconds,
+        "notebooks": dict(sorted(notebooks.items())),  # not in the order in which they ended
+        "findings": dict(sorted(findings.items())),
+    }
     write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
     return results
 

@@ -65,6 +65,14 @@ def test_many_comparisons_need_stronger_evidence():
     assert among_ten.difference.low == pytest.approx(expected.low)
 
 
+@pytest.mark.parametrize(
+    ("values", "spec", "written"),
+    [([-0.01, 0.0], ".1f", "0.0 ± 0.1"), ([-0.1, -0.1], "+.1f", "-0.1 ± +0.0"), ([-1e-4], ".2f", "0.00")],
+)
+def test_an_interval_is_written_as_mean_and_half_width_and_zero_without_a_sign(values, spec, written):
+    assert format(interval(values), spec) == written
+
+
 def test_one_seed_decides_nothing():
     assert compare([5.0], [1.0], margin=0.1).verdict == "undecided"
     assert f"{interval([5.0]):.1f}" == "5.0" and f"{interval([4.0, 6.0, 5.0]):.1f}" == "5.0 ± 2.5"
