@@ -96,7 +96,7 @@ def test_on_a_gpu_recorded_steps_are_those_that_the_processor_takes(digits, buil
 def test_on_a_gpu_networks_learn_side_by_side_what_each_learns_alone(digits, build):
     device, recipe = torch.device("cuda"), Recipe(8, 64, 2e-3, precision="bfloat16")
     data = digits.to(device)
-    alone, *together = [build().to(device) for _ in range(7)]
+    alone, *together = [build().to(device) for _ in range(25)]
     expected = fit(alone, data, recipe).final("test")
     histories = side_by_side([partial(_fit, model, data, recipe) for model in together], device)
     assert expected.accuracy > 0.85
