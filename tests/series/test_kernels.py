@@ -58,6 +58,21 @@ def test_kernel_has_imported_and_shares_nothing_else(tmp_path):
         assert printed(second, left) == "False False"
 
 
+def test_a_notebook_that_trains_imports_nothing_more_of_pytorch():
+    trains = "import sys, torch; from lowrank_helpers.models import mlp; before = {*sys.modules}; "
+    trains += "torch.optim.Adam(mlp([4, 2], seed=0).parameters()); print({*sys.modules} - before)"
+    with kernel() as (_, client):
+        assert printed(client, trains) == "set()"
+
+
+def test_what_the_nursery_imports_asks_for_no_gpu():
+    """A process forked after CUDA has been asked for anything cannot use it."""
+    asks = "import importlib, torch; from lowrank_helpers.series.kernels import IMPORTED; "
+    asks += "torch._C._cuda_getDeviceCount = None; [importlib.import_module(name) for name in IMPORTED]; "
+    asks += "assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", asks], check=True)
+
+
 def test_libraries_know_that_they_are_in_a_kernel():
     with kernel() as (_, client):
         assert printed(client, "import pandas; print(pandas.get_option('display.max_columns'))") == "20"
