@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
-from lowrank_helpers.factorization import Factors, OutputSVD, substitute
+from lowrank_helpers.factorization import AnswerSVD, Factors, OutputSVD, sensitivities, substitute
 from lowrank_helpers.models import linear_layers, n_parameters
 from lowrank_helpers.rank import singular_values, times
 from lowrank_helpers.selection import WAYS, Choice, Layer, choice_of, smallest
@@ -33,6 +33,7 @@ BUDGETS = ("parameters", "flops", "accuracy", "latency")
 CALIBRATION = 2048  # images at most whose outputs are measured: more change the factors little
 FEW = 8  # of them show whether a layer can be replaced
 BATCH = 512  # images at a time, of small ones: of convolutions that is faster than fewer and than more
+GRADIENT_SHARE = 8  # of these a backward pass takes one in so many, since it keeps what the model computes
 LARGE_BATCH = 128 * 3 * 224**2  # numbers of images at a time: large ones of large networks must fit, too
 
 VALIDATION_PART = 6  # of images given as a pair, one in so many chooses: as Dataset.hold_out
@@ -103,7 +104,7 @@ class Candidates:
 
     Attributes
     ----------
-    outputs : dict of str to OutputSVD
+    outputs : dict of str to OutputSVD or AnswerSVD
         By the layer's dotted name: its outputs' directions, of which factors of any rank are cut.
     rows : dict of str to float
         How many rows of outputs one input gives: 1 for a layer of an MLP, the positions of a convolution.
@@ -111,7 +112,7 @@ class Candidates:
         The model's other matrices, with the reason.
     """
 
-    outputs: dict[str, OutputSVD]
+    outputs: Mapping[str, OutputSVD | AnswerSVD]
     rows: dict[str, float]
     left_alone: dict[str, str]
 
@@ -157,7 +158,8 @@ def compress(
     of : {"parameters", "flops", "accuracy", "latency"}
         What the budget is of. Latency is measured, here and now.
     way : str
-        How ranks are chosen: one of ``selection.WAYS``.
+        How ranks are chosen: one of ``selection.WAYS``. With ``answer error`` the factors, too, are fitted to the
+        model's answers and not to each layer's outputs; that takes a backward pass.
     latency_batch : int
         Images in the batch whose latency is measured: for the report once, which takes a few answers of both models.
 
@@ -175,7 +177,7 @@ def compress(
     _check_model(model)
     device = next(model.parameters()).device
     images, validation_images, validation_labels = (tensor.to(device) for tensor in _parts(data))
-    found = candidates(model, images)
+    found = candidates(model, images, by_answers=way == "answer error")
     bench = _Bench(model, found, images, (validation_images, validation_labels))
     batch = images[:latency_batch]
     measured: dict[str, Change] = {}
@@ -288,8 +290,8 @@ def _seconds(model: nn.Module, batch: Tensor) -> float:
 
 
 @torch.no_grad()
-def candidates(model: nn.Module, images: Tensor) -> Candidates:
-    """Find the layers of a model that can be replaced, and measure their outputs on images.
+def candidates(model: nn.Module, images: Tensor, *, by_answers: bool = False) -> Candidates:
+    """Find the layers of a model that can be replaced, and measure their outputs, or what these do to its answers.
 
     A layer can be replaced if it has a weight of its own, the model calls it, and the model's answer stays the same
     with two layers in its place: ``nn.MultiheadAttention``, for one, reads the weight of its output layer and never
@@ -308,6 +310,9 @@ def candidates(model: nn.Module, images: Tensor) -> Candidates:
         answer = _answer(model, few)
         layers, left_alone = _layers_with_own_weight(model)
         moments, rows = _output_moments(model, layers, images)
+        found = [name for name in layers if name in moments]
+        fewer = max(1, _batch_size(images) // GRADIENT_SHARE)
+        sensitive = sensitivities(model, images, found, batch_size=fewer) if by_answers and found else {}
         outputs = {}
         for name, layer in layers.items():
             if name not in moments:
@@ -315,7 +320,7 @@ def candidates(model: nn.Module, images: Tensor) -> Candidates:
             elif reason := _objection(model, name, layer, few, answer):
                 left_alone[name] = reason
             else:
-                outputs[name] = _decomposed(layer, moments[name])
+                outputs[name] = _decomposed(layer, moments[name], sensitive.get(name))
     if not outputs:
         raise ValueError(f"{type(model).__name__} has no layer that can be replaced: {left_alone}")
     return Candidates(outputs, rows, left_alone)
@@ -417,10 +422,13 @@ def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, 
     return "" if same else "it gives something else than its weight and bias say"
 
 
-def _decomposed(layer: Replaceable, moment: Tensor) -> OutputSVD:
+def _decomposed(layer: Replaceable, moment: Tensor, sensitivity: Tensor | None) -> OutputSVD | AnswerSVD:
     """Decompose a layer's outputs, given their moment; a convolution's weight is unfolded to (out, in·kh·kw)."""
     weight = layer.weight.detach().flatten(1)
-    return OutputSVD.of_outputs(weight.to(_precise(weight)), moment)
+    weight = weight.to(_precise(weight))
+    if sensitivity is None:
+        return OutputSVD.of_outputs(weight, moment)
+    return AnswerSVD.of_outputs(weight, moment, sensitivity)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

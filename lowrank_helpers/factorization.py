@@ -3,8 +3,8 @@
 Three ways to the factors: the truncated SVD, which is the optimum (Eckart & Young 1936); gradient steps that
 alternate between B and C; and alternating least squares, which solves for each factor exactly in turn.
 
-Two errors to be least: that of the matrix, ‖A − B·C‖_F, and that of what a layer puts out, ‖(A − B·C)·X‖_F over its
-inputs X, of which it is enough to know the second moment X·Xᵀ/N.
+Three errors to be least: that of the matrix, ‖A − B·C‖_F; that of what a layer puts out, ‖(A − B·C)·X‖_F over its
+inputs X, of which it is enough to know the second moment X·Xᵀ/N; and that of the network's answers, to first order.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from lowrank_helpers.models import FactorizedLinear, linear_layers
 from lowrank_helpers.training import spending
 
+NO_SENSITIVITY = 1e-7  # of the largest one: what is smaller is rounding
 MOMENT_BATCH = 2048  # rows of a batch while moments are taken: large enough for full speed
 
 
@@ -273,6 +274,51 @@ class OutputSVD(NamedTuple):
         return Factors(directions @ projected.B, projected.C, [])
 
 
+class AnswerSVD(NamedTuple):
+    """The directions of a layer's outputs, by what their loss changes in the answers of the network.
+
+    A change Δ of a layer's outputs changes the answers by J·Δ to first order, J being their derivative. Taken as
+    independent of each other, the two make a mean square of tr(G·E[Δ·Δᵀ]) with G = E[Jᵀ·J]: the approximation of
+    K-FAC (Martens & Grosse 2015, arXiv 1503.05671, section 3). With a root W of it, Wᵀ·W = G, that is the mean square
+    of W·Δ; so what :class:`OutputSVD` does for A·X is done here for W·A·X: B = W⁻¹·P and C = Pᵀ·W·A.
+
+    Attributes
+    ----------
+    back : Tensor, shape (n, k), float64
+        W⁻¹·P, the pseudo-inverse where nothing depends on a direction; k = min(n, m).
+    s : Tensor, shape (k,), float64
+        The root mean square of what each direction does to the answers, the largest first.
+    forth : Tensor, shape (k, n), float64
+        Pᵀ·W.
+    A : Tensor, shape (n, m)
+        The matrix.
+    """
+
+    back: Tensor
+    s: Tensor
+    forth: Tensor
+    A: Tensor
+
+    @classmethod
+    @spending("factorising")
+    def of_outputs(cls, A: Tensor, moment: Tensor, sensitivity: Tensor) -> "AnswerSVD":
+        """Decompose the outputs of A (n, m), given their second moment (n, n) and E[Jᵀ·J] (n, n), both float64."""
+        values, vectors = torch.linalg.eigh(sensitivity)
+        root = values.clamp_min(0).sqrt()
+        inverse = torch.where(values > NO_SENSITIVITY * values.max(), 1 / root, 0)
+        W = root[:, None] * vectors.T
+        squares, P = torch.linalg.eigh(W @ moment @ W.T)
+        P = P.flip(1)[:, : min(A.shape)]
+        return cls(vectors @ (inverse[:, None] * P), squares.flip(0)[: P.shape[1]].clamp_min(0).sqrt(), P.T @ W, A)
+
+    def factors(self, rank: int) -> Factors:
+        """Return the factors of that rank with the least error of the answers, balanced: BᵀB = C·Cᵀ."""
+        check_rank(rank, self.A.shape)
+        Q, R = torch.linalg.qr(self.back[:, :rank])
+        balanced = SVD.of(R @ self.forth[:rank] @ self.A.double()).factors(rank)
+        return Factors((Q @ balanced.B).to(self.A), balanced.C.to(self.A), [])
+
+
 def fitted_factors(A: Tensor, moment: Tensor, rank: int) -> Factors:
     """Return the factors of A (n, m) with the least ‖(A − B·C)·X‖_F, for inputs of second moment X·Xᵀ/N (m, m).
 
@@ -342,8 +388,84 @@ def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> d
     return {name: sums[name] / count for name, count in counts.items()}
 
 
-def decompose(model: nn.Module, moments: Mapping[str, Tensor] | None = None) -> dict[str, Decomposition]:
+@spending("factorising")
+def sensitivities(
+    model: nn.Module, inputs: Tensor, names: Collection[str], *, batch_size: int = MOMENT_BATCH
+) -> dict[str, Tensor]:
+    """Return how a model's answers depend on what each named layer puts out: E[Jᵀ·J], J being their derivative.
+
+    For each input the answers are multiplied by standard normal numbers, and the gradient of the sum is a draw of a
+    vector whose second moment is Jᵀ·J. The numbers are taken to have no mean over the classes, since adding a constant
+    to all logits changes no probability.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In the mode that it is in. Maps inputs to (N, …, n_classes).
+    inputs : Tensor, shape (N, …)
+    names : collection of str
+        Linear layers, or convolutions in two dimensions, by dotted name.
+    batch_size : int
+        Inputs at a time; all that the model computes for them is kept meanwhile.
+
+    Returns
+    -------
+    dict of str to Tensor
+        (n, n) each, float64, in the order of ``names``, summed over the places where a layer is used for one input.
+
+    Raises
+    ------
+    ValueError
+        The answers do not depend on the layers in a way that can be differentiated.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[1].weight.copy_(torch.diag(torch.tensor([1.0, 0.0])))  # the second output is never looked at
+    >>> sensitivities(model, torch.ones(1000, 2), ["0"])["0"].round(decimals=1).tolist()
+    [[0.5, 0.0], [0.0, 0.0]]
+    """
+    layers = dict(model.named_modules())
+    sums = dict.fromkeys(names, torch.zeros(()))
+    seen: list[tuple[str, Tensor]] = []
+
+    def watch(name: str, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:  # all before it is frozen
+            output = output.detach().requires_grad_()
+        seen.append((name, output))
+        return output.clone()  # the model may change it in place
+
+    hooks = [layers[name].register_forward_hook(partial(watch, name)) for name in names]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for batch in inputs.split(batch_size):
+            seen.clear()
+            with torch.enable_grad():
+                answers = model(batch)
+                draw = torch.randn(answers.shape, generator=generator).to(answers)
+                total = (answers * (draw - draw.mean(dim=-1, keepdim=True) if draw.shape[-1] > 1 else draw)).sum()
+                gradients = torch.autograd.grad(total, [output for _, output in seen], materialize_grads=True)
+            for (name, _), gradient in zip(seen, gradients, strict=True):
+                rows = gradient.movedim(-3, -1) if isinstance(layers[name], nn.Conv2d) else gradient
+                rows = rows.flatten(0, -2).to(torch.promote_types(rows.dtype, torch.float32))
+                sums[name] = sums[name] + (rows.T @ rows).double()
+    except RuntimeError as error:
+        raise ValueError(f"the answers of {type(model).__name__} cannot be differentiated: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / len(inputs) for name, total in sums.items()}
+
+
+def decompose(
+    model: nn.Module,
+    moments: Mapping[str, Tensor] | None = None,
+    sensitive: Mapping[str, Tensor] | None = None,
+) -> dict[str, Decomposition]:
     """Decompose every ``nn.Linear`` of a model: its weight or, for a layer whose moment is given, its outputs.
+
+    For a layer whose sensitivity is given too, as of :func:`sensitivities`, its outputs are weighed by it.
 
     Examples
     --------
@@ -351,11 +473,15 @@ def decompose(model: nn.Module, moments: Mapping[str, Tensor] | None = None) -> 
     >>> {name: len(svd.s) for name, svd in decompose(model).items()}
     {'0': 16, '2': 4}
     """
-    moments = moments or {}
-    return {
-        name: OutputSVD.of(layer.weight, moments[name]) if name in moments else SVD.of(layer.weight)
-        for name, layer in linear_layers(model).items()
-    }
+    moments, sensitive = moments or {}, sensitive or {}
+
+    def decomposed(name: str, A: Tensor) -> Decomposition:
+        if name in sensitive:
+            outputs = A.double() @ moments[name] @ A.double().T
+            return AnswerSVD.of_outputs(A, outputs, sensitive[name])
+        return OutputSVD.of(A, moments[name]) if name in moments else SVD.of(A)
+
+    return {name: decomposed(name, layer.weight.detach()) for name, layer in linear_layers(model).items()}
 
 
 def factorize_in_turn(model: nn.Module, ranks: Mapping[str, int], inputs: Tensor) -> nn.Module:

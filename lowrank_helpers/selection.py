@@ -35,8 +35,8 @@ class Layer:
     weights : array of shape (min(n, m),)
         The matrix's singular values, largest first.
     outputs : array of shape (min(n, m),)
-        The root mean square of its outputs along their principal directions, as of ``factorization.OutputSVD``;
-        where no data are known, ``weights`` again.
+        The root mean square of its outputs along their principal directions, as of ``factorization.OutputSVD``, or
+        of what they do to the network's answers, as of ``AnswerSVD``; where no data are known, ``weights`` again.
     uses : float
         How often the matrix is used for one input: 1 counts parameters; for multiplications, the positions of a
         convolution.
@@ -95,7 +95,7 @@ class Choice:
 def layers_of(
     weights: Mapping[str, Decomposition], outputs: Mapping[str, Decomposition] | None = None
 ) -> dict[str, Layer]:
-    """Return what to choose among, from ``decompose(model)`` and ``decompose(model, moments)``."""
+    """Return what to choose among, from ``decompose(model)`` and ``decompose(model, moments, …)``."""
     outputs = outputs or weights
     return {
         name: Layer(_shape(svd), svd.s.double().cpu().numpy(), outputs[name].s.double().cpu().numpy())
@@ -139,6 +139,14 @@ def by_output_error(layer: Layer) -> Array:
     Taking the greatest first is the optimum for a sum of concave curves, up to the last step (Everett 1963).
     """
     return -np.diff(layer.errors) / layer.costs
+
+
+def by_answer_error(layer: Layer) -> Array:
+    """Answer error: what a step takes off the square of the answers' error, which all layers share, per parameter.
+
+    For ``outputs`` as of ``factorization.AnswerSVD``: others have another unit in each layer.
+    """
+    return by_output_error(layer) * np.sum(layer.outputs**2)
 
 
 def by_noise(layer: Layer) -> Array:
@@ -268,6 +276,7 @@ WAYS: dict[str, Callable[[Mapping[str, Layer], float, Score | None], Choice]] = 
     "energy": lambda layers, budget, score: take(layers, budget, by_energy),
     "Gavish–Donoho": lambda layers, budget, score: take(layers, budget, by_noise),
     "output error": lambda layers, budget, score: take(layers, budget, by_output_error),
+    "answer error": lambda layers, budget, score: take(layers, budget, by_answer_error),
     "validation": search,
 }
 

@@ -123,6 +123,17 @@ def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budge
     assert report.parameters.after > 0.8 * limit
 
 
+def test_by_answers_factors_lose_less_of_the_logits_than_by_outputs(trained, digits_held_out):
+    images = digits_held_out.train_images[:1000]
+    wanted, ranks = trained(images), {"conv2": 4, "fc1": 4}
+
+    def lost(found):
+        logits = replaced(trained, {name: found.outputs[name].factors(rank) for name, rank in ranks.items()})(images)
+        return (logits - wanted - (logits - wanted).mean(dim=1, keepdim=True)).square().mean().item()
+
+    assert lost(candidates(trained, images, by_answers=True)) < 0.9 * lost(candidates(trained, images))
+
+
 def test_a_budget_of_flops_is_kept_as_pytorch_counts_them(trained, digits_held_out):
     _, report = compress(trained, digits_held_out, 0.5, of="flops")
     by_hand = 2 * (14**2 * 8 * 9 + 7**2 * 12 * 72 + 588 * 24 + 240)

@@ -11,6 +11,7 @@ from torch import nn
 from lowrank_helpers import factorization
 from lowrank_helpers.factorization import (
     SVD,
+    AnswerSVD,
     OutputSVD,
     alternating_gradient_descent,
     alternating_least_squares,
@@ -21,6 +22,7 @@ from lowrank_helpers.factorization import (
     fitted_factors,
     input_moments,
     optimal_errors,
+    sensitivities,
     truncated_svd,
 )
 from lowrank_helpers.models import FactorizedLinear, linear_layers, mlp, n_parameters
@@ -235,6 +237,63 @@ def test_least_squares_for_outputs_reaches_the_closed_form():
     for r in (1, 7, 20):
         errors = alternating_least_squares(A, r, sweeps=200, moment=_moment(X)).errors
         assert errors[-1] == pytest.approx(_optimum_over(A, X, r), rel=1e-3, abs=1e-6)
+
+
+@given(_matrix_inputs_and_rank(), st.integers(1, 12))
+def test_factors_by_answers_reach_eckart_and_youngs_error_of_the_answers(case, n_answers):
+    A, X, r = case
+    J = _matrix(n_answers, len(A), seed=7)  # fewer answers than outputs: some directions change nothing
+    svd = AnswerSVD.of_outputs(A, A @ _moment(X) @ A.T, J.T @ J)
+    factors = svd.factors(r)
+    s = scipy.linalg.svdvals((J @ A @ X).numpy()) / X.shape[1] ** 0.5
+    best, scale = np.linalg.norm(s[r:]), np.linalg.norm(s)
+    error = (J @ (A - factors.product) @ X).norm().item() / X.shape[1] ** 0.5
+    assert error == pytest.approx(best, abs=1e-5 * scale)
+    assert optimal_errors(svd.s)[r].item() == pytest.approx(best, abs=1e-5 * scale)
+    assert factors.B.shape == (len(A), r) and factors.C.shape == (r, A.shape[1])
+    torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-6 * scale, rtol=1e-6)
+
+
+def test_where_all_outputs_matter_alike_factors_by_answers_are_those_by_outputs():
+    A, X = _matrix(12, 9), _matrix(9, 20, seed=1)
+    svd = AnswerSVD.of_outputs(A, A @ _moment(X) @ A.T, 4 * torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(svd.factors(4).product, fitted_factors(A, _moment(X), 4).product)
+    torch.testing.assert_close(svd.s, 2 * OutputSVD.of(A, _moment(X)).s)
+
+
+def _convolutional(inplace):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 2), nn.ReLU(inplace=inplace), nn.Flatten(), nn.Linear(27, 5),
+        nn.ReLU(inplace=inplace), nn.Linear(5, 4),
+    ).double()  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_sensitivities_are_the_squared_jacobians_of_the_logits_without_their_mean(inplace, frozen):
+    model = _convolutional(inplace).requires_grad_(not frozen)
+    x = _matrix(3, 16)
+    after = {"1": _convolutional(False)[2:], "4": _convolutional(False)[5:], "6": nn.Identity()}
+    found = sensitivities(model, x.repeat(4000, 1), ["6", "1", "4"], batch_size=700)
+    assert list(found) == ["6", "1", "4"]
+    for name, rest in after.items():
+        outputs = _convolutional(False)[: int(name) + 1](x).detach()
+        expected = 0
+        for output in outputs:
+            J = torch.func.jacrev(lambda one, rest=rest: rest(one[None])[0])(output)
+            J = (J - J.mean(dim=0)).reshape(4, len(output), -1)
+            expected = expected + torch.einsum("kip,kjp->ij", J, J) / len(x)
+        torch.testing.assert_close(found[name], expected.double(), rtol=0, atol=0.06 * expected.abs().max().item())
+    assert not any(layer._forward_hooks for layer in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_answers_that_cannot_be_differentiated_are_refused():
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.register_forward_hook(lambda layer, arguments, output: output.detach())
+    with pytest.raises(ValueError, match="the answers of Sequential cannot be differentiated"):
+        sensitivities(model, torch.ones(2, 3), ["0"])
 
 
 def test_with_white_inputs_the_fit_is_the_truncated_svd():

@@ -124,6 +124,23 @@ def test_by_output_error_no_choice_that_costs_as_little_errs_less(seed, budget):
     assert found.error <= min(c.error for c in choices if c.parameters <= found.parameters) + 1e-12
 
 
+@given(st.integers(0, 30), st.integers(20, 100))
+def test_by_answer_error_no_choice_that_costs_as_little_errs_less_in_all(seed, budget):
+    layers = {f"fc{i}": _layer(n, m, 10 * seed + i) for i, (n, m) in enumerate([(6, 9), (5, 5)])}
+    budget = max(budget, _least(layers))
+    found = WAYS["answer error"](layers, budget, None)
+    if not found.ranks or found.ranks.keys() != layers.keys():
+        return  # the last step, to dense, is not concave
+    every = [range(1, layer.largest_rank + 1) for layer in layers.values()]
+    choices = [dict(zip(layers, ranks, strict=True)) for ranks in itertools.product(*every)]
+    affordable = [ranks for ranks in choices if choice_of(layers, ranks).parameters <= found.parameters]
+    assert _squared_error(layers, found.ranks) <= min(_squared_error(layers, ranks) for ranks in affordable) + 1e-12
+
+
+def _squared_error(layers, ranks):
+    return sum((layers[name].outputs[rank:] ** 2).sum() for name, rank in ranks.items())
+
+
 def test_the_predicted_error_is_that_of_the_outputs():
     model, layers, x = _trained_like()
     moments = input_moments(model, x, linear_layers(model))
