@@ -135,12 +135,12 @@ def compress(
     budget: float,
     *,
     of: str = "parameters",
-    way: str = "output error",
+    way: str = "answer error",
     latency_batch: int = 64,
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model, made of PyTorch's own layers, and what was done.
 
-    Every ``nn.Linear`` and ``nn.Conv2d`` may become two, with factors fitted to its outputs on at most
+    Every ``nn.Linear`` and ``nn.Conv2d`` may become two, with factors that change the model's answers least on at most
     ``CALIBRATION`` training images. Nothing is trained: tuning the result for a few epochs regains much of what
     is lost.
 
@@ -158,8 +158,8 @@ def compress(
     of : {"parameters", "flops", "accuracy", "latency"}
         What the budget is of. Latency is measured, here and now.
     way : str
-        How ranks are chosen: one of ``selection.WAYS``. With ``answer error`` the factors, too, are fitted to the
-        model's answers and not to each layer's outputs; that takes a backward pass.
+        How ranks are chosen: one of ``selection.WAYS``. The default takes a backward pass through the
+        model; with the others factors are fitted to each layer's outputs.
     latency_batch : int
         Images in the batch whose latency is measured: for the report once, which takes a few answers of both models.
 
