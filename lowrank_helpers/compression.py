@@ -312,7 +312,7 @@ def candidates(model: nn.Module, images: Tensor, *, by_answers: bool = False) ->
         moments, rows = _output_moments(model, layers, images)
         found = [name for name in layers if name in moments]
         fewer = max(1, _batch_size(images) // GRADIENT_SHARE)
-        sensitive = sensitivities(model, images, found, batch_size=fewer) if by_answers and found else {}
+        sensitive = sensitivities(model, images, found, batch_size=fewer) if by_answers else {}
         outputs = {}
         for name, layer in layers.items():
             if name not in moments:

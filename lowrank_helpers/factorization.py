@@ -416,7 +416,8 @@ def sensitivities(
     Raises
     ------
     ValueError
-        The answers do not depend on the layers in a way that can be differentiated.
+        There are no inputs, a name is no such layer of the model or one that is never called, or the answers cannot be
+        differentiated.
 
     Examples
     --------
@@ -426,8 +427,12 @@ def sensitivities(
     >>> sensitivities(model, torch.ones(1000, 2), ["0"])["0"].round(decimals=1).tolist()
     [[0.5, 0.0], [0.0, 0.0]]
     """
-    layers = dict(model.named_modules())
-    sums = dict.fromkeys(names, torch.zeros(()))
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    if unknown := set(names) - layers.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer or convolution; allowed: {', '.join(layers)}")
+    if not len(inputs):
+        raise ValueError("sensitivities need at least one input")
+    sums: dict[str, Tensor] = {}
     seen: list[tuple[str, Tensor]] = []
 
     def watch(name: str, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -445,17 +450,20 @@ def sensitivities(
                 answers = model(batch)
                 draw = torch.randn(answers.shape, generator=generator).to(answers)
                 total = (answers * (draw - draw.mean(dim=-1, keepdim=True) if draw.shape[-1] > 1 else draw)).sum()
-                gradients = torch.autograd.grad(total, [output for _, output in seen], materialize_grads=True)
+                outputs = [output for _, output in seen]
+                gradients = torch.autograd.grad(total, outputs, materialize_grads=True) if outputs else ()
             for (name, _), gradient in zip(seen, gradients, strict=True):
                 rows = gradient.movedim(-3, -1) if isinstance(layers[name], nn.Conv2d) else gradient
                 rows = rows.flatten(0, -2).to(torch.promote_types(rows.dtype, torch.float32))
-                sums[name] = sums[name] + (rows.T @ rows).double()
+                sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
     except RuntimeError as error:
         raise ValueError(f"the answers of {type(model).__name__} cannot be differentiated: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: total / len(inputs) for name, total in sums.items()}
+    if idle := set(names) - sums.keys():
+        raise ValueError(f"{', '.join(sorted(idle))}: the model does not call this layer")
+    return {name: sums[name] / len(inputs) for name in names}
 
 
 def decompose(

@@ -289,6 +289,18 @@ def test_sensitivities_are_the_squared_jacobians_of_the_logits_without_their_mea
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_sensitivities_of_wrong_layers_are_refused():
+    model = _convolutional(False)
+    with pytest.raises(ValueError, match="fc9: no linear layer or convolution; allowed: 1, 4, 6"):
+        sensitivities(model, _matrix(3, 16), ["fc9"])
+    with pytest.raises(ValueError, match="at least one input"):
+        sensitivities(model, _matrix(3, 16)[:0], ["1"])
+    idle = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    idle.forward = idle["a"].forward
+    with pytest.raises(ValueError, match="b: the model does not call this layer"):
+        sensitivities(idle, torch.ones(2, 3), ["a", "b"])
+
+
 def test_answers_that_cannot_be_differentiated_are_refused():
     model = nn.Sequential(nn.Linear(3, 2))
     model.register_forward_hook(lambda layer, arguments, output: output.detach())
