@@ -416,8 +416,8 @@ def sensitivities(
     Raises
     ------
     ValueError
-        There are no inputs, a name is no such layer of the model or one that is never called, or the answers cannot be
-        differentiated.
+        There are no inputs, a name is no such layer of the model or one that is never called, or the answers have no
+        derivative or no finite one.
 
     Examples
     --------
@@ -463,6 +463,8 @@ def sensitivities(
             hook.remove()
     if idle := set(names) - sums.keys():
         raise ValueError(f"{', '.join(sorted(idle))}: the model does not call this layer")
+    if endless := [name for name in names if not sums[name].isfinite().all()]:
+        raise ValueError(f"{', '.join(endless)}: the derivative of the answers is NaN or infinite there")
     return {name: sums[name] / len(inputs) for name in names}
 
 

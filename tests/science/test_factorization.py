@@ -306,6 +306,10 @@ def test_answers_that_cannot_be_differentiated_are_refused():
     model.register_forward_hook(lambda layer, arguments, output: output.detach())
     with pytest.raises(ValueError, match="the answers of Sequential cannot be differentiated"):
         sensitivities(model, torch.ones(2, 3), ["0"])
+    steep = nn.Sequential(nn.Linear(3, 2))
+    steep.register_forward_hook(lambda layer, arguments, output: output.clamp_min(0).sqrt())
+    with pytest.raises(ValueError, match="0: the derivative of the answers is NaN or infinite there"):
+        sensitivities(steep, torch.randn(20, 3), ["0"])
 
 
 def test_with_white_inputs_the_fit_is_the_truncated_svd():
