@@ -306,7 +306,8 @@ def test_answers_that_cannot_be_differentiated_are_refused():
     model.register_forward_hook(lambda layer, arguments, output: output.detach())
     with pytest.raises(ValueError, match="the answers of Sequential cannot be differentiated"):
         sensitivities(model, torch.ones(2, 3), ["0"])
-    steep = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    steep = nn.Sequential(nn.Linear(3, 2), nn.Identity())
+    nn.utils.vector_to_parameters(torch.zeros(8), steep.parameters())
     steep[1].register_forward_hook(lambda layer, arguments, output: output.sqrt())
     with pytest.raises(ValueError, match="0: the derivative of the answers is NaN or infinite there"):
         sensitivities(steep, torch.randn(20, 3), ["0"])
