@@ -15,7 +15,8 @@ from lowrank_helpers import training
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.run import Run, Training, histories_by_label
+from lowrank_helpers.series import run as run_module
+from lowrank_helpers.series.run import Run, Training, histories_by_label, rate_table
 
 COMMON = {"dataset": "digits", "data_dir": "", "seed": 3, "device": "cpu", "precision": "float32"}
 
@@ -68,6 +69,20 @@ def test_ids_that_are_no_items_are_refused(run, id):
 def test_a_recipe_takes_the_runs_seed_and_precision_unless_told_otherwise(run):
     assert (run.recipe(1, 8, 1e-3).seed, run.recipe(1, 8, 1e-3).precision) == (3, "float32")
     assert run.recipe(1, 8, 1e-3, seed=9).seed == 9
+
+
+def test_rates_are_those_of_the_notebook_and_their_table_shows_means_over_seeds(run, monkeypatch, tmp_path):
+    (tmp_path / "sweeps").mkdir()
+    rows = ["02/short,0.001,1,100,0.5,1", "02/short,0.001,1,101,0.7,1", "02/long,0.002,2,100,0.9,1"]
+    rows += ["02/long,0.002,2,101,0.92,1", "bonus/02/short,0.001,1,100,0.1,1"]
+    header = "arm,learning_rate,epochs,seed,validation_accuracy,validation_loss"
+    (tmp_path / "sweeps" / "rates.csv").write_text("\n".join([header, *rows]))
+    monkeypatch.setattr(run_module, "PROJECT", tmp_path)
+    rates = run.rates()
+    assert rates[["arm", "learning_rate", "seed", "accuracy"]].values.tolist()[1] == ["short", 0.001, 101, 70]
+    table = rate_table(rates)
+    assert table.to_dict() == {0.001: {"long": "", "short": "60.00"}, 0.002: {"long": "91.00", "short": ""}}
+    assert table.index.name == "validation accuracy (%), mean of 2 seeds"
 
 
 def test_the_same_training_is_done_once(run):
