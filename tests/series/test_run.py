@@ -14,8 +14,8 @@ from IPython.utils.capture import capture_output
 from lowrank_helpers import training
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.models import mlp
-from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series import run as run_module
+from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.run import Run, Training, histories_by_label, rate_table
 
 COMMON = {"dataset": "digits", "data_dir": "", "seed": 3, "device": "cpu", "precision": "float32"}
