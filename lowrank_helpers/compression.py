@@ -23,7 +23,15 @@ from tqdm.auto import tqdm
 
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
-from lowrank_helpers.factorization import AnswerSVD, Factors, OutputSVD, sensitivities, substitute
+from lowrank_helpers.factorization import (
+    AnswerSVD,
+    Factors,
+    OutputSVD,
+    output_rows,
+    precise,
+    sensitivities,
+    substitute,
+)
 from lowrank_helpers.models import linear_layers, n_parameters
 from lowrank_helpers.rank import singular_values, times
 from lowrank_helpers.selection import WAYS, Choice, Layer, choice_of, smallest
@@ -158,8 +166,8 @@ def compress(
     of : {"parameters", "flops", "accuracy", "latency"}
         What the budget is of. Latency is measured, here and now.
     way : str
-        How ranks are chosen: one of ``selection.WAYS``. The default takes a backward pass through the
-        model; with the others factors are fitted to each layer's outputs.
+        How ranks are chosen: one of ``selection.WAYS``. The default takes a backward pass through the model; with the
+        others factors are fitted to each layer's outputs.
     latency_batch : int
         Images in the batch whose latency is measured: for the report once, which takes a few answers of both models.
 
@@ -388,10 +396,8 @@ def _output_moments(
     rows = dict.fromkeys(layers, 0.0)
 
     def add(name: str, layer: Replaceable, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            output = output.movedim(-3, -1)
-        found = output.flatten(0, -2) - (0 if layer.bias is None else layer.bias)
-        found = found.to(_precise(found))
+        found = output_rows(layer, output) - (0 if layer.bias is None else layer.bias)
+        found = found.to(precise(found))
         sums[name] = sums.get(name, 0) + (found.T @ found).double()
         rows[name] += len(found)
 
@@ -425,15 +431,10 @@ def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, 
 def _decomposed(layer: Replaceable, moment: Tensor, sensitivity: Tensor | None) -> OutputSVD | AnswerSVD:
     """Decompose a layer's outputs, given their moment; a convolution's weight is unfolded to (out, in·kh·kw)."""
     weight = layer.weight.detach().flatten(1)
-    weight = weight.to(_precise(weight))
+    weight = weight.to(precise(weight))
     if sensitivity is None:
         return OutputSVD.of_outputs(weight, moment)
     return AnswerSVD.of_outputs(weight, moment, sensitivity)
-
-
-def _precise(tensor: Tensor) -> torch.dtype:
-    """Return the precision to decompose in: float32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @torch.no_grad()

@@ -216,6 +216,18 @@ def truncated_svd(A: Tensor, rank: int) -> Factors:
     return SVD.of(A).factors(rank)
 
 
+def _output_moment(A: Tensor, moment: Tensor) -> Tensor:
+    """Return the second moment (n, n), float64, of A·X for inputs of second moment (m, m), if that can be one."""
+    if moment.shape != (A.shape[1], A.shape[1]):
+        raise ValueError(
+            f"the moment of inputs of a {A.shape[0]}×{A.shape[1]} matrix must be {A.shape[1]}×{A.shape[1]}, "
+            f"not {tuple(moment.shape)}"
+        )
+    if not moment.isfinite().all():
+        raise ValueError("the moment holds NaN or infinite entries")
+    return A.double() @ moment.double() @ A.double().T
+
+
 class OutputSVD(NamedTuple):
     """The directions of a layer's outputs, by their size over its inputs: factors that fit the outputs are cut from it.
 
@@ -249,14 +261,7 @@ class OutputSVD(NamedTuple):
             The moment is not (m, m), or holds NaN or infinity.
         """
         A = A.detach()
-        if moment.shape != (A.shape[1], A.shape[1]):
-            raise ValueError(
-                f"the moment of inputs of a {A.shape[0]}×{A.shape[1]} matrix must be {A.shape[1]}×{A.shape[1]}, "
-                f"not {tuple(moment.shape)}"
-            )
-        if not moment.isfinite().all():
-            raise ValueError("the moment holds NaN or infinite entries")
-        return cls.of_outputs(A, A.double() @ moment.double() @ A.double().T)
+        return cls.of_outputs(A, _output_moment(A, moment))
 
     @classmethod
     @spending("factorising")
@@ -388,6 +393,16 @@ def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> d
     return {name: sums[name] / count for name, count in counts.items()}
 
 
+def output_rows(layer: nn.Module, output: Tensor) -> Tensor:
+    """Return what a layer puts out, or a gradient for it, as rows: one a place, of a convolution's channels."""
+    return (output.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else output).flatten(0, -2)
+
+
+def precise(tensor: Tensor) -> torch.dtype:
+    """Return the precision to sum and to decompose in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 @spending("factorising")
 def sensitivities(
     model: nn.Module, inputs: Tensor, names: Collection[str], *, batch_size: int = MOMENT_BATCH
@@ -453,8 +468,8 @@ def sensitivities(
                 outputs = [output for _, output in seen]
                 gradients = torch.autograd.grad(total, outputs, materialize_grads=True) if outputs else ()
             for (name, _), gradient in zip(seen, gradients, strict=True):
-                rows = gradient.movedim(-3, -1) if isinstance(layers[name], nn.Conv2d) else gradient
-                rows = rows.flatten(0, -2).to(torch.promote_types(rows.dtype, torch.float32))
+                rows = output_rows(layers[name], gradient)
+                rows = rows.to(precise(rows))
                 sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
     except RuntimeError as error:
         raise ValueError(f"the answers of {type(model).__name__} cannot be differentiated: {error}") from error
@@ -487,8 +502,7 @@ def decompose(
 
     def decomposed(name: str, A: Tensor) -> Decomposition:
         if name in sensitive:
-            outputs = A.double() @ moments[name] @ A.double().T
-            return AnswerSVD.of_outputs(A, outputs, sensitive[name])
+            return AnswerSVD.of_outputs(A, _output_moment(A, moments[name]), sensitive[name])
         return OutputSVD.of(A, moments[name]) if name in moments else SVD.of(A)
 
     return {name: decomposed(name, layer.weight.detach()) for name, layer in linear_layers(model).items()}

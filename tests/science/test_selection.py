@@ -112,33 +112,24 @@ def test_noise_meets_gavish_and_donoho_at_their_threshold():
     assert WAYS["Gavish–Donoho"](layers, choice_of(layers, wanted).parameters, None).ranks == wanted
 
 
+def _squared_error(layers, choice):
+    return sum((layers[name].outputs[rank:] ** 2).sum() for name, rank in choice.ranks.items())
+
+
+@pytest.mark.parametrize(
+    ("way", "error"), [("output error", lambda layers, choice: choice.error), ("answer error", _squared_error)]
+)
 @given(st.integers(0, 30), st.integers(20, 100))
-def test_by_output_error_no_choice_that_costs_as_little_errs_less(seed, budget):
+def test_by_an_error_no_choice_that_costs_as_little_errs_less(way, error, seed, budget):
     layers = {f"fc{i}": _layer(n, m, 10 * seed + i) for i, (n, m) in enumerate([(6, 9), (5, 5)])}
     budget = max(budget, _least(layers))
-    found = WAYS["output error"](layers, budget, None)
+    found = WAYS[way](layers, budget, None)
     if not found.ranks or found.ranks.keys() != layers.keys():
         return  # the last step, to dense, is not concave
     every = [range(1, layer.largest_rank + 1) for layer in layers.values()]
     choices = [choice_of(layers, dict(zip(layers, ranks, strict=True))) for ranks in itertools.product(*every)]
-    assert found.error <= min(c.error for c in choices if c.parameters <= found.parameters) + 1e-12
-
-
-@given(st.integers(0, 30), st.integers(20, 100))
-def test_by_answer_error_no_choice_that_costs_as_little_errs_less_in_all(seed, budget):
-    layers = {f"fc{i}": _layer(n, m, 10 * seed + i) for i, (n, m) in enumerate([(6, 9), (5, 5)])}
-    budget = max(budget, _least(layers))
-    found = WAYS["answer error"](layers, budget, None)
-    if not found.ranks or found.ranks.keys() != layers.keys():
-        return  # the last step, to dense, is not concave
-    every = [range(1, layer.largest_rank + 1) for layer in layers.values()]
-    choices = [dict(zip(layers, ranks, strict=True)) for ranks in itertools.product(*every)]
-    affordable = [ranks for ranks in choices if choice_of(layers, ranks).parameters <= found.parameters]
-    assert _squared_error(layers, found.ranks) <= min(_squared_error(layers, ranks) for ranks in affordable) + 1e-12
-
-
-def _squared_error(layers, ranks):
-    return sum((layers[name].outputs[rank:] ** 2).sum() for name, rank in ranks.items())
+    affordable = [choice for choice in choices if choice.parameters <= found.parameters]
+    assert error(layers, found) <= min(error(layers, choice) for choice in affordable) + 1e-12
 
 
 def test_the_predicted_error_is_that_of_the_outputs():
