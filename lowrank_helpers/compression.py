@@ -27,6 +27,7 @@ from lowrank_helpers.factorization import (
     AnswerSVD,
     Factors,
     OutputSVD,
+    check_names,
     output_rows,
     precise,
     sensitivities,
@@ -454,8 +455,7 @@ def replaced(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         A name is no linear layer or convolution of the model.
     """
     layers = _replaceable(model)
-    if unknown := factors.keys() - layers.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer or convolution; allowed: {', '.join(layers)}")
+    check_names(factors, layers, "linear layer or convolution")
     copy = deepcopy(model)
     if factors:
         _use_no_fused_code(copy)

@@ -49,6 +49,12 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> None:
         raise ValueError(f"rank {rank} is impossible for a {shape[0]}×{shape[1]} matrix; allowed: 1 to {min(shape)}")
 
 
+def check_names(names: Collection[str], layers: Mapping[str, nn.Module], kind: str) -> None:
+    """Raise ``ValueError`` unless all names are those of layers, which are of that kind."""
+    if unknown := set(names) - layers.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no {kind}; allowed: {', '.join(layers)}")
+
+
 def optimal_errors(s: Tensor) -> Tensor:
     """Return the least ‖A − B·C‖_F at ranks 0 … len(s), √(Σ_{i>r} σᵢ²) (Eckart & Young 1936).
 
@@ -337,6 +343,11 @@ def fitted_factors(A: Tensor, moment: Tensor, rank: int) -> Factors:
     return OutputSVD.of(A, moment).factors(rank)
 
 
+def _check_called(names: Collection[str], measured: Mapping[str, Tensor]) -> None:
+    if idle := set(names) - measured.keys():
+        raise ValueError(f"{', '.join(sorted(idle))}: the model does not call this layer")
+
+
 @spending("factorising")
 @torch.no_grad()
 def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> dict[str, Tensor]:
@@ -369,8 +380,7 @@ def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> d
     [[0.5, 0.0], [0.0, 0.5]]
     """
     layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, FactorizedLinear))}
-    if unknown := set(names) - layers.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer of the model; allowed: {', '.join(layers)}")
+    check_names(names, layers, "linear layer of the model")
     if not len(inputs):
         raise ValueError("moments need at least one input")
     sums: dict[str, Tensor] = {}
@@ -388,8 +398,7 @@ def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> d
     finally:
         for hook in hooks:
             hook.remove()
-    if idle := counts.keys() - sums.keys():
-        raise ValueError(f"{', '.join(sorted(idle))}: the model does not call this layer")
+    _check_called(counts, sums)
     return {name: sums[name] / count for name, count in counts.items()}
 
 
@@ -443,8 +452,7 @@ def sensitivities(
     [[0.5, 0.0], [0.0, 0.0]]
     """
     layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    if unknown := set(names) - layers.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer or convolution; allowed: {', '.join(layers)}")
+    check_names(names, layers, "linear layer or convolution")
     if not len(inputs):
         raise ValueError("sensitivities need at least one input")
     sums: dict[str, Tensor] = {}
@@ -476,8 +484,7 @@ def sensitivities(
     finally:
         for hook in hooks:
             hook.remove()
-    if idle := set(names) - sums.keys():
-        raise ValueError(f"{', '.join(sorted(idle))}: the model does not call this layer")
+    _check_called(names, sums)
     if endless := [name for name in names if not sums[name].isfinite().all()]:
         raise ValueError(f"{', '.join(endless)}: the derivative of the answers is NaN or infinite there")
     return {name: sums[name] / len(inputs) for name in names}
@@ -592,8 +599,7 @@ def _replace(
     model: nn.Module, ranks: Mapping[str, int], factors_of: Callable[[str, nn.Linear, int], Factors]
 ) -> nn.Module:
     layers = linear_layers(model)
-    if unknown := ranks.keys() - layers.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no linear layer of the model; allowed: {', '.join(layers)}")
+    check_names(ranks, layers, "linear layer of the model")
     copy = deepcopy(model)
     for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
         check_rank(ranks[name], layers[name].weight.shape)
