@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_helpers.data import checksum
-from lowrank_helpers.factorization import check_rank, substitute, truncated_svd
+from lowrank_helpers.factorization import check_names, check_rank, substitute, truncated_svd
 from lowrank_helpers.models import linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -144,8 +144,7 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
         raise ValueError(f"layers {', '.join(adapters(model))} have adapters already; merge or remove them first")
     copy = deepcopy(model).requires_grad_(False)
     layers = linear_layers(copy)
-    if unknown := [name for name in ranks if name not in layers]:
-        raise ValueError(f"{', '.join(unknown)}: no linear layer of the model; allowed: {', '.join(layers)}")
+    check_names(ranks, layers, "linear layer of the model")
     generator = torch.Generator().manual_seed(seed)
     for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
         layer = layers[name]

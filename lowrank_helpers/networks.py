@@ -67,10 +67,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (n, n_tokens, width) to the same shape."""
-        heads = (
+        query, key, value = (
             layer(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        # Not F.scaled_dot_product_attention, which takes 2.5 times as long on a CPU in bfloat16 for a few tokens.
+        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        return self.out((weights @ value).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

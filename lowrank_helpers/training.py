@@ -102,7 +102,7 @@ class Recipe:
     learning_rate : float
         Of the first step.
     scores_per_epoch : int
-        How often in an epoch the network is scored, at equal distances.
+        How often in an epoch the network is scored, at equal distances; 0 for only before the training and after it.
     seed : int
         Shuffles the samples; initialisation has its own.
     frobenius_decay : float
@@ -124,10 +124,10 @@ class Recipe:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.scores_per_epoch < 1:
+        if self.epochs < 1 or self.batch_size < 1 or self.scores_per_epoch < 0:
             raise ValueError(
-                f"epochs {self.epochs}, batch_size {self.batch_size} and scores_per_epoch {self.scores_per_epoch} "
-                "must be at least 1"
+                f"epochs {self.epochs} and batch_size {self.batch_size} must be at least 1, and scores_per_epoch "
+                f"{self.scores_per_epoch} at least 0"
             )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate {self.learning_rate} must be a positive number")
@@ -292,7 +292,8 @@ def fit(
     steps_per_epoch = math.ceil(len(labels) / recipe.batch_size)
     n_steps = recipe.epochs * steps_per_epoch
     step = 0
-    pauses = {round((i + 1) * steps_per_epoch / recipe.scores_per_epoch) for i in range(recipe.scores_per_epoch)}
+    n_scores = max(1, recipe.epochs * recipe.scores_per_epoch)
+    pauses = {round((i + 1) * n_steps / n_scores) for i in range(n_scores)}
     history = History()
     # tqdm reads TQDM_DISABLE by itself in a terminal, but not in a notebook.
     hidden = "TQDM_DISABLE" in os.environ
@@ -305,18 +306,18 @@ def fit(
         start, processor_start, processor_seconds = clock(), time.thread_time(), 0.0
         for epoch in range(1, recipe.epochs + 1):
             order = batches(len(labels), recipe.batch_size, seed=recipe.seed, epoch=epoch, device=device)
-            for i, index in enumerate(order, start=1):
+            for index in order:
                 if stop and stop.is_set():
                     raise CancelledError
                 give_way()
                 steps.take(index, learning_rate=recipe.learning_rate * (1 - step / n_steps))
                 step += 1
-                if i in pauses:
+                bar.update()
+                if step in pauses:
                     synchronise(device)
                     seconds = history.seconds[-1] + clock() - start
                     processor_seconds += time.thread_time() - processor_start
                     _record(history, model, scored, recipe.precision, epochs=step / steps_per_epoch, seconds=seconds)
-                    bar.update(step - bar.n)
                     bar.set_postfix(test_accuracy=f"{history.accuracy['test'][-1]:.2%}")
                     start, processor_start = clock(), time.thread_time()
         _record_whole(

@@ -167,6 +167,14 @@ def test_a_network_is_scored_at_equal_distances_within_epochs(digits):
     assert np.all(np.diff(history.seconds) > 0)
 
 
+def test_a_network_may_be_scored_only_before_its_training_and_after(digits):
+    model, same = _model(), _model()
+    history = fit(model, digits, Recipe(3, 100, 1e-3, scores_per_epoch=0))
+    expected = fit(same, digits, Recipe(3, 100, 1e-3))
+    assert history.epochs == [0, 3] and torch.equal(_weights(model), _weights(same))
+    assert history.accuracy["test"] == [expected.accuracy["test"][0], expected.accuracy["test"][-1]]
+
+
 def test_a_large_training_set_is_scored_on_a_sample_and_in_the_end_as_a_whole(digits, monkeypatch):
     monkeypatch.setattr(training, "SCORED_EACH_TIME", 500)
     model = _model()
