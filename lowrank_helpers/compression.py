@@ -35,7 +35,7 @@ from lowrank_helpers.factorization import (
 )
 from lowrank_helpers.models import linear_layers, n_parameters
 from lowrank_helpers.rank import singular_values, times
-from lowrank_helpers.selection import WAYS, Choice, Layer, choice_of, smallest
+from lowrank_helpers.selection import BY_WEIGHTS, WAYS, Choice, Layer, choice_of, smallest
 from lowrank_helpers.training import evaluate
 
 BUDGETS = ("parameters", "flops", "accuracy", "latency")
@@ -125,17 +125,16 @@ class Candidates:
     rows: dict[str, float]
     left_alone: dict[str, str]
 
-    def layers(self, *, of: str) -> dict[str, Layer]:
-        """Return what to choose among where a step costs ``parameters`` or ``flops``."""
-        return {
-            name: Layer(
-                (svd.A.shape[0], svd.A.shape[1]),
-                singular_values(svd.A),
-                svd.s.cpu().numpy(),
-                uses=2 * self.rows[name] if of == "flops" else 1,
-            )
-            for name, svd in self.outputs.items()
-        }
+    def layers(self, way: str, *, of: str) -> dict[str, Layer]:
+        """Return what a way chooses among where a step costs ``parameters`` or ``flops``."""
+        return {name: self._layer(name, way, of) for name in self.outputs}
+
+    def _layer(self, name: str, way: str, of: str) -> Layer:
+        svd, s = self.outputs[name], self.outputs[name].s.cpu().numpy()
+        # Of large matrices they take minutes, and most ways do not ask.
+        weights = singular_values(svd.A) if way in BY_WEIGHTS else s
+        n, m = svd.A.shape
+        return Layer((n, m), weights, s, uses=2 * self.rows[name] if of == "flops" else 1)
 
 
 def compress(
@@ -252,7 +251,7 @@ class _Bench:
 
     def small_enough(self, budget: float, way: str, of: str) -> Choice:
         """Choose ranks within a budget of parameters or FLOPs."""
-        layers, total = self.found.layers(of=of), SIZES[of](self.model, self.images)
+        layers, total = self.found.layers(way, of=of), SIZES[of](self.model, self.images)
         limit = budget * total if isinstance(budget, float) else budget
         fixed = total - choice_of(layers, {}).parameters
         least = fixed + choice_of(layers, dict.fromkeys(layers, 1)).parameters
@@ -268,7 +267,7 @@ class _Bench:
         before = self.accuracy({})
         if before < target:
             raise ValueError(f"an accuracy of {target:.2%} is impossible: the model itself has {before:.2%}")
-        choice = smallest(way, self.found.layers(of="parameters"), self.accuracy, target)
+        choice = smallest(way, self.found.layers(way, of="parameters"), self.accuracy, target)
         return choice, Change(before, self.accuracy(choice.ranks))
 
     def seconds(self, small: nn.Module, batch: Tensor) -> Change:
@@ -277,7 +276,7 @@ class _Bench:
 
     def fast_enough(self, target: float, way: str, batch: Tensor) -> tuple[Choice, Change]:
         """Choose the most FLOPs, to a sixteenth of the model's, with which a batch takes no longer than a share."""
-        layers = self.found.layers(of="flops")
+        layers = self.found.layers(way, of="flops")
         dense = choice_of(layers, {}).parameters
         least = choice_of(layers, dict.fromkeys(layers, 1)).parameters
         fastest = np.inf

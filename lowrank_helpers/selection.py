@@ -33,7 +33,7 @@ class Layer:
     shape : (int, int)
         n and m of its matrix: a rank costs n + m numbers, the dense matrix n·m.
     weights : array of shape (min(n, m),)
-        The matrix's singular values, largest first.
+        The matrix's singular values, largest first; no other ways than ``BY_WEIGHTS`` ask for them.
     outputs : array of shape (min(n, m),)
         The root mean square of its outputs along their principal directions, as of ``factorization.OutputSVD``, or
         of what they do to the network's answers, as of ``AnswerSVD``; where no data are known, ``weights`` again.
@@ -279,6 +279,7 @@ WAYS: dict[str, Callable[[Mapping[str, Layer], float, Score | None], Choice]] = 
     "answer error": lambda layers, budget, score: take(layers, budget, by_answer_error),
     "validation": search,
 }
+BY_WEIGHTS = ("energy", "Gavish–Donoho")  # the ways that ask for ``Layer.weights``
 
 
 def smallest(way: str, layers: Mapping[str, Layer], score: Score, target: float) -> Choice:

@@ -17,7 +17,7 @@ from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.factorization import SVD, fitted_factors
 from lowrank_helpers.models import mlp, n_parameters
 from lowrank_helpers.networks import VisionTransformer, convnet
-from lowrank_helpers.selection import WAYS
+from lowrank_helpers.selection import BY_WEIGHTS, WAYS
 from lowrank_helpers.training import Recipe, evaluate, fit
 
 
@@ -85,6 +85,15 @@ def test_a_linear_layers_factors_are_those_that_fit_its_outputs():
     found = candidates(model, x).outputs["0"].factors(4)
     wanted = fitted_factors(model[0].weight.detach(), x.T @ x / len(x), 4)
     torch.testing.assert_close(found.product, wanted.product, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", BY_WEIGHTS)
+def test_a_way_by_weights_gets_the_singular_values_of_each_matrix(way):
+    model = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4))
+    layers = candidates(model, _draw(50, 12)).layers(way, of="parameters")
+    for name in ("0", "2"):
+        s = np.linalg.svd(model[int(name)].weight.detach().numpy(), compute_uv=False)
+        np.testing.assert_allclose(layers[name].weights, s, rtol=1e-5)
 
 
 def test_a_convolutions_factors_have_the_least_error_of_its_outputs():

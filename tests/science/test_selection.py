@@ -1,6 +1,7 @@
 """Ranks chosen by machine: budgets are kept, ways do what they say, and the greedy one against all choices."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from lowrank_helpers import selection
 from lowrank_helpers.factorization import decompose, factorize, input_moments
 from lowrank_helpers.models import linear_layers, mlp, n_parameters
 from lowrank_helpers.rank import energy_rank, gavish_donoho_rank
-from lowrank_helpers.selection import WAYS, Layer, by_shares, choice_of, layers_of, narrow_widths, smallest
+from lowrank_helpers.selection import (
+    BY_WEIGHTS,
+    WAYS,
+    Layer,
+    by_shares,
+    choice_of,
+    layers_of,
+    narrow_widths,
+    smallest,
+)
 
 DIRECT = [name for name in WAYS if name != "validation"]
 
@@ -52,6 +62,15 @@ def test_a_budget_is_kept_and_no_factors_cost_more_than_their_matrix(layers, sha
             assert rank * (n + m) < n * m
         spent += rank * (n + m) if rank else n * m
     assert spent == choice.parameters <= budget
+
+
+@pytest.mark.parametrize("way", DIRECT)
+def test_only_the_ways_by_weights_ask_for_the_weights(way):
+    layers = {name: _layer(*shape, seed) for seed, (name, shape) in enumerate({"a": (40, 50), "b": (30, 60)}.items())}
+    turned = {name: replace(layer, weights=np.ones_like(layer.weights)) for name, layer in layers.items()}
+    budget = _dense(layers) / 3
+    same = WAYS[way](layers, budget, None) == WAYS[way](turned, budget, None)
+    assert same == (way not in BY_WEIGHTS)
 
 
 @given(_layers(), st.sampled_from(list(WAYS)))
