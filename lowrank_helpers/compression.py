@@ -5,8 +5,7 @@ one of the same window, stride, padding and dilation into r channels, then one o
 puts out on images, instead of its weight, are those of Zhang et al. 2016, arXiv 1505.06798, section 2.1.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
@@ -36,7 +34,7 @@ from lowrank_helpers.factorization import (
 from lowrank_helpers.models import linear_layers, n_parameters
 from lowrank_helpers.rank import singular_values, times
 from lowrank_helpers.selection import BY_WEIGHTS, WAYS, Choice, Layer, choice_of, smallest
-from lowrank_helpers.training import evaluate
+from lowrank_helpers.training import evaluate, progress
 
 BUDGETS = ("parameters", "flops", "accuracy", "latency")
 CALIBRATION = 2048  # images at most whose outputs are measured: more change the factors little
@@ -245,7 +243,7 @@ class _Bench:
         with _evaluating(model):
             size = _batch_size(images)
             pairs = list(zip(images.split(size), labels.split(size), strict=True))
-            for batch, classes in _bar(pairs, "scoring ranks"):
+            for batch, classes in progress(pairs, "scoring ranks"):
                 hits += len(classes) * evaluate(model, batch, classes).accuracy
         return hits / len(labels)
 
@@ -322,7 +320,7 @@ def candidates(model: nn.Module, images: Tensor, *, by_answers: bool = False) ->
         fewer = max(1, _batch_size(images) // GRADIENT_SHARE)
         sensitive = sensitivities(model, images, found, batch_size=fewer) if by_answers else {}
         outputs = {}
-        for name, layer in layers.items():
+        for name, layer in progress(list(layers.items()), "decomposing layers"):
             if name not in moments:
                 left_alone[name] = "the model never calls it, or reads its weight without calling it"
             elif reason := _objection(model, name, layer, few, answer):
@@ -403,7 +401,7 @@ def _output_moments(
 
     hooks = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
     try:
-        for batch in _bar(images.split(_batch_size(images)), "measuring layers"):
+        for batch in progress(images.split(_batch_size(images)), "measuring layers"):
             model(batch)
     finally:
         for hook in hooks:
@@ -528,11 +526,6 @@ def _use_no_fused_code(model: nn.Module) -> None:
 
 def _batch_size(images: Tensor) -> int:
     return max(1, min(BATCH, LARGE_BATCH // images[0].numel()))
-
-
-def _bar(items: Sequence[T], label: str) -> Iterable[T]:
-    """Show how far a loop is once it has taken two seconds."""
-    return tqdm(items, desc=label, leave=False, delay=2, disable="TQDM_DISABLE" in os.environ)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowrank_helpers.models import FactorizedLinear, linear_layers
-from lowrank_helpers.training import spending
+from lowrank_helpers.training import progress, spending
 
 NO_SENSITIVITY = 1e-7  # of the largest one: what is smaller is rounding
 MOMENT_BATCH = 2048  # rows of a batch while moments are taken: large enough for full speed
@@ -467,7 +467,7 @@ def sensitivities(
     hooks = [layers[name].register_forward_hook(partial(watch, name)) for name in names]
     generator = torch.Generator().manual_seed(0)
     try:
-        for batch in inputs.split(batch_size):
+        for batch in progress(inputs.split(batch_size), "measuring sensitivities"):
             seen.clear()
             with torch.enable_grad():
                 answers = model(batch)

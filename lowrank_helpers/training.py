@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -295,10 +295,8 @@ def fit(
     n_scores = max(1, recipe.epochs * recipe.scores_per_epoch)
     pauses = {round((i + 1) * n_steps / n_scores) for i in range(n_scores)}
     history = History()
-    # tqdm reads TQDM_DISABLE by itself in a terminal, but not in a notebook.
-    hidden = "TQDM_DISABLE" in os.environ
     with (
-        tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=hidden) as bar,
+        tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden()) as bar,
         closing(_steps_of(model, images, labels, recipe)) as steps,
     ):
         _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
@@ -325,6 +323,15 @@ def fit(
         )
     _spend("training", processor_seconds)
     return history
+
+
+def progress(items: Sequence[T], label: str) -> Iterable[T]:
+    """Go through a sequence, and show how far it is once that has taken two seconds."""
+    return tqdm(items, desc=label, leave=False, delay=2, disable=_bars_hidden())
+
+
+def _bars_hidden() -> bool:
+    return "TQDM_DISABLE" in os.environ  # tqdm reads it by itself in a terminal, but not in a notebook
 
 
 def sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
