@@ -385,12 +385,19 @@ def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Ten
     """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share."""
     on_cpu = images.device.type == "cpu"
     batches = images.split(EVALUATION_BATCH if on_cpu else EVALUATION_BATCH_GPU)
-    size = math.ceil(len(batches) / (_n_workers(images.device) if on_cpu else 1))
+    models = _copies(model, min(_n_workers(images.device), len(batches)) if on_cpu else 1)
+    size = math.ceil(len(batches) / len(models))
     shares = [batches[first : first + size] for first in range(0, len(batches), size)]
-    # A copy for each: modules may keep state while they compute, as `functional_call` does.
-    models = [model, *(copy.deepcopy(model) for _ in shares[1:])]
-    works = [partial(_predict, own, share, precision) for own, share in zip(models, shares, strict=True)]
+    works = [partial(_predict, own, share, precision) for own, share in zip(models, shares, strict=False)]
     return torch.cat(side_by_side(works, images.device))
+
+
+def _copies(model: nn.Module, n: int) -> list[nn.Module]:
+    """Return a model for each of n workers: modules may keep state while they compute, as `functional_call` does."""
+    try:
+        return [model, *(copy.deepcopy(model) for _ in range(1, n))]
+    except RuntimeError:  # a module keeps a tensor that it computed, as torch.nn.utils.prune's do
+        return [model]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import training
@@ -184,6 +185,18 @@ def test_a_large_training_set_is_scored_on_a_sample_and_in_the_end_as_a_whole(di
     assert n_correct == pytest.approx(round(n_correct), abs=1e-3), "of 500 images"
     assert history.accuracy["train"][-1] == pytest.approx(history.final("train").accuracy, abs=0.05)
     assert "test" not in history.whole and history.final("test").loss == history.loss["test"][-1]
+
+
+def test_a_network_that_cannot_be_copied_is_scored_in_one_thread(digits, monkeypatch):
+    monkeypatch.setattr(training, "_n_side_by_side", 2)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 100)
+    model = _model()
+    prune.l1_unstructured(model.fc1, "weight", amount=0.5)  # keeps a weight that it computed, and not as a leaf
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    history = fit(model, digits, Recipe(1, 100, 1e-3))
+    answers = model(digits.test_images).argmax(dim=1)
+    assert history.final("test").accuracy == pytest.approx((answers == digits.test_labels).float().mean().item())
 
 
 def test_validation_is_scored_where_the_data_has_it(digits):
