@@ -32,7 +32,7 @@ def test_throughput(
 ) -> None:
     benchmark.group = "1. Training throughput"
     widths = NETWORKS[name]
-    few = images.select(torch.arange(N_IMAGES), torch.arange(1000))
+    few = images.select(train=torch.arange(N_IMAGES), test=torch.arange(1000))
     trainings = list(product(sorted({"float32", precision}, reverse=True), BATCHES))
     contestants: dict[Any, Callable[[], float]] = {"textbook": partial(_textbook_rate, widths, mnist_dir, device)}
     for used, batch_size in trainings:

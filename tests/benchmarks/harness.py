@@ -54,7 +54,7 @@ def medians(results: Mapping[Key, Sequence[Result]]) -> dict[Key, Result]:
 
 def verdict(target: str, measured: str, met: bool) -> dict[str, str | bool]:
     """Return a row of the table of targets; one that is missed is shown, and fails nothing."""
-    return {"target": target, "measured": measured, "met": met}
+    return {"target": target, "measured": measured, "met": bool(met)}  # NumPy has truth values of its own
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
