@@ -128,11 +128,12 @@ class Candidates:
         return {name: self._layer(name, way, of) for name in self.outputs}
 
     def _layer(self, name: str, way: str, of: str) -> Layer:
-        svd, s = self.outputs[name], self.outputs[name].s.cpu().numpy()
-        # Of large matrices they take minutes, and most ways do not ask.
-        weights = singular_values(svd.A) if way in BY_WEIGHTS else s
+        svd = self.outputs[name]
         n, m = svd.A.shape
-        return Layer((n, m), weights, s, uses=2 * self.rows[name] if of == "flops" else 1)
+        outputs = svd.s.cpu().numpy()
+        # A large matrix's singular values take minutes, and most ways do not ask for them.
+        weights = singular_values(svd.A) if way in BY_WEIGHTS else outputs
+        return Layer((n, m), weights, outputs, uses=2 * self.rows[name] if of == "flops" else 1)
 
 
 def compress(
