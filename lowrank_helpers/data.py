@@ -28,6 +28,7 @@ DATASETS = ("auto", *TORCHVISION_SETS, "digits")
 SPLITS = ("train", "validation", "test")
 PROJECT = Path(__file__).resolve().parent.parent
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+MIXED_AT_ONCE = 2**22  # words, so that what is computed of them takes a few dozen megabytes
 
 # The files of each of torchvision's sets: train images, train labels, test images, test labels.
 IDX_FILES = (
@@ -332,16 +333,18 @@ def mixed(tensor: Tensor) -> bytes:
     Each 32-bit word is mixed with its place as by SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom
     number generators", figure 17), from two starts, and the results are summed. Against accidents, not against attacks.
     """
-    words = tensor.contiguous().flatten().view(torch.int32).long()
-    places = torch.arange(len(words), device=tensor.device)
-    sums = []
-    for start in (1, 2):
-        mix = (2 * places + start) * (0x9E3779B97F4A7C15 - 2**64) + words
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 2**64 + 1)):
-            shifted = (mix >> shift) & (2 ** (64 - shift) - 1)  # PyTorch's own shift repeats the sign
-            mix = (mix ^ shifted) * (factor - 2**64)
-        sums.append(mix.sum())
-    return torch.stack(sums).cpu().numpy().tobytes()
+    words = tensor.contiguous().flatten().view(torch.int32)
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for first in range(0, len(words), MIXED_AT_ONCE):
+        some = words[first : first + MIXED_AT_ONCE].long()
+        places = torch.arange(first, first + len(some), device=words.device)
+        for start in (1, 2):
+            mix = (2 * places + start) * (0x9E3779B97F4A7C15 - 2**64) + some
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 2**64 + 1)):
+                shifted = (mix >> shift) & (2 ** (64 - shift) - 1)  # PyTorch's own shift repeats the sign
+                mix = (mix ^ shifted) * (factor - 2**64)
+            sums[start - 1] += mix.sum()
+    return sums.cpu().numpy().tobytes()
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -118,15 +118,19 @@ class DLRTLinear(SelfTrained):
         # even where K or L add nothing new.
         new_U, R_U = torch.linalg.qr(torch.cat([U, K], dim=1))
         new_V, R_V = torch.linalg.qr(torch.cat([V, L], dim=1))
+        G = (g @ new_U[:, r:].to(g)).T @ (x @ new_V[:, r:].to(g))
+        # What has 2r rows and columns is computed on the processor: a GPU takes many times as long for its SVD.
+        S, R_U, R_V, KU, G = (small.cpu() for small in (self.S, R_U, R_V, K.T @ U, G.to(U)))
         M, N = R_U[:, :r], R_V[:, :r]
-        D = R_U[:, r:] @ N.T + M @ (R_V[:, r:] - N @ (K.T @ U)).T
-        D[r:, r:] = _mean(None, ((g @ new_U[:, r:].to(g)).T @ (x @ new_V[:, r:].to(g))).to(D))
+        D = R_U[:, r:] @ N.T + M @ (R_V[:, r:] - N @ KU).T
+        D[r:, r:] = _mean(None, G)
         rate = RATE * max(self.out_features, self.in_features) ** 0.5 * optimiser.param_groups[0]["lr"]
-        P, s, Qh = torch.linalg.svd(M @ self.S @ N.T - rate * orthogonal_factor(D), full_matrices=False)
+        P, s, Qh = torch.linalg.svd(M @ S @ N.T - rate * orthogonal_factor(D), full_matrices=False)
         rank = kept(s, self.tolerance)
         P, Q = P[:, :rank], Qh[:rank].T
-        self.U.data, self.S.data, self.V.data = new_U @ P, s[:rank].diag(), new_V @ Q
-        velocity.update(K=new_U @ (D @ Q), L=new_V @ (D.T @ P))
+        P, s, Q, DQ, DP = (small.to(U) for small in (P, s[:rank], Q, D @ Q, D.T @ P))
+        self.U.data, self.S.data, self.V.data = new_U @ P, s.diag(), new_V @ Q
+        velocity.update(K=new_U @ DQ, L=new_V @ DP)
 
     def extra_repr(self) -> str:
         """Show the present shape and the tolerance in ``print(model)``."""

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from threading import Event
@@ -25,7 +25,6 @@ from lowrank_helpers.quiet import give_way
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
-STREAMS = 4  # networks that train at once on a CUDA device, which one of these sizes does not fill
 EVALUATION_BATCH = 2048  # rows: large enough for full speed, small enough to stay in a processor's cache
 EVALUATION_BATCH_GPU = 16 * EVALUATION_BATCH  # a GPU takes as long to be told what to do as to do it
 
@@ -39,9 +38,6 @@ spent: Counter[str] = Counter()  # processor seconds of this process by kind of 
 _n_side_by_side = 1
 _this_thread = threading.local()
 _spent_lock = threading.Lock()
-# One graph is recorded, replayed or given up at a time: all three touch the device's random generator, which keeps a
-# list of the graphs without a lock of its own.
-_one_graph = threading.Lock()
 
 
 def take_one_thread_each() -> None:
@@ -82,11 +78,9 @@ def _prepare_thread() -> None:
     torch.set_flush_denormal(True)
 
 
-def _prepare_worker(device: torch.device) -> None:
+def _prepare_worker() -> None:
     _prepare_thread()
     _this_thread.is_worker = True
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 @dataclass(frozen=True)
@@ -295,10 +289,8 @@ def fit(
     n_scores = max(1, recipe.epochs * recipe.scores_per_epoch)
     pauses = {round((i + 1) * n_steps / n_scores) for i in range(n_scores)}
     history = History()
-    with (
-        tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden()) as bar,
-        closing(_steps_of(model, images, labels, recipe)) as steps,
-    ):
+    steps = _steps_of(model, images, labels, recipe)
+    with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden()) as bar:
         _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
         clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         start, processor_start, processor_seconds = clock(), time.thread_time(), 0.0
@@ -344,7 +336,10 @@ def sample(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device) -> list[T]:
-    """Do several trainings at the same time: on the CPU :func:`n_side_by_side`, on CUDA four, elsewhere one.
+    """Do several trainings: on the CPU :func:`n_side_by_side` at the same time, elsewhere one after the other.
+
+    On a GPU, threads that record and replay steps on streams of their own have stood still for good (docs/gpu.md), so
+    there it is only processes that share the device.
 
     Parameters
     ----------
@@ -362,8 +357,7 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
     n_workers = min(_n_workers(device), len(trainings))
     if n_workers <= 1:
         return [training(stop) for training in trainings]
-    synchronise(device)  # the data may still be on their way, on a stream that is not the workers'
-    pool = ThreadPoolExecutor(n_workers, initializer=_prepare_worker, initargs=(device,))
+    pool = ThreadPoolExecutor(n_workers, initializer=_prepare_worker)
     try:
         futures = [pool.submit(training, stop) for training in trainings]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
@@ -376,16 +370,14 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
 
 def _n_workers(device: torch.device) -> int:
     """Return how many may train here: a worker has no workers of its own."""
-    if hasattr(_this_thread, "is_worker"):
-        return 1
-    return {"cpu": _n_side_by_side, "cuda": STREAMS}.get(device.type, 1)
+    return 1 if device.type != "cpu" or hasattr(_this_thread, "is_worker") else _n_side_by_side
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
     """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share."""
     on_cpu = images.device.type == "cpu"
     batches = images.split(EVALUATION_BATCH if on_cpu else EVALUATION_BATCH_GPU)
-    models = _copies(model, min(_n_workers(images.device), len(batches)) if on_cpu else 1)
+    models = _copies(model, min(_n_workers(images.device), len(batches)))
     size = math.ceil(len(batches) / len(models))
     shares = [batches[first : first + size] for first in range(0, len(batches), size)]
     works = [partial(_predict, own, share, precision) for own, share in zip(models, shares, strict=False)]
@@ -439,9 +431,6 @@ class _Steps:
         self._optimiser.param_groups[0]["lr"] = learning_rate
         self._move(index)
 
-    def close(self) -> None:
-        """Give back what the steps were taken with."""
-
     def _move(self, index: Tensor) -> None:
         # Not images[index], which copies number by number where this copies rows: a quarter of the time.
         images, labels = self._images.index_select(0, index), self._labels.index_select(0, index)
@@ -463,11 +452,8 @@ class _GraphSteps(_Steps):
 
     A step of such a network is some hundred kernels that run for microseconds each: to launch them one by one takes
     five times as long as they run. So they are recorded once, as a ``torch.cuda.CUDAGraph``, and replayed for the
-    images whose numbers its index holds then. The first steps are launched as usual, as PyTorch asks before a
-    recording; so is the smaller batch that ends an epoch, which comes too seldom to be recorded.
-
-    All of it happens on one stream, the thread's own if it has one: what ``torch.cuda.Stream`` gives is one of 32 that
-    are given again and again, and may be where another thread is at work, which no recording survives.
+    images whose numbers its index holds then. The first steps are launched as usual, on the stream of the recording, as
+    PyTorch asks before one; so is the smaller batch that ends an epoch, which comes too seldom to be recorded.
     """
 
     LAUNCHED = 3
@@ -476,8 +462,7 @@ class _GraphSteps(_Steps):
         super().__init__(model, images, labels, recipe)
         for group in self._optimiser.param_groups:
             group |= {"lr": torch.tensor(recipe.learning_rate, device=images.device), "capturable": True}
-        usual = torch.cuda.current_stream(images.device)
-        self._stream = torch.cuda.Stream(images.device) if usual == torch.cuda.default_stream(images.device) else usual
+        self._stream = torch.cuda.Stream(images.device)
         self._n_launched = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._index = torch.empty(recipe.batch_size, dtype=torch.int64, device=images.device)
@@ -490,15 +475,9 @@ class _GraphSteps(_Steps):
             self._launch(index)
             return
         self._index.copy_(index)
-        with _one_graph:
-            if not self._graph:
-                self._graph = self._recorded()
-            self._graph.replay()
-
-    def close(self) -> None:
-        """Give the graph up, here and not whenever Python collects it."""
-        with _one_graph:
-            self._graph = None
+        if not self._graph:
+            self._graph = self._recorded()
+        self._graph.replay()
 
     def _launch(self, index: Tensor) -> None:
         usual = torch.cuda.current_stream(index.device)
@@ -510,10 +489,9 @@ class _GraphSteps(_Steps):
     def _recorded(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self._optimiser.zero_grad()  # gradients are the graph's own
-        # Not torch.cuda.graph, which first waits for all streams of the device. Other threads may go on meanwhile with
-        # what is no graph.
+        # Not torch.cuda.graph, which collects garbage and gives all free memory back first, for each network again.
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin()
             try:
                 self._move(self._index)
             finally:
