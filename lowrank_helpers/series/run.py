@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from threading import Event
@@ -20,7 +21,7 @@ from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.series import parameters
 from lowrank_helpers.series.results import file_findings, read_findings, software
 from lowrank_helpers.series.settings import Settings
-from lowrank_helpers.series.store import Store
+from lowrank_helpers.series.store import BusyError, Store
 from lowrank_helpers.statistics import Interval
 from lowrank_helpers.training import (
     History,
@@ -183,17 +184,26 @@ class Run:
         dict
             By key, the same network, trained, and how it went.
         """
-
-        def train(key: Key, stop: Event) -> tuple[nn.Module, History]:
-            model, recipe, data = trainings[key]
-            model = model.to(self.device)
+        for model, _, _ in trainings.values():
+            model.to(self.device)
             if self._moved_starts:
                 _move(model, self._moved_starts)
-            label = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-            return model, self._store.trained(model, data or self.data, recipe, others=others, label=label, stop=stop)
 
-        done = side_by_side([partial(train, key) for key in trainings], self.device)
-        return dict(zip(trainings, done, strict=True))
+        def train(key: Key, stop: Event, *, wait: bool) -> History | None:
+            model, recipe, data = trainings[key]
+            label = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+            data = data or self.data
+            with suppress(BusyError):
+                return self._store.trained(model, data, recipe, others=others, label=label, stop=stop, wait=wait)
+            return None
+
+        # What another process is training is left for the end: two that want the same networks share the work so.
+        histories: dict[Key, History | None] = dict.fromkeys(trainings)
+        for wait in (False, True):
+            left = [key for key, history in histories.items() if not history]
+            done = side_by_side([partial(train, key, wait=wait) for key in left], self.device)
+            histories |= zip(left, done, strict=True)
+        return {key: (trainings[key].model, history) for key, history in histories.items() if history}
 
     def rates(self) -> pd.DataFrame:
         """Return how the learning rates did that were tried for this notebook's networks, from ``sweeps/rates.csv``.

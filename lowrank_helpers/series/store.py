@@ -20,7 +20,7 @@ from threading import Event
 from types import ModuleType
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Store:
         others: Mapping[str, Dataset] | None = None,
         label: str = "training",
         stop: Event | None = None,
+        wait: bool = True,
     ) -> History:
         """Train a network in place as :func:`fit` does, or load what that training gave if it has been done.
 
@@ -67,18 +68,30 @@ class Store:
         -------
         History
             Of the training, whenever it ran.
+
+        Raises
+        ------
+        BusyError
+            Another process is at the same training, and ``wait`` is false.
         """
         key = _key(model, data, recipe, others or {})
         file = self.folder / f"{key}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / f".{key}.lock{TEMPORARY}"
-        with FileLock(lock):
-            history = _stored(file, key, model)
-            if not history:
-                history = fit(model, data, recipe, others=others, label=label, stop=stop)
-                _save(file, key, model, history)
-            lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
-            return history
+        try:
+            with FileLock(lock, timeout=-1 if wait else 0):
+                history = _stored(file, key, model)
+                if not history:
+                    history = fit(model, data, recipe, others=others, label=label, stop=stop)
+                    _save(file, key, model, history)
+                lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
+                return history
+        except Timeout as error:
+            raise BusyError(f"another process is training {key}") from error
+
+
+class BusyError(Exception):
+    """Another process is at the same training."""
 
 
 class UnusableError(Exception):

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from idx_files import write_small_fashion_mnist
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -15,8 +16,11 @@ from lowrank_helpers import training
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import run as run_module
+from lowrank_helpers.series import store
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.run import Run, Training, histories_by_label, rate_table
+from lowrank_helpers.series.store import TEMPORARY, _key
+from lowrank_helpers.training import fit
 
 COMMON = {"dataset": "digits", "data_dir": "", "seed": 3, "device": "cpu", "precision": "float32"}
 
@@ -127,6 +131,27 @@ def test_the_same_training_asked_for_twice_at_once_is_done_once(run, monkeypatch
     (first, history), (second, other) = run.train_all(dict(enumerate(same))).values()
     assert history == other, "the durations would differ had both been trained"
     assert torch.equal(first.fc1.weight, second.fc1.weight)
+
+
+def test_what_another_process_is_training_is_left_for_the_end(run, monkeypatch):
+    asked = {key: Training(mlp([784, 8, 10], seed=key), run.recipe(1, 256, 1e-3)) for key in range(3)}
+    _, recipe, _ = asked[0]
+    networks = run.folder / "networks"
+    networks.mkdir()
+    busy = FileLock(networks / f".{_key(asked[0].model, run.data, recipe, {})}.lock{TEMPORARY}")
+    busy.acquire()  # as if a process were at the first network
+    began = []
+
+    def fit_and_note(model, data, recipe, **options):
+        began.append(len(began))
+        if len(began) == 2:
+            busy.release()  # it gave up, when both others had begun
+        return fit(model, data, recipe, **options)
+
+    monkeypatch.setattr(store, "fit", fit_and_note)
+    trained = run.train_all(asked)
+    assert list(trained) == [0, 1, 2] and len(began) == 3
+    assert len(list(networks.iterdir())) == 3
 
 
 def test_networks_are_kept_where_several_runs_share_them(monkeypatch, tmp_path):
