@@ -13,10 +13,10 @@ def heed_interrupts() -> None:
 
 
 def kernels(pid: int) -> list[psutil.Process]:
-    """Return the kernels of a process and its workers: what nurseries forked; others, such as git, come and go."""
+    """Return the kernels of a process and its workers: what their servers forked; others, such as git, come and go."""
     kernels = []
     for child in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if "lowrank_helpers.series.kernels" in child.cmdline():
+            if "lowrank_helpers.series.run" in " ".join(child.cmdline()):  # a fork server, by what it is told to import
                 kernels += [kernel for kernel in child.children() if os.getsid(kernel.pid) == kernel.pid]
     return kernels

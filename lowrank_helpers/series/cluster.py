@@ -18,6 +18,7 @@ UNHURRIED = {
     "distributed.admin.system-monitor.interval": "5s",
     "distributed.worker.profile.enabled": False,
 }
+WITH_KERNELS = {"distributed.worker.daemon": False}  # a daemon, to Python's multiprocessing, has no processes
 
 
 class ClusterError(Exception):
@@ -54,7 +55,7 @@ def connected(
     workers = workers or CPU_COUNT
     n_threads = str(threads or max(1, CPU_COUNT // workers))
     with (
-        dask.config.set(UNHURRIED),
+        dask.config.set(UNHURRIED | WITH_KERNELS),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

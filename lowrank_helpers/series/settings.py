@@ -87,13 +87,9 @@ class Settings:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Apply it for a while, and leave no trace in the environment."""
-        before = dict(os.environ)
-        self.apply()
-        try:
+        with unchanged_environment():
+            self.apply()
             yield
-        finally:
-            os.environ.clear()
-            os.environ |= before
 
     def dataset(self, name: str) -> str:
         """Return the dataset that a name means: for ``auto`` the one that was found out, if it was."""
@@ -102,3 +98,14 @@ class Settings:
     def path(self, given: str) -> str:
         """Return a path that the user gave as an absolute one; an empty one means none, and stays so."""
         return str(self.started_in / given) if given else ""
+
+
+@contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """Undo at the end what has been done to this process's environment meanwhile."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before

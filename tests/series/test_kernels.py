@@ -1,4 +1,4 @@
-"""Kernels forked from the nursery: separate processes that have imported already and that outlive nothing."""
+"""Kernels that are forked: separate processes that have imported already and that outlive nothing."""
 
 import os
 import signal
@@ -58,6 +58,12 @@ def test_kernel_has_imported_and_shares_nothing_else(tmp_path):
         assert printed(second, left) == "False False"
 
 
+def test_kernel_may_have_processes_of_its_own():
+    with kernel() as (_, client):
+        loads = "from torch.utils.data import DataLoader; print(len(list(DataLoader(range(3), num_workers=1))))"
+        assert printed(client, loads) == "3"
+
+
 def test_a_notebook_that_trains_imports_nothing_more_of_pytorch():
     trains = "import sys, torch; from lowrank_helpers.models import mlp; before = {*sys.modules}; "
     trains += "torch.optim.Adam(mlp([4, 2], seed=0).parameters()); print({*sys.modules} - before)"
@@ -65,7 +71,7 @@ def test_a_notebook_that_trains_imports_nothing_more_of_pytorch():
         assert printed(client, trains) == "set()"
 
 
-def test_what_the_nursery_imports_asks_for_no_gpu():
+def test_what_the_server_imports_asks_for_no_gpu():
     """A process forked after CUDA has been asked for anything cannot use it."""
     asks = "import importlib, torch; from lowrank_helpers.series.kernels import IMPORTED; "
     asks += "torch._C._cuda_getDeviceCount = None; [importlib.import_module(name) for name in IMPORTED]; "
@@ -81,7 +87,8 @@ def test_libraries_know_that_they_are_in_a_kernel():
 
 def test_kernel_can_be_interrupted():
     with kernel() as (manager, client):
-        message = client.execute("import time\nprint('started')\ntime.sleep(60)")
+        # Or else the kernel would for a moment refuse what comes after the error.
+        message = client.execute("import time\nprint('started')\ntime.sleep(60)", stop_on_error=False)
         while client.get_iopub_msg(timeout=30)["header"]["msg_type"] != "stream":  # before, the kernel is not at it yet
             pass
         manager.interrupt_kernel()
@@ -92,24 +99,31 @@ def test_kernel_can_be_interrupted():
 def test_death_of_a_kernel_is_seen():
     with kernel() as (manager, _):
         os.kill(manager.provisioner.pid, signal.SIGKILL)
-        psutil.wait_procs([psutil.Process(manager.provisioner.pid)], timeout=5)
+        assert manager.provisioner.process.wait() == -signal.SIGKILL
         assert not manager.is_alive()
-        assert manager.provisioner.process.poll() == -signal.SIGKILL
 
 
-def test_kernels_end_with_the_nursery_and_the_next_ones_get_another():
+def test_kernels_end_with_the_server_and_the_next_ones_get_another():
     manager, client = start_new_kernel()
     client.stop_channels()
-    kernels.Nursery.open().process.kill()
-    assert psutil.wait_procs([psutil.Process(manager.provisioner.pid)], timeout=5)[1] == []
-    with pytest.raises(RuntimeError, match="the process that starts kernels has died"):
-        manager.is_alive()
+    kernel_process = psutil.Process(manager.provisioner.pid)
+    kernel_process.parent().kill()
+    assert psutil.wait_procs([kernel_process], timeout=5)[1] == []
+    assert not manager.is_alive()
     with kernel() as (_, client):
         assert printed(client, "print('alive')") == "alive"
 
 
-def test_nursery_ends_with_its_process():
-    opener = "from lowrank_helpers.series.kernels import Nursery; print(Nursery.open().process.pid)"
-    done = subprocess.run([sys.executable, "-c", opener], capture_output=True, text=True, check=True)
-    pid = int(done.stdout)
-    assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)[1] == []
+@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_server_and_kernels_end_with_their_process(end):
+    opener = "import os, signal; from jupyter_client.manager import start_new_kernel; "
+    opener += "from lowrank_helpers.series import kernels; context = kernels.forked(); context.__enter__(); "
+    opener += "manager, client = start_new_kernel(); print(manager.provisioner.pid, flush=True); sys.stdin.read(); "
+    opener += end
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; {opener}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    started = psutil.Process(int(process.stdout.readline()))
+    left = [started, started.parent()]
+    process.communicate()
+    assert psutil.wait_procs(left, timeout=10)[1] == []
