@@ -21,9 +21,10 @@ from PIL import Image as pillow
 from lowrank_helpers.statistics import interval
 from lowrank_helpers.training import SCORED_EACH_TIME, History
 
-PALETTE: tuple[str, ...] = tuple(sns.color_palette("colorblind").as_hex())
+# Light blue before its turn: what is sixth otherwise looks like the second.
+PALETTE: tuple[str, ...] = tuple(sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 9, 5, 6, 7, 8))
 LINE_STYLES: dict[str, Any] = {"train": "--", "test": "-"}
-SPLIT_COLOURS = {"train": PALETTE[9], "test": PALETTE[0]}  # for bars, which have no line style
+SPLIT_COLOURS = {"train": PALETTE[5], "test": PALETTE[0]}  # for bars, which have no line style
 PANEL = (4.2, 3.1)  # inches, width and height of one panel
 RESOLUTION = 180  # dots per inch: crisp at twice the size shown
 SHOWN_RESOLUTION = 90

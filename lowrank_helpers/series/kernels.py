@@ -118,7 +118,9 @@ def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str) -
     os.dup2(2, 1)  # what the command prints is its own
     # In a process that is no kernel pandas would cut tables to the width of a terminal; this is what a kernel has.
     pandas.set_option("display.max_columns", 20)
-    multiprocessing.current_process().daemon = False  # ends with who asked for it, but may have processes of its own
+    # It may have processes of its own, and starts them as any kernel does.
+    multiprocessing.current_process().daemon = False
+    multiprocessing.set_start_method(None, force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}"]
     kernelapp.launch_new_instance()

@@ -58,10 +58,12 @@ def test_kernel_has_imported_and_shares_nothing_else(tmp_path):
         assert printed(second, left) == "False False"
 
 
-def test_kernel_may_have_processes_of_its_own():
+def test_kernel_may_have_processes_of_its_own_as_any_kernel():
     with kernel() as (_, client):
         loads = "from torch.utils.data import DataLoader; print(len(list(DataLoader(range(3), num_workers=1))))"
         assert printed(client, loads) == "3"
+        asks = "import multiprocessing; print(multiprocessing.get_start_method())"
+        assert printed(client, asks) == subprocess.check_output([sys.executable, "-c", asks], text=True).strip()
 
 
 def test_a_notebook_that_trains_imports_nothing_more_of_pytorch():
