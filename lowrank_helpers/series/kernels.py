@@ -14,8 +14,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,8 @@ def forked() -> Iterator[None]:
     """Let this process fork the kernels that it starts meanwhile.
 
     Only Linux forks a process with such libraries safely, and what ``multiprocessing`` calls a daemon, such as a worker
-    that somebody started with ``dask worker``, may have no processes: elsewhere kernels start as they always do.
+    that somebody started with ``dask worker``, may have no processes: elsewhere kernels start as they always do. As
+    ever with ``multiprocessing``, a script that comes here must do so under ``if __name__ == "__main__"``.
     """
     factory = KernelProvisionerFactory.instance()
     usual = factory.default_provisioner_name
@@ -56,14 +55,14 @@ def forked() -> Iterator[None]:
         factory.default_provisioner_name = usual
 
 
-def server() -> ForkServerContext:
-    """Return the means to fork from this process's server, which is started if there is none or it has died."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*IMPORTED])
+def start_server() -> None:
+    """Start this process's fork server if there is none or it has died."""
+    from multiprocessing import forkserver  # here, as Windows has none
+
+    forkserver.set_forkserver_preload([*IMPORTED])
     with unchanged_environment():
         os.environ |= {**PLOTTING, **os.environ, **MEMORY}
         forkserver.ensure_running()
-    return context
 
 
 class Provisioner(LocalProvisioner):
@@ -86,7 +85,9 @@ class Forked:
     stdin = stdout = stderr = None
 
     def __init__(self, arguments: list[str], environment: dict[str, str], folder: str) -> None:
-        self._process = server().Process(target=_be_kernel, args=(arguments, environment, folder), daemon=True)
+        start_server()
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_be_kernel, args=(arguments, environment, folder), daemon=True)
         self._process.start()
         assert self._process.pid
         self.pid = self._process.pid

@@ -107,5 +107,6 @@ def unchanged_environment() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
+        for added in os.environ.keys() - before.keys():
+            del os.environ[added]
         os.environ |= before
