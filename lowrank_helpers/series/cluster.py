@@ -1,12 +1,15 @@
 """Workers of Dask distributed, on this machine or on others: what runs notebooks side by side."""
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, Security, wait
+from distributed import Client, Future, LocalCluster, Security, Worker, WorkerPlugin, wait
+from tqdm import tqdm
 
 CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
 TICK = 1  # seconds between two looks at what is running
@@ -19,6 +22,17 @@ UNHURRIED = {
     "distributed.worker.profile.enabled": False,
 }
 WITH_KERNELS = {"distributed.worker.daemon": False}  # a daemon, to Python's multiprocessing, has no processes
+
+
+class EndsQuietly(WorkerPlugin):
+    """Lets a worker end without a word where a run is interrupted."""
+
+    def setup(self, worker: Worker) -> None:
+        """Prepare a worker that has just started."""
+        # A terminal sends Ctrl-C to workers too, and who started them ends them. Kernels set this for themselves.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Bars would share a lock with other processes, which a worker that is killed leaves behind.
+        tqdm.set_lock(threading.RLock())
 
 
 class ClusterError(Exception):
@@ -66,6 +80,7 @@ def connected(
         ) as cluster,
         Client(cluster) as client,
     ):
+        client.register_plugin(EndsQuietly())
         yield client
 
 

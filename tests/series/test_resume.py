@@ -5,6 +5,7 @@ The real command line runs a series of small notebooks, in a copy of the project
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -173,11 +174,15 @@ STOPS = {
 
 def test_run_stopped_again_and_again_resumes_to_the_same_results(fresh, reference):
     for moment, (reached, stop) in STOPS.items():
-        process = start(fresh, "--resume")
+        process = start(fresh, "--resume", start_new_session=True)
         wait_for(lambda reached=reached, pid=process.pid: reached(fresh / "out", pid), process)
         left = kernels(process.pid)
-        process.send_signal(stop)
+        if stop == signal.SIGINT:
+            os.killpg(process.pid, stop)  # as the terminal does: to all in the foreground
+        else:
+            process.kill()
         shown, _ = process.communicate(timeout=60)
+        assert not re.search("Traceback|KeyboardInterrupt", shown), (moment, shown)
         assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL), (moment, shown)
         assert ("Add --resume to go on" in shown) == (stop == signal.SIGINT)
         psutil.wait_procs(left, timeout=20)

@@ -6,6 +6,7 @@ The series is one small notebook in a copy of the project. It says when it begin
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -185,6 +186,7 @@ def reference(project, tmp_path_factory) -> Path:
         os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all in the foreground
         shown = finish(process, 130)
     assert "1 of 2 points are done. Add --resume" in shown
+    assert not re.search("Traceback|KeyboardInterrupt|leaked", shown), shown
     assert psutil.wait_procs(started, timeout=10)[1] == [], "no worker and no kernel is left"
     shown = finish(project.sweep(*arguments, "--resume"))
     assert "Points: 2, failed: 0" in shown
