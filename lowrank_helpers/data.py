@@ -334,7 +334,7 @@ def mixed(tensor: Tensor) -> bytes:
     number generators", figure 17), from two starts, and the results are summed. Against accidents, not against attacks.
     """
     words = tensor.contiguous().flatten().view(torch.int32)
-    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    sums = torch.zeros(2, dtype=torch.int64, device=words.device)
     for first in range(0, len(words), MIXED_AT_ONCE):
         some = words[first : first + MIXED_AT_ONCE].long()
         places = torch.arange(first, first + len(some), device=words.device)

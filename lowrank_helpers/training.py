@@ -375,8 +375,7 @@ def _n_workers(device: torch.device) -> int:
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
     """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share."""
-    on_cpu = images.device.type == "cpu"
-    batches = images.split(EVALUATION_BATCH if on_cpu else EVALUATION_BATCH_GPU)
+    batches = images.split(EVALUATION_BATCH if images.device.type == "cpu" else EVALUATION_BATCH_GPU)
     models = _copies(model, min(_n_workers(images.device), len(batches)))
     size = math.ceil(len(batches) / len(models))
     shares = [batches[first : first + size] for first in range(0, len(batches), size)]

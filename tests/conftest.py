@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 from lowrank_helpers import data
+from lowrank_helpers.series.settings import unchanged_environment
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("reproducible")
@@ -17,10 +18,8 @@ torch.set_num_threads(1)  # the matrices here are small; threads that wait for e
 @pytest.fixture(autouse=True)
 def environment_kept():
     """Undo what a run sets for its kernels."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with unchanged_environment():
+        yield
 
 
 @pytest.fixture(scope="session")

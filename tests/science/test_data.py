@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -219,10 +220,12 @@ def test_whatever_a_student_does_to_the_data_changes_its_fingerprint(change):
     assert change(data_set).fingerprint() != before
 
 
-@given(st.lists(st.floats(width=32), max_size=20))
-def test_mixed_is_the_sum_of_splitmix64_over_places(values):
+@given(st.lists(st.floats(width=32), max_size=20), st.integers(1, 20))
+def test_mixed_is_the_sum_of_splitmix64_over_places_however_many_at_once(values, at_once):
     tensor = torch.tensor(values, dtype=torch.float32)
-    assert data.mixed(tensor) == b"".join(_splitmix64_sum(tensor, start).to_bytes(8, "little") for start in (1, 2))
+    with mock.patch.object(data, "MIXED_AT_ONCE", at_once):
+        mixed = data.mixed(tensor)
+    assert mixed == b"".join(_splitmix64_sum(tensor, start).to_bytes(8, "little") for start in (1, 2))
 
 
 def _splitmix64_sum(tensor, start):
