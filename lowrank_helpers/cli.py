@@ -236,27 +236,6 @@ def check(notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> Non
 
 
 @main.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-def tolerances(folders: tuple[Path, ...]) -> None:
-    """Set where recorded numbers may lie, from the points of sweeps over seeds and precisions in FOLDERS.
-
-    \b
-    Example:
-      lowrank sweep -f sweeps/chains.yaml
-      lowrank tolerances reports/sweeps/chains
-    """  # noqa: D301
-    from lowrank_helpers.checking import tolerances as limits
-
-    try:
-        worded = limits.set_limits(folders)
-    except limits.ChainsError as error:
-        _fail(str(error), code=1)
-    click.echo("Set in notebooks/; docs/tolerances.md says what they are worth.")
-    if worded:
-        _fail("words differ between chains, so these cells cannot be checked:\n" + "\n".join(worded), code=1)
-
-
-@main.command()
 @click.argument("source", metavar="FILE_OR_CALLABLE")
 @click.option(
     "-o",

@@ -5,11 +5,10 @@ apart. Importing this module changes no setting of Matplotlib's: a notebook's :c
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Image, display
@@ -18,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as pillow
 
-from lowrank_helpers.statistics import interval
 from lowrank_helpers.training import SCORED_EACH_TIME, History
 
 # Light blue before its turn: what is sixth otherwise looks like the second.
@@ -28,7 +26,7 @@ SPLIT_COLOURS = {"train": PALETTE[5], "test": PALETTE[0]}  # for bars, which hav
 PANEL = (4.2, 3.1)  # inches, width and height of one panel
 RESOLUTION = 180  # dots per inch: crisp at twice the size shown
 SHOWN_RESOLUTION = 90
-BAND = 0.15  # opacity of an interval
+BAND = 0.15  # opacity of what recorded runs measured
 
 STYLE = sns.axes_style("ticks") | {
     "axes.spines.top": False,
@@ -91,78 +89,48 @@ def drawn(figure: Figure) -> tuple[bytes, int, int]:
     return buffer.getvalue(), width, height
 
 
-def learning_curves(
-    histories: Mapping[str, Sequence[History]], *, against: str = "epoch", log_loss: bool = False
-) -> Figure:
+def learning_curves(histories: Mapping[str, History], *, against: str = "epoch", log_loss: bool = False) -> Figure:
     """Plot loss and accuracy, train and test, of one or more trainings, from the first score after the start on.
 
     Where that is the only one, the start is drawn too, as one point makes no line.
 
-    Of several seeds the mean is drawn with its 95 % interval (Student's t) as a band.
-
     Parameters
     ----------
-    histories : mapping of str to sequence of History
-        By label, one history a seed; each label has one colour.
+    histories : mapping of str to History
+        By label; each has one colour.
     against : {"epoch", "seconds"}
-        The horizontal axis: epochs, or seconds of training without evaluation (mean of the seeds).
+        The horizontal axis: epochs, or seconds of training without evaluation.
     log_loss : bool
         Logarithmic loss axis, where the training loss gets tiny.
     """
-    scores = pd.concat([_scores(label, seeds, against) for label, seeds in histories.items()])
     figure, axes = panels(2)
-    colours = dict(zip(histories, PALETTE, strict=False))
-    for ax, measure in zip(axes, ("loss", "accuracy"), strict=True):
-        band_over_seeds(ax, scores, x=against, y=measure, hue="label", palette=colours)
-        ax.set(xlabel="epoch" if against == "epoch" else "training time (s)", title=measure.capitalize())
+    for colour, history in zip(PALETTE, histories.values(), strict=False):
+        shown = slice(0 if len(history.epochs) == 2 else 1, None)
+        x = (history.epochs if against == "epoch" else history.seconds)[shown]
+        for split, style in LINE_STYLES.items():
+            axes[0].plot(x, history.loss[split][shown], style, color=colour)
+            axes[1].plot(x, [100 * share for share in history.accuracy[split][shown]], style, color=colour)
+    for ax, title in zip(axes, ("Loss", "Accuracy"), strict=True):
+        ax.set(xlabel="epoch" if against == "epoch" else "training time (s)", title=title)
         if against == "epoch":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(ylabel="cross-entropy (nats)", yscale="log" if log_loss else "linear")
     axes[1].set(ylabel="accuracy (%)")
-    lines = [plt.Line2D([], [], color=colour) for colour in colours.values()]
+    lines = [plt.Line2D([], [], color=colour) for colour, _ in zip(PALETTE, histories, strict=False)]
     styles = [plt.Line2D([], [], color="black", linestyle=line) for line in LINE_STYLES.values()]
-    sampled = any("train" in history.whole for seeds in histories.values() for history in seeds)
+    sampled = any("train" in history.whole for history in histories.values())
     train = f"train\n({SCORED_EACH_TIME:,} images)" if sampled else "train"
-    figure.legend(lines + styles, [*colours, train, "test"], loc="outside right center")
+    figure.legend(lines + styles, [*histories, train, "test"], loc="outside right center")
     return figure
 
 
-def band_over_seeds(ax: plt.Axes, table: pd.DataFrame, *, x: str, y: str, **options: Any) -> None:
-    """Draw the mean of a column over seeds with its 95 % interval, a line style a split if there is a column ``split``.
+def band(ax: plt.Axes, recorded: pd.DataFrame, colour: str) -> None:
+    """Shade what recorded runs measured, from the least to the most, behind the line of one run.
 
     Parameters
     ----------
-    table : DataFrame
-        One row a seed and ``x``, at least; further options are those of seaborn's ``lineplot``, such as ``hue``.
+    recorded : DataFrame
+        As :meth:`lowrank_helpers.series.run.Run.recorded` returns it: a row a run, a column a place on the x axis.
     """
-    if "split" in table:
-        options = {"style": "split", "dashes": {"train": (4, 2), "test": "", "validation": (1, 1)}} | options
-    sns.lineplot(
-        table, x=x, y=y, ax=ax, errorbar=_limits, err_kws={"alpha": BAND, "linewidth": 0}, legend=False, **options
-    )
-
-
-def _limits(values: pd.Series) -> tuple[float, float]:
-    """Return the limits of the mean's interval; of one value that value, which has none."""
-    found = interval(values)
-    return (found.low, found.high) if found.n > 1 else (found.mean, found.mean)
-
-
-def _scores(label: str, seeds: Sequence[History], against: str) -> pd.DataFrame:
-    """Return the scores of trainings that differ in their seed alone, one row a seed, score and split."""
-    x = seeds[0].epochs if against == "epoch" else np.mean([history.seconds for history in seeds], axis=0)
-    shown = slice(0 if len(x) == 2 else 1, None)
-    rows = [
-        pd.DataFrame(
-            {
-                "label": label,
-                "split": split,
-                against: x[shown],
-                "loss": history.loss[split][shown],
-                "accuracy": 100 * np.array(history.accuracy[split][shown]),
-            }
-        )
-        for history in seeds
-        for split in LINE_STYLES
-    ]
-    return pd.concat(rows)
+    if len(recorded):
+        ax.fill_between(recorded.columns, recorded.min(), recorded.max(), color=colour, alpha=BAND, linewidth=0)

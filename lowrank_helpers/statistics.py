@@ -1,6 +1,6 @@
-"""What several seeds say: intervals, and the one rule by which the series calls two things different or the same."""
+"""What several runs say: Student's t intervals of a mean and of one more value, and relative differences in pairs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,162 +12,111 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over ``n`` seeds with the limits of its interval, in the unit of the values."""
+    """The mean of ``n`` independent values and the limits of its interval, in their unit."""
 
     mean: float
     low: float
     high: float
     n: int
 
-    @property
-    def half_width(self) -> float:
-        """Half the interval's length."""
-        return (self.high - self.low) / 2
-
-    def __format__(self, spec: str) -> str:
-        """Write ``mean ± half_width`` with the given format; of one seed the mean alone."""
-        mean = format(self.mean, spec)
-        if not set(mean) & set("123456789"):
-            mean = mean.lstrip("-")  # of zero
-        return mean if self.n == 1 else f"{mean} ± {format(self.half_width, spec)}"
-
-    def __str__(self) -> str:
-        return format(self, ".2f")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A paired difference over seeds, and what it amounts to.
-
-    Attributes
-    ----------
-    difference : Interval
-        Of the first less the second.
-    margin : float
-        The smallest difference that matters, in the unit of the values.
-    verdict : str
-        ``larger``, ``smaller``, ``the same within <margin>`` or ``undecided``.
-    """
-
-    difference: Interval
-    margin: float
-    verdict: str
-
 
 def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     """Return the mean of independent values with Student's t interval; of one value the limits are infinite.
 
-    Parameters
-    ----------
-    values : array of shape (n,)
-        One a seed.
-    confidence : float
-        How often such an interval holds the true mean, for normal values.
-
     Raises
     ------
     ValueError
-        There is no value, one is not finite, or the confidence is not between 0 and 1.
+        There is no value, or one is not finite.
 
     Examples
     --------
-    >>> print(interval([97.0, 98.0, 99.0]))
-    98.00 ± 2.48
+    >>> interval([97.0, 98.0, 99.0])
+    Interval(mean=98.0, low=95.51..., high=100.48..., n=3)
     """
-    return _around_mean(values, confidence, lambda n: 1 / n)
+    return _around_mean(values, confidence, extra_variance=0)
 
 
 def prediction_interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval:
-    """Return the interval in which one more value falls with the given confidence: mean ± t·s·√(1 + 1/n).
+    """Return the interval that one more value falls into: mean ± t·s·√(1 + 1/n), as :func:`interval` otherwise.
 
-    For normal values, as :func:`interval` otherwise (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8).
+    For normal values (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8).
 
     Examples
     --------
-    >>> print(prediction_interval([97.0, 98.0, 99.0]))
-    98.00 ± 4.97
+    >>> prediction_interval([97.0, 98.0, 99.0])
+    Interval(mean=98.0, low=93.03..., high=102.96..., n=3)
     """
-    return _around_mean(values, confidence, lambda n: 1 + 1 / n)
+    return _around_mean(values, confidence, extra_variance=1)
 
 
-def _around_mean(values: npt.ArrayLike, confidence: float, variance_factor: Callable[[int], float]) -> Interval:
+def _around_mean(values: npt.ArrayLike, confidence: float, extra_variance: int) -> Interval:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"values {values!r} must be a row of at least one finite number")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence} must be between 0 and 1")
     n, mean = array.size, float(array.mean())
     if n == 1:
         return Interval(mean, -np.inf, np.inf, n)
     t = stats.t.ppf((1 + confidence) / 2, n - 1)
-    half_width = float(t * array.std(ddof=1) * np.sqrt(variance_factor(n)))
+    half_width = float(t * array.std(ddof=1) * np.sqrt(extra_variance + 1 / n))
     return Interval(mean, mean - half_width, mean + half_width, n)
 
 
-def compare(
-    first: npt.ArrayLike,
-    second: npt.ArrayLike,
-    *,
-    margin: float,
-    n_comparisons: int = 1,
-    confidence: float = CONFIDENCE,
-) -> Comparison:
-    """Say whether the first is larger than the second, from the same seeds of both.
+@dataclass(frozen=True)
+class RelativeDifference:
+    """How much larger one of two quantities is on average, as a share of the mean of both, and what it amounts to.
 
-    The interval of the mean paired difference (Student's t) decides. It is ``larger`` where the interval lies above
-    ``margin``, ``smaller`` where it lies below ``-margin``, ``the same within <margin>`` where it lies between the two,
-    and ``undecided`` otherwise, as with one seed. So neither a difference that is too small to matter is called one,
-    nor a noisy one.
+    ``verdict`` is ``larger``, ``smaller``, ``alike`` or ``not settled``.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    verdict: str
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1%} ({self.low:+.1%} to {self.high:+.1%})".replace("%", " %").replace("-", "−")
+
+
+def relative_difference(
+    first: Sequence[float | None], second: Sequence[float | None], *, margin: float
+) -> RelativeDifference:
+    """Compare two quantities over the same runs, by the 95 % interval of their mean paired difference.
+
+    The difference is ``larger`` where the interval lies above ``margin``, ``smaller`` where it lies below ``-margin``,
+    ``alike`` where it lies between the two, and ``not settled`` otherwise, as with one run.
 
     Parameters
     ----------
-    first, second : array of shape (n,)
-        A value a seed, in the same order; ``second`` may be one number, to compare with.
+    first, second : sequence of float or None
+        One value a run, in the same order; runs without a value in both are left out.
     margin : float
-        The smallest difference that matters, at least 0, in the unit of the values.
-    n_comparisons : int
-        How many comparisons the same statement rests on: the level is divided among them (Bonferroni).
-    confidence : float
-        Of the statement as a whole.
+        The least difference that matters, as a share of the mean of both quantities.
 
     Raises
     ------
     ValueError
-        The seeds differ in number, or the margin is negative.
+        The runs differ in number, or none has both values.
 
     Examples
     --------
-    >>> compare([98.0, 98.4, 98.2], [96.9, 97.5, 97.1], margin=0.5).verdict
+    >>> relative_difference([150, 149, 151], [100, 99, 101], margin=0.1).verdict
     'larger'
-    >>> compare([98.0, 98.4, 98.2], [96.9, 98.5, 97.1], margin=0.5).verdict
-    'undecided'
+    >>> relative_difference([150, 90, 110], [100, 99, 101], margin=0.1).verdict
+    'not settled'
     """
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if second.ndim and first.shape != second.shape:
-        raise ValueError(f"{first.size} and {second.size} values: both must come from the same seeds")
-    if margin < 0:
-        raise ValueError(f"margin {margin} must be at least 0")
-    difference = interval(first - second, 1 - (1 - confidence) / n_comparisons)
-    return Comparison(difference, margin, _verdict(difference, margin))
+    both = [pair for pair in zip(first, second, strict=True) if None not in pair]
+    pairs = np.array(both, dtype=float).reshape(-1, 2)
+    scale = np.abs(pairs).mean() if len(pairs) else 0.0
+    found = interval((pairs[:, 0] - pairs[:, 1]) / (scale or 1))
+    return RelativeDifference(found.mean, found.low, found.high, found.n, _verdict(found, margin))
 
 
-def _verdict(difference: Interval, margin: float) -> str:
-    if difference.low > margin:
+def _verdict(found: Interval, margin: float) -> str:
+    if found.low > margin:
         return "larger"
-    if difference.high < -margin:
+    if found.high < -margin:
         return "smaller"
-    if -margin <= difference.low and difference.high <= margin:
-        return f"the same within {margin:g}"
-    return "undecided"
-
-
-def shared_verdict(comparisons: Sequence[Comparison]) -> str:
-    """Return the verdict on which all comparisons agree, or ``undecided`` where they do not.
-
-    Examples
-    --------
-    >>> shared_verdict([compare([1, 2, 3], 0, margin=0), compare([3, 3, 4], 0, margin=0)])
-    'undecided'
-    """
-    verdicts = {comparison.verdict for comparison in comparisons}
-    return verdicts.pop() if len(verdicts) == 1 else "undecided"
+    if -margin <= found.low and found.high <= margin:
+        return "alike"
+    return "not settled"

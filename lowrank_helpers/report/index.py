@@ -13,6 +13,8 @@ import yaml
 from nbformat import NotebookNode
 from PIL import Image
 
+from lowrank_helpers.series import evidence
+from lowrank_helpers.series.claims import Claim, standing, table
 from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
@@ -61,7 +63,8 @@ def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:
 
 def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template of the index shows."""
-    runs, findings = results["notebooks"], results["findings"]
+    runs = results["notebooks"]
+    claims = {id: _shown(id, filed, runs) for id, filed in results["claims"].items()}
     assignment = _assignment()
     figures: dict[str, Figure] = {}
     for notebook in notebooks.values():
@@ -70,7 +73,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
     def chapters(items: Iterable[Mapping[str, str]]) -> dict[str, list[dict[str, Any]]]:
         by_notebook: dict[str, list[dict[str, Any]]] = {}
         for item in items:
-            by_notebook.setdefault(item["notebook"], []).append({**item, **_answer(item, findings, runs, figures)})
+            by_notebook.setdefault(item["notebook"], []).append({**item, **_answer(item, claims, runs, figures)})
         return by_notebook
 
     conditions = _conditions(runs) | _duration(results)
@@ -78,7 +81,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "chapters": chapters(assignment["items"]),
         "beyond": chapters(assignment["beyond"]),
         "conditions": conditions,
-        "headline": [number | _headline(number, findings) for number in assignment["headline"]],
+        "headline": [number | _headline(number, results["claims"]) for number in assignment["headline"]],
         "rules": [rule | {"kept": rule["kept"].format(device=conditions["Device"])} for rule in assignment["rules"]],
         "pages": list(notebooks),
         "notebooks": runs,
@@ -93,34 +96,44 @@ def _assignment() -> dict[str, list[dict[str, str]]]:
     return yaml.safe_load(ASSIGNMENT.read_text())
 
 
+def _shown(id: str, filed: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the index shows of a claim: its sentence, how it stands, its numbers, and where its evidence is."""
+    run = runs[filed["notebook"]]
+    claim = Claim.from_json({name: value for name, value in filed.items() if name != "notebook"})
+    recorded = evidence.quoted(filed["notebook"], run["environment"]["dataset"], run["parameters"])
+    holds, measured = recorded.of(id) if recorded else ([], {})
+    stands = standing(claim, holds, measured)
+    href = f"{filed['notebook']}.html#claim-{id}"
+    return {
+        "id": id,
+        "sentence": claim.sentence,
+        "holds": claim.holds,
+        "settled": stands.settled,
+        "stands": stands.text,
+        "table": table(claim, measured),
+        "href": href,
+    }
+
+
 def _answer(
-    item: Mapping[str, str], findings: Mapping[str, Any], runs: Mapping[str, Any], figures: Mapping[str, Figure]
+    item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[str, Any], figures: Mapping[str, Figure]
 ) -> dict[str, Any]:
-    """Return an item's finding with its parts, its figure and its link, or why there is none."""
-    parts = [
-        finding | {"id": id, "href": _href(id, finding)}
-        for id, finding in findings.items()
-        if id.startswith(f"{item['id']}/")
-    ]
-    finding = findings.get(item["id"])
-    if not finding:
+    """Return an item's claim with its parts and its figure, or why there is none."""
+    parts = [claim for id, claim in claims.items() if id.startswith(f"{item['id']}/")]
+    if item["id"] not in claims:
         status = runs.get(item["notebook"], {}).get("status", "not run")
         reason = {"failed": "its notebook failed", "not run": "its notebook was not run"}
         return {"parts": parts, "absence": f"No answer: {reason.get(status, 'its notebook filed none')}."}
-    return finding | {"parts": parts, "href": _href(item["id"], finding), "figure": figures.get(item["id"])}
+    return claims[item["id"]] | {"parts": parts, "figure": figures.get(item["id"])}
 
 
-def _href(id: str, finding: Mapping[str, Any]) -> str:
-    return f"{finding['notebook']}.html#finding-{id}"
-
-
-def _headline(number: Mapping[str, str], findings: Mapping[str, Any]) -> dict[str, str]:
+def _headline(number: Mapping[str, str], claims: Mapping[str, Any]) -> dict[str, str]:
     """Return a number of the strip as text, and where it was measured; a dash where it was not."""
-    finding = findings.get(number["finding"], {"values": {}, "timings": {}})
-    value = (finding["values"] | finding["timings"]).get(number["value"])
+    claim = claims.get(number["claim"])
+    value = claim and (claim["measured"] | claim["timings"]).get(number["quantity"], {}).get(number.get("of", ""))
     if value is None:
         return {"text": "–"}
-    return {"text": number["format"].format(value), "href": _href(number["finding"], finding)}
+    return {"text": number["format"].format(value), "href": f"{claim['notebook']}.html#claim-{number['claim']}"}
 
 
 def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
@@ -141,7 +154,7 @@ def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs that filed a finding: only these say what they ran on."""
+    """Return the runs that filed a claim: only these say what they ran on."""
     return [run for run in runs.values() if "environment" in run]
 
 

@@ -22,7 +22,7 @@ from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import kernels, parameters
 from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.results import Outcome, findings_file, read_findings, software
+from lowrank_helpers.series.results import Outcome, claims_file, read_claims, software
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import TEMPORARY, write_atomically
 
@@ -91,7 +91,7 @@ def notebook_path(name: str) -> Path:
 
 
 def reads(name: str) -> set[str]:
-    """Return the notebooks whose findings a notebook shows, by its metadata."""
+    """Return the notebooks whose claims a notebook shows, by its metadata."""
     return set(nbformat.read(notebook_path(name), as_version=4).metadata.get("lowrank", {}).get("reads", []))
 
 
@@ -311,11 +311,11 @@ def _forget(name: str, folder: Path) -> None:
     """Remove what an earlier run left of a notebook, lest it be taken for this run's."""
     for file in (f"{name}.ipynb", f"{name}.failed.ipynb", f"{name}.html"):
         (folder / file).unlink(missing_ok=True)
-    findings_file(folder, name).unlink(missing_ok=True)
+    claims_file(folder, name).unlink(missing_ok=True)
 
 
 def _kept(name: str, folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """Return what made an executed notebook, if it and its findings are there and would be the same now."""
+    """Return what made an executed notebook, if it and its claims are there and would be the same now."""
     file = folder / f"{name}.ipynb"
     if not file.exists():
         return None
@@ -329,12 +329,12 @@ def _kept(name: str, folder: Path, fingerprint: str) -> dict[str, Any] | None:
         warnings.warn(f"{file.name} in the run's folder is damaged or no run's; executed again", stacklevel=3)
         return None
     shown = {
-        output.metadata["lowrank"]["finding"]
+        output.metadata["lowrank"]["claim"]
         for cell in executed.cells
         for output in cell.get("outputs", [])
-        if "finding" in output.get("metadata", {}).get("lowrank", {})
+        if "claim" in output.get("metadata", {}).get("lowrank", {})
     }
-    filed = read_findings(folder).get(name, {"findings": {}})["findings"]
+    filed = read_claims(folder).get(name, {"claims": {}})["claims"]
     return dict(made_by) if made_by.get("fingerprint") == fingerprint and shown <= filed.keys() else None
 
 

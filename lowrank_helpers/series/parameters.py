@@ -184,6 +184,7 @@ RULES: dict[str, Rule] = {
     "last_layer_learning_rate": POSITIVE,
     "adapter_ranks": _list_of(_whole(1)),
     "adapter_rates": RATES,
+    "recipes": Rule(lambda value: isinstance(value, dict), "a mapping of recipes"),
 }
 
 RATES_OF = {"adapter_rates": "adapter_ranks", "tuned_learning_rates": "tuned_budgets"}  # one for each of these

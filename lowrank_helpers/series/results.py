@@ -1,4 +1,4 @@
-"""What notebooks found, on disk: a sealed JSON file a notebook, joined into ``results.json``."""
+"""What notebooks claim, on disk: a sealed JSON file a notebook, joined into ``results.json``."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.store import UnusableError, write_atomically
 
-FORMAT = 2
+FORMAT = 3
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
 
 
@@ -48,34 +48,34 @@ def failures(outcomes: Iterable[Outcome]) -> list[str]:
     return [f"{', '.join(notebooks)}: {reason}" for reason, notebooks in where.items()]
 
 
-def findings_file(folder: Path, notebook: str) -> Path:
-    """Return where a notebook's findings lie in a run folder."""
-    return folder / "findings" / f"{notebook}.json"
+def claims_file(folder: Path, notebook: str) -> Path:
+    """Return where a notebook's claims lie in a run folder."""
+    return folder / "claims" / f"{notebook}.json"
 
 
-def file_findings(folder: Path, content: Mapping[str, Any]) -> None:
-    """File a notebook's name, ``parameters``, ``environment``, ``seconds_by_kind`` and ``findings``."""
+def file_claims(folder: Path, content: Mapping[str, Any]) -> None:
+    """File a notebook's name, ``parameters``, ``environment``, ``seconds_by_kind`` and ``claims``."""
     filed = {"format": FORMAT, "checksum": _checksum(content), **content}
     text = json.dumps(filed, indent=1, ensure_ascii=False)
-    write_atomically(findings_file(folder, content["notebook"]), text.encode())
+    write_atomically(claims_file(folder, content["notebook"]), text.encode())
 
 
-def read_findings(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what :func:`file_findings` filed in a run folder, by notebook.
+def read_claims(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what :func:`file_claims` filed in a run folder, by notebook.
 
     A damaged or foreign file is left out, with a warning that names it.
     """
     filed = {}
-    for file in sorted((folder / "findings").glob("*.json")):
+    for file in sorted((folder / "claims").glob("*.json")):
         try:
             filed[file.stem] = _read(file)
         except UnusableError as error:
-            warnings.warn(f"{file.name} among the findings {error}; left out", stacklevel=2)
+            warnings.warn(f"{file.name} among the claims {error}; left out", stacklevel=2)
     return filed
 
 
 def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = None) -> dict[str, Any]:
-    """Join the findings of a run folder into ``results.json`` and return them.
+    """Join the claims of a run folder into ``results.json`` and return them.
 
     Parameters
     ----------
@@ -87,46 +87,28 @@ def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = No
     dict
         ``seconds``: as given. ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on
         what, and ``seconds_by_kind``, processor seconds by kind of work.
-        ``findings``: by id, the answer, the evidence, the values, the timings, and whether a bar was met.
+        ``claims``: by id, the notebook and what :meth:`lowrank_helpers.series.claims.Claim.to_json` returns.
     """
     notebooks: dict[str, Any] = {
         outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}
         for outcome in outcomes
     }
-    findings: dict[str, Any] = {}
-    for name, filed in read_findings(folder).items():
+    claims: dict[str, Any] = {}
+    for name, filed in read_claims(folder).items():
         notebooks.setdefault(name, {"status": "earlier"}).update(
             parameters=filed["parameters"],
             environment=filed["environment"],
             seconds_by_kind=filed["seconds_by_kind"],
         )
-        findings |= {id: {"notebook": name} | finding for id, finding in filed["findings"].items()}
+        claims |= {id: {"notebook": name} | claim for id, claim in filed["claims"].items()}
     results = {
         "format": FORMAT,
         "seconds": seconds,
         "notebooks": dict(sorted(notebooks.items())),  # not in the order in which they ended
-        "findings": dict(sorted(findings.items())),
+        "claims": dict(sorted(claims.items())),
     }
     write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
     return results
-
-
-def apart_from_time(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of gathered results must be the same in every run of the same series on the same machine.
-
-    That is all but dates, durations, and what follows from them: a finding's timings and the text that tells them.
-    """
-    notebooks = {
-        name: notebook
-        | {"status": notebook["status"].replace("kept", "done"), "seconds": None, "seconds_by_kind": None}
-        | {"environment": notebook.get("environment", {}) | {"started": None}}
-        for name, notebook in results["notebooks"].items()
-    }
-    findings = {
-        id: finding | ({"timings": None, "answer": None, "evidence": None} if finding["timings"] else {})
-        for id, finding in results["findings"].items()
-    }
-    return {**results, "seconds": None, "notebooks": notebooks, "findings": findings}
 
 
 def _read(file: Path) -> dict[str, Any]:

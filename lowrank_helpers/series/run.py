@@ -1,28 +1,28 @@
-"""What a notebook works with: its checked parameters, the device, the data, trained networks, and its findings."""
+"""What a notebook works with: its checked parameters, the device, the data, trained networks, and its claims."""
 
-import json
 import re
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import pandas as pd
 import torch
+import yaml
 from IPython.display import Markdown, display
 from torch import nn
 
 from lowrank_helpers import data, plots
 from lowrank_helpers.data import PROJECT, Dataset
-from lowrank_helpers.series import parameters
-from lowrank_helpers.series.results import file_findings, read_findings, software
+from lowrank_helpers.series import claims, digest, evidence, parameters
+from lowrank_helpers.series.claims import Claim, Comparison
+from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import BusyError, Store
-from lowrank_helpers.statistics import Interval
 from lowrank_helpers.training import (
     History,
     Recipe,
@@ -34,7 +34,9 @@ from lowrank_helpers.training import (
     take_one_thread_each,
 )
 
-FINDING_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
+CLAIM_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
+RECIPES = Path(__file__).parent / "recipes.yaml"
+FULL_SIZE = 10_000  # training images from which on recipes are taken as they are
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -46,30 +48,15 @@ class Training(NamedTuple):
     data: Dataset | None = None
 
 
-def histories_by_label(trained: Mapping[tuple[str, int], tuple[nn.Module, History]]) -> dict[str, list[History]]:
-    """Group what :meth:`Run.train_all` gave for keys (label, seed): for each label its histories, a seed each."""
-    histories: dict[str, list[History]] = {}
-    for (label, _), (_, history) in trained.items():
-        histories.setdefault(label, []).append(history)
-    return histories
-
-
-def rate_table(rates: pd.DataFrame) -> pd.DataFrame:
-    """Return what :meth:`Run.rates` gives as a table to be shown: means over seeds, a row an arm, a column a rate."""
-    accuracy = rates.pivot_table("accuracy", "arm", "learning_rate").map("{:.2f}".format, na_action="ignore").fillna("")
-    title = f"validation accuracy (%), mean of {rates['seed'].nunique()} seeds"
-    return accuracy.rename_axis(index=title, columns="rate")
-
-
 class Run:
     """One notebook's work.
 
     Parameters
     ----------
     notebook : str
-        Its name without the ending, such as ``03_rank``: where its findings are filed.
-    **values
-        The notebook's parameters. ``dataset``, ``data_dir``, ``seed``, ``device`` and ``precision`` are needed.
+        Its name without the ending, such as ``03_rank``.
+    variables : mapping
+        The notebook's ``globals()``, which hold its parameters.
 
     Raises
     ------
@@ -89,27 +76,30 @@ class Run:
     data_dir : str
         The parameter of this name as an absolute path, for functions that look for data themselves; empty if it is.
     folder : Path
-        The run's folder: ``findings/`` is below it, and ``networks/`` unless several runs share what they train.
+        The run's folder: ``claims/`` is below it, and ``networks/`` unless several runs share what they train.
     """
 
-    def __init__(self, notebook: str, **values: Any) -> None:
+    def __init__(self, notebook: str, variables: Mapping[str, Any]) -> None:
         self._seconds_to_start = time.process_time()
-        parameters.check(values)
+        self._source = PROJECT / "notebooks" / f"{notebook}.ipynb"
+        declared = parameters.declared(self._source)
+        self.parameters = {name: variables[name] for name in declared if name in variables}
+        parameters.check(self.parameters)
         settings = Settings.inherited()
         settings.apply()  # from here on, no relative folder in a variable depends on where the notebook lies
         take_one_thread_each()
         plots.use_style()
         self.notebook = notebook
-        self.parameters = values
-        self.device = pick_device(values["device"])
-        self.precision = pick_precision(values["precision"], self.device)
-        self.data_dir = settings.path(values["data_dir"])
-        self.whole_data = data.load(settings.dataset(values["dataset"]), self.data_dir).to(self.device)
+        self.device = pick_device(self.parameters["device"])
+        self.precision = pick_precision(self.parameters["precision"], self.device)
+        self.data_dir = settings.path(self.parameters["data_dir"])
+        dataset = settings.dataset(self.parameters["dataset"])
+        self.whole_data = data.load(dataset, self.data_dir).to(self.device)
         self.data = self.whole_data.hold_out()
         self.folder = settings.run_folder or PROJECT / "reports" / "lab"
         self._store = Store(settings.networks_folder or self.folder / "networks")
-        self._moved_starts = settings.moved_starts
-        self._findings: dict[str, dict[str, Any]] = {}
+        self._claims: dict[str, Claim] = {}
+        self._evidence = evidence.quoted(notebook, self.data.name, self.parameters)
         self._started = datetime.now(UTC)
         display(Markdown(self._header()))
 
@@ -128,14 +118,33 @@ class Run:
         )
         return "\n".join(lines)
 
-    def recipe(self, epochs: int, batch_size: int, learning_rate: float, **options: Any) -> Recipe:
-        """Return a recipe with this run's seed (unless one is given) and precision."""
-        return Recipe(
-            epochs,
-            batch_size,
-            learning_rate,
-            **{"seed": self.parameters["seed"], "precision": self.precision} | options,
-        )
+    def recipe(self, kind: str, **options: Any) -> Recipe:
+        """Return how a kind of network is trained, with this run's seed and precision.
+
+        A training set of fewer than ``FULL_SIZE`` images gets batches of an eighth and eight times the epochs, so that
+        the network takes a similar number of steps; the rate follows the batch by its square root, as Adam's noise does
+        (Malladi et al. 2022, arXiv 2205.10287).
+
+        Parameters
+        ----------
+        kind : str
+            A name in ``recipes.yaml``.
+        **options
+            Fields of :class:`Recipe` to take instead.
+
+        Raises
+        ------
+        KeyError
+            There is no recipe of that name.
+        """
+        fields = recipes()[kind] | self.parameters.get("recipes", {}).get(kind, {}) | options
+        if len(self.whole_data.train_labels) < FULL_SIZE:
+            fields |= {
+                "epochs": 8 * fields["epochs"],
+                "batch_size": max(1, fields["batch_size"] // 8),
+                "learning_rate": fields["learning_rate"] / 8**0.5,
+            }
+        return Recipe(**{"seed": self.parameters["seed"], "precision": self.precision} | fields)
 
     def train(
         self,
@@ -186,8 +195,6 @@ class Run:
         """
         for model, _, _ in trainings.values():
             model.to(self.device)
-            if self._moved_starts:
-                _move(model, self._moved_starts)
 
         def train(key: Key, stop: Event, *, wait: bool) -> History | None:
             model, recipe, data = trainings[key]
@@ -205,79 +212,90 @@ class Run:
             histories |= zip(left, done, strict=True)
         return {key: (trainings[key].model, history) for key, history in histories.items() if history}
 
-    def rates(self) -> pd.DataFrame:
-        """Return how the learning rates did that were tried for this notebook's networks, from ``sweeps/rates.csv``.
-
-        Returns
-        -------
-        DataFrame
-            One row a training: ``arm`` (whose rate it is), ``learning_rate``, ``seed``, and ``accuracy`` on validation
-            images in percent.
-        """
-        tried = pd.read_csv(PROJECT / "sweeps" / "rates.csv")
-        prefix = self.notebook.split("_")[0] + "/"
-        own = tried[tried["arm"].str.startswith(prefix)]
-        return own.assign(arm=own["arm"].str.removeprefix(prefix), accuracy=100 * own["validation_accuracy"])
-
-    def finding(
+    def claim(
         self,
         id: str,
-        answer: str,
-        evidence: str = "",
+        sentence: str,
         *,
-        met: bool | None = None,
+        holds: bool | None = None,
+        larger: Mapping[str, tuple[str, str]] | None = None,
+        smaller: Mapping[str, tuple[str, str]] | None = None,
+        alike: Mapping[str, tuple[str, str]] | None = None,
+        counts: float | None = None,
+        measured: Mapping[str, Any] | None = None,
+        series: Mapping[str, Any] | None = None,
         timings: Mapping[str, Any] | None = None,
-        **values: Any,
     ) -> None:
-        """Show an answer with its evidence, and file its numbers under a stable id.
+        """Show a claim beside what this run and the recorded runs measured, and file it.
 
         Parameters
         ----------
         id : str
             An item of the assignment, ``"3.1"``, or a part of one, ``"3.1/stable_rank"``.
-        answer : str
-            One plain sentence that can be repeated by heart. Markdown with values in braces, formatted as by
-            ``str.format``: ``"{accuracy:.2%} are correct"``.
-        evidence : str
-            The sentences that support it, likewise; rows of numbers belong in tables and figures.
-        met : bool, optional
-            For an item with a bar: whether it is reached.
-        timings : mapping, optional
-            Measured times and what follows from them; filed apart, as no two runs agree on them.
-        **values
-            Numbers, intervals, strings, lists and mappings of them.
+        sentence : str
+            One plain sentence that a reader can repeat. Measured numbers stand in the table, not here.
+        holds : bool
+            Whether it holds in this run: for what must hold in every run. The recorded runs count how often it does.
+        larger, smaller, alike : mapping of str to (str, str)
+            For what holds on average and is smaller than the luck of one run: by quantity, the label that is larger
+            than, smaller than, or like the other one. The recorded runs decide by the mean paired difference.
+        counts : float
+            The least relative difference that matters, from :mod:`lowrank_helpers.series.counts`; goes with those three.
+        measured : mapping of str to number or mapping of numbers
+            Quantities shown in the table, by name (with the unit) and label.
+        series : mapping of str to mapping of numbers
+            Quantities by rank, epoch or budget, which a figure shows.
+        timings : mapping of str to number or mapping of numbers
+            Times and what follows from them: no two machines agree on these.
         """
-        if not FINDING_ID.fullmatch(id):
-            raise ValueError(
-                f"finding id {id!r} is not allowed; allowed: an item such as '3.1' or a part, '3.1/spread'"
-            )
-        timings = timings or {}
-        answer, evidence = (
-            re.sub(r"(?<=\d)%", " %", text.format(**values, **timings))  # str.format sets no space
-            for text in (answer, evidence)
-        )
-        finding = {"answer": answer, "evidence": evidence, "met": met, "values": values, "timings": timings}
-        # JSON knows no NaN; what was not measured is null.
-        self._findings[id] = json.loads(json.dumps(_plain(finding)), parse_constant=lambda name: None)
-        self._file_findings()
-        verdict = {True: " ✓ met", False: " ✗ **not met**", None: ""}[met]
-        shown = f"**{id}**{verdict} · {answer}" + (f"\n\n{evidence}" if evidence else "")
-        display(Markdown(shown), metadata={"lowrank": {"finding": id}})
+        if not CLAIM_ID.fullmatch(id):
+            raise ValueError(f"claim id {id!r} is not allowed; allowed: an item such as '3.1' or a part, '3.1/spread'")
+        stated = {"larger": larger or {}, "smaller": smaller or {}, "alike": alike or {}}
+        if any(stated.values()) == (holds is not None) or any(stated.values()) != (counts is not None):
+            raise ValueError(f"claim {id} needs either holds, or counts with larger, smaller or alike")
+        comparisons = [
+            Comparison(quantity, str(first), str(second), relation, float(counts or 0))
+            for relation, pairs in stated.items()
+            for quantity, (first, second) in pairs.items()
+        ]
+        parts = [claims.quantities(values or {}) for values in (measured, series, timings)]
+        claim = Claim(id, sentence, None if holds is None else bool(holds), comparisons, *parts)
+        self._claims[id] = claim
+        self._file_claims()
+        text = claims.markdown(claim, *self._recorded(id))
+        display(Markdown(text), metadata={"lowrank": {"claim": id}})
+
+    def _recorded(self, id: str) -> tuple[Sequence[bool], claims.Recorded]:
+        """Return what the recorded runs say of a claim: how often it held, and what they measured."""
+        return self._evidence.of(id) if self._evidence else ([], {})
+
+    def recorded(self, id: str, quantity: str) -> pd.DataFrame:
+        """Return a quantity of a claim in the recorded runs, for a pale band behind this run's line.
+
+        Returns
+        -------
+        DataFrame
+            A row a run, a column a label; empty where no run with these parameters is recorded.
+        """
+        return self._evidence.series(id, quantity) if self._evidence else pd.DataFrame()
 
     def answers(self) -> None:
-        """Show this notebook's answers to the assignment's items: its findings without the parts."""
-        items = [f"- **{id}** {finding['answer']}" for id, finding in self._findings.items() if "/" not in id]
-        display(Markdown("\n".join(items)))
+        """Show this notebook's answers to the assignment's items: its claims without the parts, and how each stands."""
+        lines = []
+        for id, claim in self._claims.items():
+            if "/" not in id:
+                lines.append(f"- **{id}** {claim.sentence} *{claims.standing(claim, *self._recorded(id)).short}*")
+        display(Markdown("\n".join(lines)))
 
-    def findings(self) -> dict[str, dict[str, Any]]:
-        """Return all findings filed in this run's folder for the run's dataset, by id, with their ``notebook``."""
-        found: dict[str, dict[str, Any]] = {}
-        for notebook, filed in read_findings(self.folder).items():
+    def claims(self) -> dict[str, Claim]:
+        """Return all claims filed in this run's folder on the run's dataset, by id."""
+        found: dict[str, Claim] = {}
+        for filed in read_claims(self.folder).values():
             if filed["environment"]["dataset"] == self.data.name:
-                found |= {id: finding | {"notebook": notebook} for id, finding in filed["findings"].items()}
+                found |= {id: Claim.from_json(claim) for id, claim in filed["claims"].items()}
         return found
 
-    def _file_findings(self) -> None:
+    def _file_claims(self) -> None:
         filed = {
             "notebook": self.notebook,
             "parameters": self.parameters,
@@ -287,12 +305,14 @@ class Run:
                 "device": _device_name(self.device),
                 "precision": self.precision,
                 "threads": n_side_by_side(),
+                "source": digest.notebook(self._source),
+                "package": digest.package(),
             }
             | software(),
             "seconds_by_kind": self._seconds_by_kind(),
-            "findings": self._findings,
+            "claims": {id: claim.to_json() for id, claim in self._claims.items()},
         }
-        file_findings(self.folder, filed)
+        file_claims(self.folder, filed)
 
     def _seconds_by_kind(self) -> dict[str, float]:
         """Return the processor seconds of this process so far, by kind of work."""
@@ -300,29 +320,13 @@ class Run:
         return known | {"rest": max(0.0, time.process_time() - sum(known.values()))}
 
 
-@torch.no_grad()
-def _move(model: nn.Module, seed: int) -> None:
-    """Move every weight to be trained by one unit in the last place, up or down as a seed draws it."""
-    generator = torch.Generator().manual_seed(seed)
-    for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
-        towards = torch.randint(2, weight.shape, generator=generator).to(weight).mul_(2).sub_(1) * torch.inf
-        weight.copy_(torch.nextafter(weight, towards))
+@cache
+def recipes() -> dict[str, dict[str, Any]]:
+    """Return the series' recipes by kind of network, from ``recipes.yaml``."""
+    return yaml.safe_load(RECIPES.read_text())
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return device.type
-
-
-def _plain(value: Any) -> Any:
-    """Turn intervals, and NumPy's and PyTorch's numbers and arrays, into what JSON knows."""
-    if isinstance(value, Interval):
-        return _plain(vars(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return value.tolist()
-    return value

@@ -18,7 +18,6 @@ VARIABLES = {
     "started_in": "LOWRANK_STARTED_IN",
     "auto_dataset": "LOWRANK_AUTO_DATASET",
     "hide_bars": "TQDM_DISABLE",
-    "moved_starts": "LOWRANK_MOVED_STARTS",
 }
 
 
@@ -41,9 +40,6 @@ class Settings:
         What the dataset ``auto`` stands for; empty where that has not been found out.
     hide_bars : bool
         No progress bars, which would stay in recorded outputs as debris. This variable is tqdm's own.
-    moved_starts : int
-        Above 0, every network starts one unit in the last place from its start, in directions drawn with this seed:
-        what another processor's rounding does to a training, on this one.
     """
 
     run_folder: Path | None = None
@@ -52,7 +48,6 @@ class Settings:
     started_in: Path = PROJECT
     auto_dataset: str = ""
     hide_bars: bool = False
-    moved_starts: int = 0
 
     @classmethod
     def inherited(cls) -> "Settings":
@@ -73,7 +68,6 @@ class Settings:
             started_in=started_in,
             auto_dataset=said["auto_dataset"],
             hide_bars=bool(said["hide_bars"]),
-            moved_starts=int(said["moved_starts"] or 0),
         )
 
     def apply(self) -> None:

@@ -1,0 +1,194 @@
+"""Claims: a sentence that a person wrote, a test of what a run measured, and what the recorded runs say of it.
+
+There are two kinds. What must hold in a run is counted over the recorded runs. What holds on average, and is smaller
+than the luck of one run, is decided by paired differences over the recorded runs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lowrank_helpers.series import counts
+from lowrank_helpers.statistics import relative_difference
+
+Quantities = dict[str, dict[str, float | None]]  # by name and label; the label is empty where there is one number
+Recorded = Mapping[str, Mapping[str, Sequence[float]]]  # the same, with one value a recorded run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A statement about two numbers of one quantity, which the recorded runs decide.
+
+    Attributes
+    ----------
+    quantity, first, second : str
+        The quantity's name and the two labels.
+    relation : {"larger", "smaller", "alike"}
+        What the claim says of the first beside the second.
+    counts : float
+        The least relative difference that matters, from :mod:`lowrank_helpers.series.counts`.
+    """
+
+    quantity: str
+    first: str
+    second: str
+    relation: str
+    counts: float
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence and what this run measured.
+
+    Attributes
+    ----------
+    id : str
+        An item of the assignment, ``"3.1"``, or a part of one, ``"3.1/stable_rank"``.
+    sentence : str
+        Markdown without measured numbers.
+    holds : bool or None
+        Whether it holds in this run; None for a claim that only several runs decide.
+    comparisons : list of Comparison
+        What such a claim says of averages.
+    measured, series, timings : Quantities
+        What the run measured: shown as a table; drawn in figures; and times, on which no two machines agree.
+    """
+
+    id: str
+    sentence: str
+    holds: bool | None
+    comparisons: list[Comparison] = field(default_factory=list)
+    measured: Quantities = field(default_factory=dict)
+    series: Quantities = field(default_factory=dict)
+    timings: Quantities = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, filed: Mapping[str, Any]) -> "Claim":
+        """Return the claim that :func:`dataclasses.asdict` made a mapping of."""
+        return cls(**{**filed, "comparisons": [Comparison(**each) for each in filed["comparisons"]]})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the claim as what JSON knows."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the recorded runs say of a claim, in a sentence and in few words; ``settled`` is None where there are none."""
+
+    settled: bool | None
+    text: str
+    short: str
+
+
+def quantities(values: Mapping[str, Any]) -> Quantities:
+    """Return measured values by name and label; numbers that are not finite become None, as JSON knows none.
+
+    Raises
+    ------
+    TypeError
+        A value is neither a number nor a mapping of numbers.
+    """
+    named = {name: value if isinstance(value, Mapping) else {"": value} for name, value in values.items()}
+    return {name: {str(label): _number(name, x) for label, x in of.items()} for name, of in named.items()}
+
+
+def _number(name: str, value: Any) -> float | None:
+    if isinstance(value, str) or not np.isscalar(value := getattr(value, "item", lambda: value)()):
+        raise TypeError(f"measured {name!r} has {value!r}; allowed: a number, or a mapping of labels to numbers")
+    return value if math.isfinite(value) else None
+
+
+def standing(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> Standing:
+    """Say how a claim stands.
+
+    Parameters
+    ----------
+    holds : sequence of bool
+        Of each recorded run, for a claim that is counted.
+    recorded : Recorded
+        What the recorded runs measured; empty where there are none with this run's parameters.
+    """
+    if claim.comparisons:
+        return _average(claim, recorded)
+    if not holds:
+        text = f"It {'holds' if claim.holds else 'does **not** hold'} in this run; no runs like it are recorded."
+        return Standing(None, text, "holds in this run" if claim.holds else "does not hold in this run")
+    here = "and in this one" if claim.holds else "and **not** in this one"
+    settled = sum(holds) >= counts.SETTLED * len(holds)
+    short = f"{sum(holds)} of {len(holds)} runs"
+    counted = f"olds in {sum(holds)} of {len(holds)} recorded runs, {here}."
+    if settled:
+        return Standing(True, f"H{counted}", short)
+    return Standing(False, f"**Not settled:** it h{counted}", f"not settled: {short}")
+
+
+def _average(claim: Claim, recorded: Recorded) -> Standing:
+    found = [(each, _difference(each, recorded)) for each in claim.comparisons]
+    if any(difference is None for _, difference in found):
+        return Standing(None, "Several runs decide this claim; none like this one are recorded.", "one run cannot tell")
+    settled = all(difference.verdict == each.relation for each, difference in found)
+    said = "; ".join(
+        f"{each.quantity}, {each.first} against {each.second}: {difference} ({difference.verdict})"
+        for each, difference in found
+    )
+    n = min(difference.n for _, difference in found)
+    word = "Settled" if settled else "**Not settled**"
+    text = f"{word} by the mean of {n} recorded runs. {said[0].upper()}{said[1:]}."
+    return Standing(settled, text, f"{'settled' if settled else 'not settled'} by the mean of {n} runs")
+
+
+def _difference(each: Comparison, recorded: Recorded) -> Any:
+    of = recorded.get(each.quantity, {})
+    if each.first not in of or each.second not in of:
+        return None
+    return relative_difference(of[each.first], of[each.second], margin=each.counts)
+
+
+def markdown(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> str:
+    """Write a claim with its evidence: the sentence, how it stands, and a table of this run and the recorded ones."""
+    return "\n\n".join(
+        [f"> **{claim.id}** {claim.sentence}", standing(claim, holds, recorded).text, table(claim, recorded)]
+    ).rstrip()
+
+
+def table(claim: Claim, recorded: Recorded) -> str:
+    """Return a claim's measured quantities and times as a Markdown table, or nothing where it has none."""
+    shown = claim.measured | claim.timings
+    if not shown:
+        return ""
+    head = "| | this run | recorded runs |\n|---|--:|--:|" if recorded else "| | this run |\n|---|--:|"
+    rows = []
+    for name, values in shown.items():
+        for label, value in values.items():
+            others = [x for x in recorded.get(name, {}).get(label, []) if x is not None]
+            cells = [": ".join(filter(None, (name, label))), _written(value, value)]
+            cells += [_spread(others)] if recorded else []
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([head, *rows])
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Write the mean and the standard deviation of recorded values, the least and the most."""
+    if not values:
+        return "–"
+    mean = float(np.mean(values))
+    if min(values) == max(values):
+        return f"{_written(mean, mean)} in all"
+    parts = [_written(x, mean) for x in (mean, float(np.std(values, ddof=1)), min(values), max(values))]
+    return "{} ± {} ({} to {})".format(*parts)
+
+
+def _written(value: float | None, scale: float | None) -> str:
+    """Write a number with about four digits of one of this scale; a whole number as it is."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits = 3 - math.floor(math.log10(abs(scale))) if scale else 2
+    return f"{value:,.{min(max(digits, 0), 6)}f}"
