@@ -77,7 +77,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the recorded runs say of a claim, in a sentence and in few words; ``settled`` is None where there are none."""
+    """What the recorded runs say of a claim, in a sentence and in few words; without runs ``settled`` is None."""
 
     settled: bool | None
     text: str

@@ -136,11 +136,11 @@ def _kind(filed: Mapping[str, Any]) -> Any:
 
 
 def _joined(claims: Iterable[Claim]) -> dict[str, dict[str, list[float | None]]]:
+    joined: dict[str, dict[str, list[float | None]]] = {}
     runs = [claim.measured | claim.series | claim.timings for claim in claims]
-    return {
-        name: {label: [_rounded(run.get(name, {}).get(label)) for run in runs] for label in labels}
-        for name, labels in ((name, dict.fromkeys(label for run in runs for label in run.get(name, {}))) for name in runs[0])
-    }
+    for name, of in runs[0].items():
+        joined[name] = {label: [_rounded(run.get(name, {}).get(label)) for run in runs] for label in of}
+    return joined
 
 
 def _rounded(value: float | None) -> float | None:

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -240,7 +240,7 @@ class Run:
             For what holds on average and is smaller than the luck of one run: by quantity, the label that is larger
             than, smaller than, or like the other one. The recorded runs decide by the mean paired difference.
         counts : float
-            The least relative difference that matters, from :mod:`lowrank_helpers.series.counts`; goes with those three.
+            The least relative difference that matters, from :mod:`lowrank_helpers.series.counts`; with those three.
         measured : mapping of str to number or mapping of numbers
             Quantities shown in the table, by name (with the unit) and label.
         series : mapping of str to mapping of numbers
@@ -262,12 +262,8 @@ class Run:
         claim = Claim(id, sentence, None if holds is None else bool(holds), comparisons, *parts)
         self._claims[id] = claim
         self._file_claims()
-        text = claims.markdown(claim, *self._recorded(id))
+        text = claims.markdown(claim, *(self._evidence.of(id) if self._evidence else ([], {})))
         display(Markdown(text), metadata={"lowrank": {"claim": id}})
-
-    def _recorded(self, id: str) -> tuple[Sequence[bool], claims.Recorded]:
-        """Return what the recorded runs say of a claim: how often it held, and what they measured."""
-        return self._evidence.of(id) if self._evidence else ([], {})
 
     def recorded(self, id: str, quantity: str) -> pd.DataFrame:
         """Return a quantity of a claim in the recorded runs, for a pale band behind this run's line.
@@ -279,21 +275,24 @@ class Run:
         """
         return self._evidence.series(id, quantity) if self._evidence else pd.DataFrame()
 
-    def answers(self) -> None:
-        """Show this notebook's answers to the assignment's items: its claims without the parts, and how each stands."""
-        lines = []
-        for id, claim in self._claims.items():
-            if "/" not in id:
-                lines.append(f"- **{id}** {claim.sentence} *{claims.standing(claim, *self._recorded(id)).short}*")
-        display(Markdown("\n".join(lines)))
+    def answers(self, *, of_all: bool = False) -> None:
+        """Show the answers to the assignment's items, which are the claims without the parts, and how each stands.
 
-    def claims(self) -> dict[str, Claim]:
-        """Return all claims filed in this run's folder on the run's dataset, by id."""
-        found: dict[str, Claim] = {}
-        for filed in read_claims(self.folder).values():
-            if filed["environment"]["dataset"] == self.data.name:
-                found |= {id: Claim.from_json(claim) for id, claim in filed["claims"].items()}
-        return found
+        Parameters
+        ----------
+        of_all : bool
+            Of all notebooks that have run in this folder on this dataset, in place of this one.
+        """
+        lines = []
+        for name, filed in read_claims(self.folder).items():
+            if filed["environment"]["dataset"] == self.data.name and (of_all or name == self.notebook):
+                recorded = evidence.quoted(name, self.data.name, filed["parameters"])
+                for id, claim in filed["claims"].items():
+                    if "/" not in id:
+                        found = Claim.from_json(claim)
+                        stands = claims.standing(found, *(recorded.of(id) if recorded else ([], {})))
+                        lines.append(f"- **{id}** {found.sentence} *({stands.short})*")
+        display(Markdown("\n".join(lines)))
 
     def _file_claims(self) -> None:
         filed = {
