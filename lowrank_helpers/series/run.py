@@ -121,8 +121,8 @@ class Run:
     def recipe(self, kind: str, **options: Any) -> Recipe:
         """Return how a kind of network is trained, with this run's seed and precision.
 
-        A training set of fewer than ``FULL_SIZE`` images gets batches of an eighth and eight times the epochs, so that
-        the network takes a similar number of steps; the rate follows the batch by its square root, as Adam's noise does
+        A training set of fewer than ``FULL_SIZE`` images gets batches of a quarter and four times the epochs, as the
+        network would take too few steps; the rate follows the batch by its square root, as Adam's noise does
         (Malladi et al. 2022, arXiv 2205.10287).
 
         Parameters
@@ -140,9 +140,9 @@ class Run:
         fields = recipes()[kind] | self.parameters.get("recipes", {}).get(kind, {}) | options
         if len(self.whole_data.train_labels) < FULL_SIZE:
             fields |= {
-                "epochs": 8 * fields["epochs"],
-                "batch_size": max(1, fields["batch_size"] // 8),
-                "learning_rate": fields["learning_rate"] / 8**0.5,
+                "epochs": 4 * fields["epochs"],
+                "batch_size": max(1, fields["batch_size"] // 4),
+                "learning_rate": fields["learning_rate"] / 2,
             }
         return Recipe(**{"seed": self.parameters["seed"], "precision": self.precision} | fields)
 
