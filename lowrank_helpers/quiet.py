@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
 
@@ -22,38 +23,35 @@ except ModuleNotFoundError:
 SETTLING = 0.02  # seconds in which those at work come to the end of their step
 
 _this_thread = threading.local()
+_timing = ContextVar("_timing", default=False)  # in the context that times, and in threads that run in a copy of it
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hold the machine's lock, so that other threads and processes which call :func:`give_way` pause; may be nested."""
-    if fcntl is None or _holds():
+    if fcntl is None or _timing.get():
         yield
         return
     with _open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # closing the file gives it back
+        fcntl.flock(file, fcntl.LOCK_EX)
         time.sleep(SETTLING)
-        _this_thread.holds = True
+        before = _timing.set(True)
         try:
             yield
         finally:
-            _this_thread.holds = False
+            _timing.reset(before)
+            fcntl.flock(file, fcntl.LOCK_UN)  # to close the file is not enough: a process forked meanwhile has it too
 
 
 def give_way() -> None:
     """Wait while another thread or process times something."""
-    if fcntl is None or _holds():
+    if fcntl is None or _timing.get():
         return
     # A lock belongs to an opened file: each thread opens its own, and a forked process not its parent's.
     if getattr(_this_thread, "process", None) != os.getpid():
         _this_thread.process, _this_thread.file = os.getpid(), _open()
     fcntl.flock(_this_thread.file, fcntl.LOCK_SH)
     fcntl.flock(_this_thread.file, fcntl.LOCK_UN)
-
-
-def _holds() -> bool:
-    """Say whether this thread is the one that times: it must not wait for itself."""
-    return getattr(_this_thread, "holds", False)
 
 
 def _open() -> IO[str]:

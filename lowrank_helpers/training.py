@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from threading import Event
@@ -359,7 +360,8 @@ def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device
         return [training(stop) for training in trainings]
     pool = ThreadPoolExecutor(n_workers, initializer=_prepare_worker)
     try:
-        futures = [pool.submit(training, stop) for training in trainings]
+        # In copies of this context: what it times must not wait for its own lock.
+        futures = [pool.submit(copy_context().run, training, stop) for training in trainings]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()  # raises what it raised
         return [future.result() for future in futures]

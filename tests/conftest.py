@@ -12,7 +12,20 @@ from lowrank_helpers.series.settings import unchanged_environment
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("reproducible")
+SECONDS, SECONDS_IF_SLOW = 300, 1800  # far above what the longest test of its kind takes on a busy machine
+
 torch.set_num_threads(1)  # the matrices here are small; threads that wait for each other cost more than they bring
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let no test wait for good: after its time all stacks are printed and the run ends.
+
+    Here and not in pyproject.toml, where it would hold for the cells of ``lowrank check`` too. By a thread, since a
+    signal is not heard by a program that stands still in foreign code.
+    """
+    for item in items:
+        seconds = SECONDS_IF_SLOW if item.get_closest_marker("slow") else SECONDS
+        item.add_marker(pytest.mark.timeout(seconds, method="thread"))
 
 
 @pytest.fixture(autouse=True)

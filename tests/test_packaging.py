@@ -27,7 +27,7 @@ PINNED = {
     for requirement in [Requirement(line)]
 }
 # Used without being imported: the kernel, the lab and its widgets' front end, what pandas writes Parquet with and what
-# PyTorch translates to ONNX with, the linters and what types they need.
+# PyTorch translates to ONNX with, the tests' time limit, the linters and what types they need.
 TOOLS = {
     "ipykernel",
     "jupyterlab",
@@ -35,6 +35,7 @@ TOOLS = {
     "mypy",
     "onnxscript",
     "pdoc",
+    "pytest-timeout",
     "ruff",
     "pandas-stubs",
     "types-pyyaml",

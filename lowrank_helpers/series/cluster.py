@@ -3,8 +3,9 @@
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
@@ -33,6 +34,23 @@ class EndsQuietly(WorkerPlugin):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # Bars would share a lock with other processes, which a worker that is killed leaves behind.
         tqdm.set_lock(threading.RLock())
+
+
+class ClosingClient(Client):
+    """A client that closes itself if it cannot connect.
+
+    Left open, garbage collection would close it later. That takes a lock of Dask's, for which a thread that is about to
+    start another client and so holds it would wait for good.
+    """
+
+    def start(self, **options: Any) -> None:
+        """Connect to the scheduler; Dask's constructor calls this."""
+        try:
+            super().start(**options)
+        except BaseException:
+            with suppress(RuntimeError):  # its thread has not started: there is nothing to close
+                self.close()
+            raise
 
 
 class ClusterError(Exception):
@@ -78,7 +96,7 @@ def connected(
             dashboard_address=":0",  # any port: several runs may be at work
             silence_logs="CRITICAL",  # failures are reported at the end
         ) as cluster,
-        Client(cluster) as client,
+        ClosingClient(cluster) as client,
     ):
         client.register_plugin(EndsQuietly())
         yield client
@@ -90,7 +108,7 @@ def _client(scheduler: str, tls: Sequence[Path]) -> Client:
         if tls:
             names = ("tls_ca_file", "tls_client_cert", "tls_client_key")
             security = Security(**dict(zip(names, map(str, tls), strict=True)), require_encryption=True)
-        return Client(scheduler, timeout=CONNECT_TIMEOUT, security=security)
+        return ClosingClient(scheduler, timeout=CONNECT_TIMEOUT, security=security)
     # Silence, no address, tls:// without certificates, a machine too busy to start the client's thread in ten seconds.
     except (OSError, ValueError, TypeError, AssertionError) as error:
         raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error

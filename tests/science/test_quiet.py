@@ -1,13 +1,18 @@
 """While one process times something, others pause, and nobody waits for ever."""
 
+import multiprocessing
+import os
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+import torch
 
+from lowrank_helpers import training
 from lowrank_helpers.quiet import give_way, quiet
+from lowrank_helpers.training import side_by_side
 
 WORK = """
 import sys
@@ -67,6 +72,26 @@ def test_other_threads_pause_too():
 def test_who_times_does_not_wait_for_itself():
     with quiet(), quiet():
         give_way()
+
+
+def test_what_is_timed_may_have_workers_and_does_not_wait_for_them(monkeypatch):
+    monkeypatch.setattr(training, "_n_side_by_side", 2)
+    with quiet():
+        assert side_by_side([lambda stop: give_way()] * 2, torch.device("cpu")) == [None, None]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX forks")
+def test_a_process_forked_meanwhile_does_not_keep_the_lock():
+    with quiet():
+        forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
+        forked.start()
+    try:
+        begin = time.perf_counter()
+        give_way()
+        assert time.perf_counter() - begin < 10
+    finally:
+        forked.kill()
+        forked.join()
 
 
 def test_a_killed_process_gives_the_lock_back(start):

@@ -4,6 +4,7 @@ The series is one small notebook in a copy of the project. It says when it begin
 ``hold SEED``, and fails where there is a file ``fail SEED``.
 """
 
+import gc
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import pandas as pd
 import psutil
 import pytest
 from click.testing import CliRunner
+from distributed import Client
 from processes import heed_interrupts, kernels
 
 from lowrank_helpers.cli import main
@@ -274,9 +276,13 @@ def test_unreachable_scheduler_is_an_error_within_ten_seconds(tmp_path):
     assert f"no scheduler answers at {address}" in result.output
 
 
-def test_an_address_that_is_none_is_named():
-    with pytest.raises(ClusterError, match="no scheduler answers at nowhere"), connected("nowhere"):
+@pytest.mark.parametrize("address", ["nowhere", "tls://127.0.0.1:1"])
+def test_an_address_that_is_none_is_named_and_leaves_no_open_client(address):
+    """Its traceback holds the client; collected while another starts, it would wait for a lock for good."""
+    with pytest.raises(ClusterError, match=f"no scheduler answers at {address}") as failure, connected(address):
         pass
+    clients = [thing for thing in gc.get_objects() if issubclass(type(thing), Client)]
+    assert {client.status for client in clients} == {"closed"}, failure
 
 
 def _certificates(folder: Path) -> dict[str, Path]:
