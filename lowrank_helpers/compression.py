@@ -8,9 +8,9 @@ puts out on images, instead of its weight, are those of Zhang et al. 2016, arXiv
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,18 +19,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_helpers.costs import median_seconds
-from lowrank_helpers.data import Dataset
-from lowrank_helpers.factorization import (
-    AnswerSVD,
-    Factors,
-    OutputSVD,
+from lowrank_helpers.calibration import (
     check_names,
-    output_rows,
+    check_task,
+    output_moments,
     precise,
     sensitivities,
-    substitute,
+    without_mean,
 )
+from lowrank_helpers.costs import median_seconds
+from lowrank_helpers.data import Dataset
+from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Factors, substitute
 from lowrank_helpers.models import linear_layers, n_parameters
 from lowrank_helpers.rank import singular_values, times
 from lowrank_helpers.selection import BY_WEIGHTS, WAYS, Choice, Layer, choice_of, smallest
@@ -42,12 +41,12 @@ FEW = 8  # of them show whether a layer can be replaced
 BATCH = 512  # images at a time, of small ones: of convolutions that is faster than fewer and than more
 GRADIENT_SHARE = 8  # of these a backward pass takes one in so many, since it keeps what the model computes
 LARGE_BATCH = 128 * 3 * 224**2  # numbers of images at a time: large ones of large networks must fit, too
-
-VALIDATION_PART = 6  # of images given as a pair, one in so many chooses: as Dataset.hold_out
+HELD_OUT_PART = 6  # of images without validation images, one in so many fits nothing: as Dataset.hold_out
+FAR = 2.0  # times its prediction: a larger change of the outputs is far from it
+SMALL = 0.05  # relative change of the outputs that is never far
 
 Split = tuple[Tensor, Tensor]
 Replaceable = nn.Linear | nn.Conv2d
-T = TypeVar("T")
 
 
 class Change(NamedTuple):
@@ -77,8 +76,14 @@ class Report:
         Of the layers that became two; those named in neither dict stay dense because that was chosen.
     left_alone : dict of str to str
         The model's other matrices, with the reason why they cannot be replaced.
+    fallbacks : dict of str to str
+        What the factors of a layer fit, where those of the strategy changed the outputs far more than predicted.
     error : float
-        Predicted, as in :class:`lowrank_helpers.selection.Choice`.
+        The relative change of the outputs that was predicted to first order: √(E‖change‖² / E‖outputs‖²). Layers that
+        are fitted to their own outputs count with the relative change of those.
+    measured_error : float
+        The same of the model that is returned, measured on images that fitted nothing. For ``task="classification"``
+        outputs are logits less their mean over the classes.
     parameters : Change
     flops : Change
         For one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``, which sees no
@@ -91,7 +96,9 @@ class Report:
 
     ranks: dict[str, int]
     left_alone: dict[str, str]
+    fallbacks: dict[str, str]
     error: float
+    measured_error: float
     parameters: Change
     flops: Change
     seconds: Change
@@ -101,7 +108,10 @@ class Report:
         """Write a line for each size and each layer."""
         numbers = {name: getattr(self, name) for name in ("parameters", "flops", "seconds", "accuracy")}
         lines = [f"{name}: {change}" for name, change in numbers.items() if change]
-        lines += [f"{name}: rank {rank}" for name, rank in self.ranks.items()]
+        change = f"predicted {self.error:.3g}, measured {self.measured_error:.3g} on images that fitted nothing"
+        lines += [f"relative change of the outputs: {change}"]
+        fitted = {name: f", fitted to {what}" for name, what in self.fallbacks.items()}
+        lines += [f"{name}: rank {rank}{fitted.get(name, '')}" for name, rank in self.ranks.items()]
         return "\n".join(lines + [f"{name}: left alone, {reason}" for name, reason in self.left_alone.items()])
 
 
@@ -111,24 +121,34 @@ class Candidates:
 
     Attributes
     ----------
-    outputs : dict of str to OutputSVD or AnswerSVD
-        By the layer's dotted name: its outputs' directions, of which factors of any rank are cut.
+    svds : dict of str to ActivationAwareSVD
+        By the layer's dotted name: what factors of any rank are cut from. Its squared singular values are shares of
+        the model's squared outputs, where they are Fisher-weighted, and else of the layer's.
     rows : dict of str to float
         How many rows of outputs one input gives: 1 for a layer of an MLP, the positions of a convolution.
     left_alone : dict of str to str
         The model's other matrices, with the reason.
     """
 
-    outputs: Mapping[str, OutputSVD | AnswerSVD]
+    svds: Mapping[str, ActivationAwareSVD]
     rows: dict[str, float]
     left_alone: dict[str, str]
 
+    def without(self, name: str, reason: str) -> "Candidates":
+        """Return those but one layer, which is left alone."""
+        svds = {other: svd for other, svd in self.svds.items() if other != name}
+        return Candidates(svds, self.rows, self.left_alone | {name: reason})
+
+    def predicted(self, ranks: Mapping[str, int]) -> float:
+        """Return the relative change of the outputs to first order: of independent layers, squares add."""
+        return sum(self.svds[name].s[rank:].square().sum().item() for name, rank in ranks.items()) ** 0.5
+
     def layers(self, way: str, *, of: str) -> dict[str, Layer]:
         """Return what a way chooses among where a step costs ``parameters`` or ``flops``."""
-        return {name: self._layer(name, way, of) for name in self.outputs}
+        return {name: self._layer(name, way, of) for name in self.svds}
 
     def _layer(self, name: str, way: str, of: str) -> Layer:
-        svd = self.outputs[name]
+        svd = self.svds[name]
         n, m = svd.A.shape
         outputs = svd.s.cpu().numpy()
         # A large matrix's singular values take minutes, and most ways do not ask for them.
@@ -143,22 +163,30 @@ def compress(
     *,
     of: str = "parameters",
     way: str = "answer error",
+    task: str | None = None,
     latency_batch: int = 64,
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model, made of PyTorch's own layers, and what was done.
 
-    Every ``nn.Linear`` and ``nn.Conv2d`` may become two, with factors that change the model's answers least on at most
+    Every ``nn.Linear`` and ``nn.Conv2d`` may become two, with factors that change the model's outputs least on at most
     ``CALIBRATION`` training images. Nothing is trained: tuning the result for a few epochs regains much of what
     is lost.
+
+    What is predicted is measured too, on at most ``BATCH`` images that fitted nothing. Where the outputs change more
+    than ``FAR`` times as much as predicted, each layer takes those factors with which they change least: as chosen,
+    fitted to the layer's own outputs, or the truncated SVD of its weight. If that is far still, and one layer makes
+    more than half of the change, it stays dense where the budget allows. A budget of accuracy is its own measure.
 
     Parameters
     ----------
     model : nn.Module
         Maps a batch of images to one tensor, logits (n, n_classes) where accuracy counts. It stays as it is. One that
-        takes or gives something else goes in a module that takes and gives such a tensor.
+        takes or gives something else goes in a module that takes and gives such a tensor. Of a compiled model the
+        original is cut; compile the result again. A model that is one layer goes in an ``nn.Sequential``.
     data : Dataset or (images, labels)
-        Training images measure the layers' outputs, validation images choose. Of a pair a sixth, drawn at random, is
-        for choosing.
+        Training images measure the layers' outputs. Validation images fit nothing: they choose, and the change of the
+        outputs is measured on them. Of a pair, or without them, that is a sixth of the images, drawn at random.
+        Labels count for accuracy alone: whole numbers (n,) or (n, 1), or probabilities (n, n_classes).
     budget : float
         For ``parameters`` and ``flops`` a share of the model's (a float up to 1) or a count (an int); for ``latency`` a
         share; for ``accuracy`` the least on validation images, 0 to 1, that the smallest model found must have.
@@ -167,6 +195,9 @@ def compress(
     way : str
         How ranks are chosen: one of ``selection.WAYS``. The default takes a backward pass through the model; with the
         others factors are fitted to each layer's outputs.
+    task : {None, "classification"}
+        For ``"classification"`` outputs are logits: a change that all classes share is free, since it changes no
+        probability. Otherwise all outputs count as they are.
     latency_batch : int
         Images in the batch whose latency is measured: for the report once, which takes a few answers of both models.
 
@@ -180,25 +211,17 @@ def compress(
         The budget is impossible (the message says what is possible), no layer can be replaced, the model or the data
         are of another kind, there are no validation images where they must choose, or an option is unknown.
     """
-    _check_options(budget, of, way, latency_batch)
+    budget = _plain_number(budget)
+    _check_options(budget, of, way, task, latency_batch)
     _check_model(model)
+    model = _plain(model)
     device = next(model.parameters()).device
-    images, validation_images, validation_labels = (tensor.to(device) for tensor in _parts(data))
-    found = candidates(model, images, by_answers=way == "answer error")
-    bench = _Bench(model, found, images, (validation_images, validation_labels))
-    batch = images[:latency_batch]
-    measured: dict[str, Change] = {}
-    if of == "accuracy":
-        choice, measured["accuracy"] = bench.accurate_enough(budget, way)
-    elif of == "latency":
-        choice, measured["seconds"] = bench.fast_enough(budget, way, batch)
-    else:
-        choice = bench.small_enough(budget, way, of)
-    small = bench.cut(choice.ranks)
-    if of != "latency":
-        measured["seconds"] = bench.seconds(small, batch)
-    sizes = {name: Change(size(model, images), size(small, images)) for name, size in SIZES.items()}
-    return small, Report(choice.ranks, found.left_alone, choice.error, **sizes, **measured)
+    images, held_out, labels = (tensor.to(device) for tensor in _parts(data))
+    if of == "accuracy" or way == "validation":
+        labels = _classes(labels, _answer(model, images[:FEW]))
+    found = candidates(model, images, by_answers=way == "answer error", task=task)
+    bench = _Bench(model, found, images, held_out, labels, task, images[:latency_batch])
+    return bench.compressed(budget, of, way)
 
 
 def _flops(model: nn.Module, images: Tensor) -> int:
@@ -217,30 +240,114 @@ SIZES: dict[str, Callable[[nn.Module, Tensor], int]] = {
 
 @dataclass(frozen=True)
 class _Bench:
-    """What ranks are chosen with: the model, its candidates, images to measure on and images to choose on."""
+    """What ranks are chosen with: the model, its candidates, images to count and time with and images held out."""
 
     model: nn.Module
     found: Candidates
     images: Tensor
-    validation: Split
+    held_out: Tensor
+    labels: Tensor
+    task: str | None
+    latency_batch: Tensor
     scored: dict[frozenset[tuple[str, int]], float] = field(default_factory=dict)
 
-    def cut(self, ranks: Mapping[str, int]) -> nn.Module:
-        """Return the model at these ranks."""
-        return replaced(self.model, {name: self.found.outputs[name].factors(rank) for name, rank in ranks.items()})
+    def compressed(self, budget: float, of: str, way: str) -> tuple[nn.Module, Report]:
+        """Return the model within a budget and what was done, as :func:`compress` does."""
+        choice, measured = self._choice(budget, of, way)
+        factors, predicted = self.factors(choice.ranks), self.found.predicted(choice.ranks)
+        fallbacks: dict[str, str] = {}
+        error = self.change(factors)
+        far = of != "accuracy" and _far(error, predicted)
+        if far:
+            factors, fallbacks, error = self.refitted(factors)
+        small = replaced(self.model, factors)
+        if of != "latency":
+            measured["seconds"] = self.seconds(small)
+        sizes = {name: Change(size(self.model, self.images), size(small, self.images)) for name, size in SIZES.items()}
+        report = Report(choice.ranks, self.found.left_alone, fallbacks, predicted, error, **sizes, **measured)
+        if far and _far(error, predicted):
+            return self._with_one_left_alone(small, report, factors, budget, of, way)
+        return small, report
+
+    def _choice(self, budget: float, of: str, way: str) -> tuple[Choice, dict[str, Change]]:
+        """Choose ranks; return what was measured meanwhile, too."""
+        if of == "accuracy":
+            choice, accuracy = self.accurate_enough(budget, way)
+            return choice, {"accuracy": accuracy}
+        if of == "latency":
+            choice, seconds = self.fast_enough(budget, way)
+            return choice, {"seconds": seconds}
+        return self.small_enough(budget, way, of), {}
+
+    def refitted(self, default: Mapping[str, Factors]) -> tuple[dict[str, Factors], dict[str, str], float]:
+        """Return factors of the same ranks with the least change, what those fit that are others, and the change.
+
+        Starts with all layers alike and then turns to one layer after the other, so that no change is larger than that
+        of the truncated SVDs.
+        """
+        svds = {name: self.found.svds[name] for name in default}
+        kinds = {
+            "": default,
+            "its own outputs": {n: svd.unweighted().factors(len(default[n].C)) for n, svd in svds.items()},
+            "its weight": {n: SVD.of(svd.A).factors(len(default[n].C)) for n, svd in svds.items()},
+        }
+
+        def change(chosen: Mapping[str, str]) -> float:
+            return self.change({name: kinds[kind][name] for name, kind in chosen.items()})
+
+        changes = {kind: change(dict.fromkeys(default, kind)) for kind in kinds}
+        best = min(kinds, key=changes.__getitem__)
+        chosen, least = dict.fromkeys(default, best), changes[best]
+        for name in default:
+            for kind in [kind for kind in kinds if kind != chosen[name]]:
+                trial = chosen | {name: kind}
+                if (found := change(trial)) < least:
+                    least, chosen = found, trial
+        factors = {name: kinds[kind][name] for name, kind in chosen.items()}
+        return factors, {name: kind for name, kind in chosen.items() if kind}, least
+
+    def _with_one_left_alone(
+        self, small: nn.Module, report: Report, factors: Mapping[str, Factors], budget: float, of: str, way: str
+    ) -> tuple[nn.Module, Report]:
+        """Leave that layer dense without whose cut the outputs change least, if it halves the change in the budget."""
+        worst = min(factors, key=lambda name: self.change({n: pair for n, pair in factors.items() if n != name}))
+        reason = f"with it cut, the outputs changed by {report.measured_error:.3g}, predicted {report.error:.3g}"
+        try:
+            other = replace(self, found=self.found.without(worst, reason)).compressed(budget, of, way)
+        except ValueError:  # the budget is too small without it
+            return small, report
+        return other if other[1].measured_error < report.measured_error / 2 else (small, report)
+
+    def factors(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
+        """Return the factors of these ranks."""
+        return {name: self.found.svds[name].factors(rank) for name, rank in ranks.items()}
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """What the whole model puts out for the images that the change is measured on."""
+        return _outputs(self.model, self.measured_on, self.task)
+
+    @cached_property
+    def measured_on(self) -> Tensor:
+        """Held-out images, fewer where a model's outputs are large."""
+        n_outputs = len(_outputs(self.model, self.held_out[:1], self.task))
+        return self.held_out[: min(BATCH, max(1, LARGE_BATCH // n_outputs))]
+
+    def change(self, factors: Mapping[str, Factors]) -> float:
+        """Return the relative change of the outputs with these factors, measured."""
+        difference = _outputs(replaced(self.model, factors), self.measured_on, self.task) - self.outputs
+        change = (difference.norm() / self.outputs.norm()).item() if difference.any() else 0.0
+        return np.inf if np.isnan(change) else change
 
     def accuracy(self, ranks: Mapping[str, int]) -> float:
         """Return the share of validation images that the model at these ranks gets right; each model is scored once."""
         key = frozenset(ranks.items())
         if key not in self.scored:
-            self.scored[key] = self._score(self.cut(ranks))
+            self.scored[key] = self._score(replaced(self.model, self.factors(ranks)))
         return self.scored[key]
 
     def _score(self, model: nn.Module) -> float:
-        images, labels = self.validation
-        if not len(labels):
-            raise ValueError("validation images choose here, and there are none: Dataset.hold_out() sets some aside")
-        hits = 0.0
+        images, labels, hits = self.held_out, self.labels, 0.0
         with _evaluating(model):
             size = _batch_size(images)
             pairs = list(zip(images.split(size), labels.split(size), strict=True))
@@ -269,11 +376,11 @@ class _Bench:
         choice = smallest(way, self.found.layers(way, of="parameters"), self.accuracy, target)
         return choice, Change(before, self.accuracy(choice.ranks))
 
-    def seconds(self, small: nn.Module, batch: Tensor) -> Change:
+    def seconds(self, small: nn.Module) -> Change:
         """Time a smaller model right after the model itself, as a machine's speed drifts."""
-        return Change(_seconds(self.model, batch), _seconds(small, batch))
+        return Change(_seconds(self.model, self.latency_batch), _seconds(small, self.latency_batch))
 
-    def fast_enough(self, target: float, way: str, batch: Tensor) -> tuple[Choice, Change]:
+    def fast_enough(self, target: float, way: str) -> tuple[Choice, Change]:
         """Choose the most FLOPs, to a sixteenth of the model's, with which a batch takes no longer than a share."""
         layers = self.found.layers(way, of="flops")
         dense = choice_of(layers, {}).parameters
@@ -281,13 +388,18 @@ class _Bench:
         fastest = np.inf
         for limit in np.linspace(dense, least, 16):
             choice = WAYS[way](layers, limit, self.accuracy)
-            seconds = self.seconds(self.cut(choice.ranks), batch)
+            seconds = self.seconds(replaced(self.model, self.factors(choice.ranks)))
             fastest = min(fastest, seconds.share)
             if seconds.share <= target:
                 return choice, seconds
         raise ValueError(
-            f"a latency of {target:.0%} is impossible for batches of {len(batch)}: the fastest try took {fastest:.0%}"
+            f"a latency of {target:.0%} is impossible for batches of {len(self.latency_batch)}: "
+            f"the fastest try took {fastest:.0%}"
         )
+
+
+def _far(measured: float, predicted: float) -> bool:
+    return measured > FAR * max(predicted, SMALL)
 
 
 @torch.no_grad()
@@ -297,40 +409,81 @@ def _seconds(model: nn.Module, batch: Tensor) -> float:
 
 
 @torch.no_grad()
-def candidates(model: nn.Module, images: Tensor, *, by_answers: bool = False) -> Candidates:
-    """Find the layers of a model that can be replaced, and measure their outputs, or what these do to its answers.
+def candidates(model: nn.Module, images: Tensor, *, by_answers: bool = False, task: str | None = None) -> Candidates:
+    """Find the layers of a model that can be replaced, and measure their outputs, or what these do to the model's.
 
-    A layer can be replaced if it has a weight of its own, the model calls it, and the model's answer stays the same
+    A layer can be replaced if it has a weight of its own, the model calls it, and the model's outputs stay the same
     with two layers in its place: ``nn.MultiheadAttention``, for one, reads the weight of its output layer and never
     calls it.
 
     Raises
     ------
     ValueError
-        There are no images, the model gives no finite tensor for them, it cannot be copied, or it has no layer that
-        can be replaced.
+        There are no images, the model gives no finite tensor for them, it gives another one each time, it cannot be
+        copied, or it has no layer that can be replaced.
     """
     model = _copied(model)
     _use_no_fused_code(model)
+    batch_size = _batch_size(images) if len(images) else 1
     with _evaluating(model):
         few = images[:FEW]
-        answer = _answer(model, few)
+        _answer(model, few)
+        outputs = _outputs(model, few)
+        if not _alike(_outputs(model, few), outputs):
+            raise ValueError(f"{type(model).__name__} gives other outputs for the same images each time")
         layers, left_alone = _layers_with_own_weight(model)
-        moments, rows = _output_moments(model, layers, images)
-        found = [name for name in layers if name in moments]
-        fewer = max(1, _batch_size(images) // GRADIENT_SHARE)
-        sensitive = sensitivities(model, images, found, batch_size=fewer) if by_answers else {}
-        outputs = {}
+        bases = {name: _basis(layer) for name, layer in layers.items()}
+        moments, rows = output_moments(model, images, bases, batch_size=batch_size)
+        sensitive: dict[str, Tensor] = {}
+        if by_answers:
+            square = _outputs(model, images[:BATCH], task).square().sum() / len(images[:BATCH])
+            fewer = max(1, batch_size // GRADIENT_SHARE)
+            try:
+                found = sensitivities(model, images, moments.keys(), task=task, bases=bases, batch_size=fewer)
+                sensitive = {name: G / square for name, G in found.items() if square > 0}
+            except ValueError:  # without a derivative, all factors fit their layers' outputs
+                pass
+        svds = {}
         for name, layer in progress(list(layers.items()), "decomposing layers"):
             if name not in moments:
                 left_alone[name] = "the model never calls it, or reads its weight without calling it"
-            elif reason := _objection(model, name, layer, few, answer):
+            elif reason := _objection(model, name, layer, few, outputs):
                 left_alone[name] = reason
             else:
-                outputs[name] = _decomposed(layer, moments[name], sensitive.get(name))
-    if not outputs:
+                svds[name] = _decomposed(layer, moments[name], sensitive.get(name), bases[name])
+    if not svds:
         raise ValueError(f"{type(model).__name__} has no layer that can be replaced: {left_alone}")
-    return Candidates(outputs, rows, left_alone)
+    return Candidates(svds, rows, left_alone)
+
+
+def _basis(layer: Replaceable) -> Tensor | None:
+    """Return an orthonormal basis of a tall weight's columns: all outputs less the bias lie in its few dimensions."""
+    weight = layer.weight.flatten(1)
+    return torch.linalg.qr(weight.to(precise(weight))).Q if len(weight) > weight.shape[1] else None
+
+
+def _outputs(model: nn.Module, images: Tensor, task: str | None = None) -> Tensor:
+    """Return a model's outputs in one dimension, each time with the same draws where it draws at random."""
+    with _evaluating(model), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        torch.manual_seed(0)
+        outputs = [model(batch) for batch in images.split(_batch_size(images))]
+    outputs = [output.to(precise(output)) for output in outputs]
+    return torch.cat([(without_mean(output) if task else output).flatten() for output in outputs])
+
+
+def _alike(outputs: Tensor, wanted: Tensor) -> bool:
+    return bool((outputs - wanted).abs().max() <= wanted.abs().max() * torch.finfo(wanted.dtype).eps ** 0.5)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return a model whose layers can be found and replaced: a copy without compiled code, a lone layer in a module."""
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
+        model = _copied(getattr(model, "_orig_mod", model))
+        for name, module in list(model.named_modules()):
+            module._compiled_call_impl = None
+            if hasattr(module, "_orig_mod"):
+                substitute(model, name, module._orig_mod)
+    return nn.Sequential(model) if isinstance(model, Replaceable) else model
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -351,7 +504,8 @@ def _answer(model: nn.Module, images: Tensor) -> Tensor:
     if not len(images):
         raise ValueError(f"{wanted}; there is none")
     try:
-        answer = model(images)
+        with _evaluating(model), torch.no_grad():
+            answer = model(images)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"{wanted}; for {given}, it raised {type(error).__name__}: {error!s:.200}; {wrap}") from error
     if not isinstance(answer, Tensor):
@@ -374,7 +528,9 @@ def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], d
             shared = [other for other in owners[parameter.data_ptr()] if other != name]
             if parameter.dim() < 2:
                 continue
-            if not isinstance(module, Replaceable) or kind != "weight":
+            if isinstance(module, Replaceable) and kind == "weight_orig":
+                left_alone[name] = "pruned: torch.nn.utils.prune.remove makes its masked weight a plain one"
+            elif not isinstance(module, Replaceable) or kind != "weight":
                 left_alone[f"{name}.{kind}".strip(".").removesuffix(".weight")] = (
                     f"a parameter of {type(module).__name__}, no linear layer or convolution in two dimensions"
                 )
@@ -387,53 +543,30 @@ def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], d
     return layers, left_alone
 
 
-def _output_moments(
-    model: nn.Module, layers: Mapping[str, Replaceable], images: Tensor
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the second moment (out, out), float64, of each layer's outputs less its bias, and its rows an image."""
-    sums: dict[str, Tensor] = {}
-    rows = dict.fromkeys(layers, 0.0)
-
-    def add(name: str, layer: Replaceable, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        found = output_rows(layer, output) - (0 if layer.bias is None else layer.bias)
-        found = found.to(precise(found))
-        sums[name] = sums.get(name, 0) + (found.T @ found).double()
-        rows[name] += len(found)
-
-    hooks = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
-    try:
-        for batch in progress(images.split(_batch_size(images)), "measuring layers"):
-            model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    moments = {name: total / rows[name] for name, total in sums.items()}
-    return moments, {name: rows[name] / len(images) for name in moments}
-
-
-def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, answer: Tensor) -> str:
+def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, wanted: Tensor) -> str:
     """Replace a layer by two that do the same, and say what goes wrong; leave the model as it was."""
     weight = layer.weight.flatten(1)
     identity = torch.eye(min(weight.shape)).to(weight)
     exact = Factors(identity, weight, []) if len(identity) == len(weight) else Factors(weight, identity, [])
     try:
         substitute(model, name, _two(layer, exact))
-        difference = (model(images) - answer).abs().max()
+        same = _alike(_outputs(model, images), wanted)
     except Exception as error:  # whatever the model's own code raises where it misses the layer
         return f"the model does more with it than to call it ({error})"
     finally:
         substitute(model, name, layer)
-    same = difference <= answer.abs().max() * torch.finfo(answer.dtype).eps ** 0.5
     return "" if same else "it gives something else than its weight and bias say"
 
 
-def _decomposed(layer: Replaceable, moment: Tensor, sensitivity: Tensor | None) -> OutputSVD | AnswerSVD:
+def _decomposed(
+    layer: Replaceable, moment: Tensor, sensitivity: Tensor | None, basis: Tensor | None
+) -> ActivationAwareSVD:
     """Decompose a layer's outputs, given their moment; a convolution's weight is unfolded to (out, in·kh·kw)."""
     weight = layer.weight.detach().flatten(1)
     weight = weight.to(precise(weight))
-    if sensitivity is None:
-        return OutputSVD.of_outputs(weight, moment)
-    return AnswerSVD.of_outputs(weight, moment, sensitivity)
+    if sensitivity is None or not sensitivity.any():
+        return ActivationAwareSVD.of_outputs(weight, moment, basis=basis).relative()
+    return ActivationAwareSVD.of_outputs(weight, moment, sensitivity, basis)
 
 
 @torch.no_grad()
@@ -542,19 +675,45 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _parts(data: Dataset | Split) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images to measure on, and images to choose on with their labels."""
+    """Return images to measure on, held-out images, and the labels of these if they may choose."""
     if isinstance(data, Dataset):
-        order = _order(len(data.train_labels))[:CALIBRATION].to(data.train_images.device)
-        return data.train_images[order], data.validation_images, data.validation_labels
-    pair = data if isinstance(data, (tuple, list)) else (data,)
-    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        kinds = ", ".join(type(part).__name__ for part in pair)
-        raise ValueError(f"data must be a Dataset or two tensors, images and labels; given: {kinds:.100}")
-    images, labels = pair
+        images, labels = data.train_images, data.train_labels
+    else:
+        pair = data if isinstance(data, (tuple, list)) else (data,)
+        if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            kinds = ", ".join(type(part).__name__ for part in pair)
+            raise ValueError(f"data must be a Dataset or two tensors, images and labels; given: {kinds:.100}")
+        images, labels = pair
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels: one label for each image is needed")
-    order, n = _order(len(images)).to(images.device), len(images) // VALIDATION_PART
-    return images[order[n : n + CALIBRATION]], images[order[:n]], labels[order[:n]]
+    if len(images) < 2:
+        raise ValueError(f"at least two images are needed, one to fit and one to measure; given: {len(images)}")
+    order = _order(len(images)).to(images.device)
+    if isinstance(data, Dataset) and len(data.validation_labels):
+        return images[order[:CALIBRATION]], data.validation_images, data.validation_labels
+    n = max(1, len(images) // HELD_OUT_PART)
+    may_choose = labels[:0] if isinstance(data, Dataset) else labels[order[:n]]
+    return images[order[n : n + CALIBRATION]], images[order[:n]], may_choose
+
+
+def _classes(labels: Tensor, logits: Tensor) -> Tensor:
+    """Return labels as ``evaluate`` takes them, for a model that gives such logits."""
+    if not len(labels):
+        raise ValueError("validation images choose here, and there are none: Dataset.hold_out() sets some aside")
+    if logits.dim() != 2:
+        raise ValueError(f"accuracy needs logits (n, n_classes); the model gives {times(logits.shape)}")
+    n_classes = logits.shape[1]
+    if labels.shape[1:] == (n_classes,):
+        return labels.to(logits)
+    if labels.shape[1:] == (1,):
+        labels = labels[:, 0]
+    classes = labels.long()
+    if labels.dim() != 1 or (classes != labels).any() or classes.min() < 0 or classes.max() >= n_classes:
+        raise ValueError(
+            f"labels must be whole numbers from 0 to {n_classes - 1}, (n,) or (n, 1), or probabilities "
+            f"(n, {n_classes}); given: {times(labels.shape)}, {labels.min():g} to {labels.max():g}"
+        )
+    return classes
 
 
 def _order(n: int) -> Tensor:
@@ -571,7 +730,13 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"{', '.join(empty[:3])}: no values yet; load them, or run the model once, before compressing")
 
 
-def _check_options(budget: float, of: str, way: str, latency_batch: int) -> None:
+def _plain_number(budget: Any) -> Any:
+    """Return a Python number for one of NumPy or PyTorch."""
+    return budget.item() if getattr(budget, "size", None) == 1 or getattr(budget, "shape", None) == () else budget
+
+
+def _check_options(budget: float, of: str, way: str, task: str | None, latency_batch: int) -> None:
+    check_task(task)
     if of not in BUDGETS:
         raise ValueError(f"of {of!r} is unknown; allowed: {', '.join(BUDGETS)}")
     if way not in WAYS:

@@ -7,20 +7,20 @@ Three errors to be least: that of the matrix, ‖A − B·C‖_F; that of what a
 inputs X, of which it is enough to know the second moment X·Xᵀ/N; and that of the network's answers, to first order.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
+from lowrank_helpers.calibration import check_names, input_moments
+from lowrank_helpers.calibration import sensitivities as sensitivities
 from lowrank_helpers.models import FactorizedLinear, linear_layers
-from lowrank_helpers.training import progress, spending
+from lowrank_helpers.training import spending
 
-NO_SENSITIVITY = 1e-7  # of the largest one: what is smaller is rounding
-MOMENT_BATCH = 2048  # rows of a batch while moments are taken: large enough for full speed
+DAMPING = 1e-3  # of the mean eigenvalue of G; 1e-2 does the same to a percent
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,6 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> None:
     """Raise ``ValueError`` unless 1 ≤ rank ≤ min(n, m)."""
     if not 1 <= rank <= min(shape):
         raise ValueError(f"rank {rank} is impossible for a {shape[0]}×{shape[1]} matrix; allowed: 1 to {min(shape)}")
-
-
-def check_names(names: Collection[str], layers: Mapping[str, nn.Module], kind: str) -> None:
-    """Raise ``ValueError`` unless all names are those of layers, which are of that kind."""
-    if unknown := set(names) - layers.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no {kind}; allowed: {', '.join(layers)}")
 
 
 def optimal_errors(s: Tensor) -> Tensor:
@@ -207,7 +201,8 @@ class SVD(NamedTuple):
         """Return the best factors of that rank, B = U·√S and C = √S·Vᵀ: balanced, ‖B‖_F = ‖C‖_F."""
         check_rank(rank, (len(self.U), self.Vh.shape[1]))
         root = self.s[:rank].sqrt()
-        return Factors(self.U[:, :rank] * root, root[:, None] * self.Vh[:rank], [])
+        left = torch.where(root > 0, root, 1)  # with both factors at zero, no gradient would ever reach them
+        return Factors(self.U[:, :rank] * left, root[:, None] * self.Vh[:rank], [])
 
 
 def truncated_svd(A: Tensor, rank: int) -> Factors:
@@ -234,8 +229,8 @@ def _output_moment(A: Tensor, moment: Tensor) -> Tensor:
     return A.double() @ moment.double() @ A.double().T
 
 
-class OutputSVD(NamedTuple):
-    """The directions of a layer's outputs, by their size over its inputs: factors that fit the outputs are cut from it.
+class ActivationAwareSVD(NamedTuple):
+    """The directions of a layer's outputs, by their size over its inputs or by what they do to the model's outputs.
 
     The least ‖(A − B·C)·X‖_F at rank r has B·C·X equal to the best rank-r approximation of A·X (Eckart & Young 1936),
     which is P·Pᵀ·A·X for the first r left singular vectors P of A·X. So B = P and C = Pᵀ·A, and X need not be
@@ -243,62 +238,18 @@ class OutputSVD(NamedTuple):
     second moment of the outputs. To whiten by the root of M, cut and unwhiten (as in Chen et al. 2021, *DRONE*,
     NeurIPS 2021) gives the same outputs.
 
-    Attributes
-    ----------
-    U : Tensor, shape (n, k), float64
-        Orthonormal directions of the outputs, the largest first, k = min(n, m).
-    s : Tensor, shape (k,), float64
-        The root mean square of the outputs along each.
-    A : Tensor, shape (n, m)
-        The matrix.
-    """
-
-    U: Tensor
-    s: Tensor
-    A: Tensor
-
-    @classmethod
-    def of(cls, A: Tensor, moment: Tensor) -> "OutputSVD":
-        """Decompose the outputs of A (n, m) for inputs of second moment X·Xᵀ/N (m, m).
-
-        Raises
-        ------
-        ValueError
-            The moment is not (m, m), or holds NaN or infinity.
-        """
-        A = A.detach()
-        return cls.of_outputs(A, _output_moment(A, moment))
-
-    @classmethod
-    @spending("factorising")
-    def of_outputs(cls, A: Tensor, moment: Tensor) -> "OutputSVD":
-        """Decompose the outputs of A (n, m), given their own second moment (n, n) in float64."""
-        values, vectors = torch.linalg.eigh(moment)
-        k = min(A.shape)
-        return cls(vectors.flip(1)[:, :k], values.flip(0)[:k].clamp_min(0).sqrt(), A)
-
-    def factors(self, rank: int) -> Factors:
-        """Return the factors of that rank with the least error of the outputs, balanced: BᵀB = C·Cᵀ."""
-        check_rank(rank, self.A.shape)
-        directions = self.U[:, :rank].to(self.A)
-        projected = SVD.of(directions.T @ self.A).factors(rank)
-        return Factors(directions @ projected.B, projected.C, [])
-
-
-class AnswerSVD(NamedTuple):
-    """The directions of a layer's outputs, by what their loss changes in the answers of the network.
-
-    A change Δ of a layer's outputs changes the answers by J·Δ to first order, J being their derivative. Taken as
-    independent of each other, the two make a mean square of tr(G·E[Δ·Δᵀ]) with G = E[Jᵀ·J]: the approximation of
-    K-FAC (Martens & Grosse 2015, arXiv 1503.05671, section 3). With a root W of it, Wᵀ·W = G, that is the mean square
-    of W·Δ; so what :class:`OutputSVD` does for A·X is done here for W·A·X: B = W⁻¹·P and C = Pᵀ·W·A.
+    Fisher-weighted: a change Δ of a layer's outputs changes the model's outputs by J·Δ to first order, J being their
+    derivative. Taken as independent of each other, the two make a mean square of tr(G·E[Δ·Δᵀ]) with G = E[Jᵀ·J]: the
+    approximation of K-FAC (Martens & Grosse 2015, arXiv 1503.05671, section 3). With a root W of G, Wᵀ·W = G, that is
+    the mean square of W·Δ, so W·A takes the place of A: B = W⁻¹·P and C = Pᵀ·W·A.
 
     Attributes
     ----------
     back : Tensor, shape (n, k), float64
-        W⁻¹·P, the pseudo-inverse where nothing depends on a direction; k = min(n, m).
+        W⁻¹·P, k = min(n, m).
     s : Tensor, shape (k,), float64
-        The root mean square of what each direction does to the answers, the largest first.
+        The root mean square of the outputs, or of what they do to the model's outputs, along each direction, the
+        largest first.
     forth : Tensor, shape (k, n), float64
         Pᵀ·W.
     A : Tensor, shape (n, m)
@@ -311,23 +262,70 @@ class AnswerSVD(NamedTuple):
     A: Tensor
 
     @classmethod
+    def of(cls, A: Tensor, moment: Tensor) -> "ActivationAwareSVD":
+        """Decompose the outputs of A (n, m) for inputs of second moment X·Xᵀ/N (m, m).
+
+        Raises
+        ------
+        ValueError
+            The moment is not (m, m), or holds NaN or infinity.
+        """
+        A = A.detach()
+        return cls.of_outputs(A, _output_moment(A, moment))
+
+    @classmethod
     @spending("factorising")
-    def of_outputs(cls, A: Tensor, moment: Tensor, sensitivity: Tensor) -> "AnswerSVD":
-        """Decompose the outputs of A (n, m), given their second moment (n, n) and E[Jᵀ·J] (n, n), both float64."""
-        values, vectors = torch.linalg.eigh(sensitivity)
-        root = values.clamp_min(0).sqrt()
-        inverse = torch.where(values > NO_SENSITIVITY * values.max(), 1 / root, 0)
-        W = root[:, None] * vectors.T
-        squares, P = torch.linalg.eigh(W @ moment @ W.T)
+    def of_outputs(
+        cls, A: Tensor, moment: Tensor, sensitivity: Tensor | None = None, basis: Tensor | None = None
+    ) -> "ActivationAwareSVD":
+        """Decompose the outputs of A (n, m), given their own second moment.
+
+        Parameters
+        ----------
+        A : Tensor, shape (n, m)
+        moment : Tensor, shape (n, n), float64
+            Where it is zero, all inputs count alike.
+        sensitivity : Tensor, shape (n, n), float64, optional
+            G = E[Jᵀ·J]. ``DAMPING`` of its mean eigenvalue is added to all of them, as in K-FAC (section 6.3): a change
+            that is large where G is small leaves the first order. Where G is zero, all outputs count alike.
+        basis : Tensor, shape (n, k), optional
+            Orthonormal columns that span those of A: ``moment`` and ``sensitivity`` are then (k, k), of the
+            coordinates along them.
+        """
+        if not moment.any():
+            rows = (A if basis is None else basis.T @ A).double()
+            moment = rows @ rows.T
+        root, inverse = _damped_roots(sensitivity) if sensitivity is not None and sensitivity.any() else (None, None)
+        squares, P = torch.linalg.eigh(moment if root is None else root @ moment @ root.T)
         P = P.flip(1)[:, : min(A.shape)]
-        return cls(vectors @ (inverse[:, None] * P), squares.flip(0)[: P.shape[1]].clamp_min(0).sqrt(), P.T @ W, A)
+        s = squares.flip(0)[: P.shape[1]].clamp_min(0).sqrt()
+        back, forth = (P, P.T) if root is None else (inverse @ P, P.T @ root)
+        if basis is not None:
+            back, forth = basis.double() @ back, forth @ basis.double().T
+        return cls(back, s, forth, A)
+
+    def unweighted(self) -> "ActivationAwareSVD":
+        """Return the same without G: fitted to the layer's outputs, whose second moment is back·diag(s²)·backᵀ."""
+        U, s, _ = torch.linalg.svd(self.back * self.s, full_matrices=False)
+        return ActivationAwareSVD(U, s, U.T, self.A)
+
+    def relative(self) -> "ActivationAwareSVD":
+        """Return the same with s as a share of the whole."""
+        return self._replace(s=self.s / self.s.norm().clamp_min(torch.finfo(self.s.dtype).tiny))
 
     def factors(self, rank: int) -> Factors:
-        """Return the factors of that rank with the least error of the answers, balanced: BᵀB = C·Cᵀ."""
+        """Return the factors of that rank with the least error, balanced: BᵀB = C·Cᵀ."""
         check_rank(rank, self.A.shape)
         Q, R = torch.linalg.qr(self.back[:, :rank])
         balanced = SVD.of(R @ self.forth[:rank] @ self.A.double()).factors(rank)
         return Factors((Q @ balanced.B).to(self.A), balanced.C.to(self.A), [])
+
+
+def _damped_roots(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W with Wᵀ·W = G + ``DAMPING``·tr(G)/n·I, and its inverse."""
+    values, vectors = torch.linalg.eigh(G)
+    root = (values.clamp_min(0) + DAMPING * values.mean()).sqrt()
+    return root[:, None] * vectors.T, vectors / root
 
 
 def fitted_factors(A: Tensor, moment: Tensor, rank: int) -> Factors:
@@ -340,154 +338,7 @@ def fitted_factors(A: Tensor, moment: Tensor, rank: int) -> Factors:
     tensor([[0., 0.],
             [0., 1.]])
     """
-    return OutputSVD.of(A, moment).factors(rank)
-
-
-def _check_called(names: Collection[str], measured: Mapping[str, Tensor]) -> None:
-    if idle := set(names) - measured.keys():
-        raise ValueError(f"{', '.join(sorted(idle))}: the model does not call this layer")
-
-
-@spending("factorising")
-@torch.no_grad()
-def input_moments(model: nn.Module, inputs: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the second moment X·Xᵀ/N of what enters each named layer while a model maps inputs.
-
-    Parameters
-    ----------
-    model : nn.Module
-        In the mode that it is in: call ``model.eval()`` first where it has Dropout or BatchNorm.
-    inputs : Tensor, shape (N, …)
-        The first dimension is split into batches.
-    names : collection of str
-        Linear or factorised layers, by dotted name. Of inputs (…, m) all but the last dimension count as samples.
-
-    Returns
-    -------
-    dict of str to Tensor
-        (m, m) each, float64, in the order of ``names``. Products are taken in the model's precision, a batch at a
-        time, and summed in float64.
-
-    Raises
-    ------
-    ValueError
-        There are no inputs, a name is no linear layer of the model, or such a layer is never called.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    >>> input_moments(model, torch.eye(2), ["0"])["0"].tolist()
-    [[0.5, 0.0], [0.0, 0.5]]
-    """
-    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, FactorizedLinear))}
-    check_names(names, layers, "linear layer of the model")
-    if not len(inputs):
-        raise ValueError("moments need at least one input")
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(names, 0)
-
-    def add(name: str, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        rows = arguments[0].flatten(0, -2)
-        sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
-        counts[name] += len(rows)
-
-    hooks = [layers[name].register_forward_pre_hook(partial(add, name)) for name in counts]
-    try:
-        for batch in inputs.split(MOMENT_BATCH):
-            model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    _check_called(counts, sums)
-    return {name: sums[name] / count for name, count in counts.items()}
-
-
-def output_rows(layer: nn.Module, output: Tensor) -> Tensor:
-    """Return what a layer puts out, or a gradient for it, as rows: one a place, of a convolution's channels."""
-    return (output.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else output).flatten(0, -2)
-
-
-def precise(tensor: Tensor) -> torch.dtype:
-    """Return the precision to sum and to decompose in: float32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@spending("factorising")
-def sensitivities(
-    model: nn.Module, inputs: Tensor, names: Collection[str], *, batch_size: int = MOMENT_BATCH
-) -> dict[str, Tensor]:
-    """Return how a model's answers depend on what each named layer puts out: E[Jᵀ·J], J being their derivative.
-
-    For each input the answers are multiplied by standard normal numbers, and the gradient of the sum is a draw of a
-    vector whose second moment is Jᵀ·J. The numbers are taken to have no mean over the classes, since adding a constant
-    to all logits changes no probability.
-
-    Parameters
-    ----------
-    model : nn.Module
-        In the mode that it is in. Maps inputs to (N, …, n_classes).
-    inputs : Tensor, shape (N, …)
-    names : collection of str
-        Linear layers, or convolutions in two dimensions, by dotted name.
-    batch_size : int
-        Inputs at a time; all that the model computes for them is kept meanwhile.
-
-    Returns
-    -------
-    dict of str to Tensor
-        (n, n) each, float64, in the order of ``names``, summed over the places where a layer is used for one input.
-
-    Raises
-    ------
-    ValueError
-        There are no inputs, a name is no such layer of the model or one that is never called, or the answers have no
-        derivative or no finite one.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    >>> with torch.no_grad():
-    ...     _ = model[1].weight.copy_(torch.diag(torch.tensor([1.0, 0.0])))  # the second output is never looked at
-    >>> sensitivities(model, torch.ones(1000, 2), ["0"])["0"].round(decimals=1).tolist()
-    [[0.5, 0.0], [0.0, 0.0]]
-    """
-    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    check_names(names, layers, "linear layer or convolution")
-    if not len(inputs):
-        raise ValueError("sensitivities need at least one input")
-    sums: dict[str, Tensor] = {}
-    seen: list[tuple[str, Tensor]] = []
-
-    def watch(name: str, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:  # all before it is frozen
-            output = output.detach().requires_grad_()
-        seen.append((name, output))
-        return output.clone()  # the model may change it in place
-
-    hooks = [layers[name].register_forward_hook(partial(watch, name)) for name in names]
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for batch in progress(inputs.split(batch_size), "measuring sensitivities"):
-            seen.clear()
-            with torch.enable_grad():
-                answers = model(batch)
-                draw = torch.randn(answers.shape, generator=generator).to(answers)
-                total = (answers * (draw - draw.mean(dim=-1, keepdim=True) if draw.shape[-1] > 1 else draw)).sum()
-                outputs = [output for _, output in seen]
-                gradients = torch.autograd.grad(total, outputs, materialize_grads=True) if outputs else ()
-            for (name, _), gradient in zip(seen, gradients, strict=True):
-                rows = output_rows(layers[name], gradient)
-                rows = rows.to(precise(rows))
-                sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
-    except RuntimeError as error:
-        raise ValueError(f"the answers of {type(model).__name__} cannot be differentiated: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    _check_called(names, sums)
-    if endless := [name for name in names if not sums[name].isfinite().all()]:
-        raise ValueError(f"{', '.join(endless)}: the derivative of the answers is NaN or infinite there")
-    return {name: sums[name] / len(inputs) for name in names}
+    return ActivationAwareSVD.of(A, moment).factors(rank)
 
 
 def decompose(
@@ -509,8 +360,8 @@ def decompose(
 
     def decomposed(name: str, A: Tensor) -> Decomposition:
         if name in sensitive:
-            return AnswerSVD.of_outputs(A, _output_moment(A, moments[name]), sensitive[name])
-        return OutputSVD.of(A, moments[name]) if name in moments else SVD.of(A)
+            return ActivationAwareSVD.of_outputs(A, _output_moment(A, moments[name]), sensitive[name])
+        return ActivationAwareSVD.of(A, moments[name]) if name in moments else SVD.of(A)
 
     return {name: decomposed(name, layer.weight.detach()) for name, layer in linear_layers(model).items()}
 
@@ -532,7 +383,7 @@ def factorize_in_turn(model: nn.Module, ranks: Mapping[str, int], inputs: Tensor
     """
     for name in [name for name in linear_layers(model) if name in ranks]:
         moments = input_moments(model, inputs, [name])
-        svds = {name: OutputSVD.of(linear_layers(model)[name].weight, moments[name])}
+        svds = {name: ActivationAwareSVD.of(linear_layers(model)[name].weight, moments[name])}
         model = factorize(model, {name: ranks[name]}, svds)
     return model
 

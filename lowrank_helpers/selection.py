@@ -35,8 +35,9 @@ class Layer:
     weights : array of shape (min(n, m),)
         The matrix's singular values, largest first; no other ways than ``BY_WEIGHTS`` ask for them.
     outputs : array of shape (min(n, m),)
-        The root mean square of its outputs along their principal directions, as of ``factorization.OutputSVD``, or
-        of what they do to the network's answers, as of ``AnswerSVD``; where no data are known, ``weights`` again.
+        The root mean square of its outputs along their principal directions, as of
+        ``factorization.ActivationAwareSVD``, or of what they do to the model's outputs where that is Fisher-weighted;
+        where no data are known, ``weights`` again.
     uses : float
         How often the matrix is used for one input: 1 counts parameters; for multiplications, the positions of a
         convolution.
@@ -144,7 +145,7 @@ def by_output_error(layer: Layer) -> Array:
 def by_answer_error(layer: Layer) -> Array:
     """Answer error: what a step takes off the square of the answers' error, which all layers share, per parameter.
 
-    For ``outputs`` as of ``factorization.AnswerSVD``: others have another unit in each layer.
+    For ``outputs`` that are Fisher-weighted: others have another unit in each layer.
     """
     return by_output_error(layer) * np.sum(layer.outputs**2)
 

@@ -168,7 +168,7 @@ def started(bench: Bench, seed: int, *, fresh: Callable[[int], nn.Module]) -> nn
 
 def compressed(bench: Bench, seed: int, *, teacher: Arm, rate: float, share: float) -> nn.Module:
     """Return a network that this seed has trained, compressed to a share of its parameters."""
-    return compress(bench.taught(teacher, rate, seed), bench.data, share)[0]
+    return compress(bench.taught(teacher, rate, seed), bench.data, share, task="classification")[0]
 
 
 def fitted(

@@ -82,7 +82,7 @@ def test_a_cut_convolution_has_eckart_and_youngs_error():
 
 def test_a_linear_layers_factors_are_those_that_fit_its_outputs():
     model, x = nn.Sequential(nn.Linear(12, 9)), _draw(500, 12)
-    found = candidates(model, x).outputs["0"].factors(4)
+    found = candidates(model, x).svds["0"].factors(4)
     wanted = fitted_factors(model[0].weight.detach(), x.T @ x / len(x), 4)
     torch.testing.assert_close(found.product, wanted.product, atol=1e-4, rtol=1e-3)
 
@@ -101,13 +101,13 @@ def test_a_convolutions_factors_have_the_least_error_of_its_outputs():
     conv = nn.Conv2d(2, 7, 3, stride=2, padding=1)
     x = _draw(40, 2, 9, 9)
     found = candidates(nn.Sequential(conv), x)
-    B, C = (factor.double() for factor in (found.outputs["0"].factors(3).B, found.outputs["0"].factors(3).C))
+    B, C = (factor.double() for factor in (found.svds["0"].factors(3).B, found.svds["0"].factors(3).C))
     X = F.unfold(x, 3, padding=1, stride=2).transpose(0, 1).flatten(1).double()
     A = conv.weight.detach().flatten(1).double()
     s = np.linalg.svd((A @ X).numpy(), compute_uv=False)
     assert (A @ X - B @ C @ X).norm().item() == pytest.approx(np.sqrt((s[3:] ** 2).sum()), rel=1e-4)
     assert found.rows["0"] == 25
-    np.testing.assert_allclose(found.outputs["0"].s[:3] * X.shape[1] ** 0.5, s[:3], rtol=1e-4)
+    np.testing.assert_allclose(found.svds["0"].s[:3], s[:3] / np.linalg.norm(s), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +137,10 @@ def test_by_answers_factors_lose_less_of_the_logits_than_by_outputs(trained, dig
     wanted, ranks = trained(images), {"conv2": 4, "fc1": 4}
 
     def lost(found):
-        logits = replaced(trained, {name: found.outputs[name].factors(rank) for name, rank in ranks.items()})(images)
+        logits = replaced(trained, {name: found.svds[name].factors(rank) for name, rank in ranks.items()})(images)
         return (logits - wanted - (logits - wanted).mean(dim=1, keepdim=True)).square().mean().item()
 
-    assert lost(candidates(trained, images, by_answers=True)) < 0.9 * lost(candidates(trained, images))
+    assert lost(candidates(trained, images, by_answers=True, task="classification")) < 0.9 * lost(candidates(trained, images))
 
 
 def test_a_budget_of_flops_is_kept_as_pytorch_counts_them(trained, digits_held_out):
@@ -250,8 +250,8 @@ def test_data_must_fit_each_other_and_the_model(data):
         compress(mlp([784, 40, 10], seed=0), (data[0], data[1][:-1]), 0.5)
     with pytest.raises(ValueError, match="finite tensor"):
         compress(mlp([784, 40, 10], seed=0), (data[0] * torch.nan, data[1]), 0.5)
-    with pytest.raises(ValueError, match="at least one image"):
-        compress(mlp([784, 40, 10], seed=0), (data[0][:0], data[1][:0]), 0.5)
+    with pytest.raises(ValueError, match="at least two images are needed, one to fit and one to measure; given: 1"):
+        compress(mlp([784, 40, 10], seed=0), (data[0][:1], data[1][:1]), 0.5)
 
 
 class _Answers(nn.Module):

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowrank_helpers import factorization
+from lowrank_helpers import calibration, factorization
 from lowrank_helpers.factorization import (
     SVD,
-    AnswerSVD,
-    OutputSVD,
+    ActivationAwareSVD,
     alternating_gradient_descent,
     alternating_least_squares,
     decompose,
@@ -217,7 +216,7 @@ def test_fitted_factors_reach_the_least_output_error_with_balanced_factors(case)
     error = ((A - factors.product) @ X).norm().item() / X.shape[1] ** 0.5
     scale = (A @ X).norm().item()
     assert error == pytest.approx(_optimum_over(A, X, r), abs=1e-6 * scale)
-    assert optimal_errors(OutputSVD.of(A, _moment(X)).s)[r].item() == pytest.approx(error, abs=1e-6 * scale)
+    assert optimal_errors(ActivationAwareSVD.of(A, _moment(X)).s)[r].item() == pytest.approx(error, abs=1e-6 * scale)
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-10, rtol=0)
 
 
@@ -239,26 +238,41 @@ def test_least_squares_for_outputs_reaches_the_closed_form():
         assert errors[-1] == pytest.approx(_optimum_over(A, X, r), rel=1e-3, abs=1e-6)
 
 
-@given(_matrix_inputs_and_rank(), st.integers(1, 12))
-def test_factors_by_answers_reach_eckart_and_youngs_error_of_the_answers(case, n_answers):
+@given(_matrix_inputs_and_rank(), st.integers(0, 12), st.booleans())
+def test_fisher_weighted_factors_reach_eckart_and_youngs_error_of_the_damped_outputs(case, n_outputs, by_basis):
     A, X, r = case
-    J = _matrix(n_answers, len(A), seed=7)  # fewer answers than outputs: some directions change nothing
-    svd = AnswerSVD.of_outputs(A, A @ _moment(X) @ A.T, J.T @ J)
+    J = _matrix(n_outputs, len(A), seed=7)  # fewer outputs than the layer has: only damping sees some directions
+    basis = torch.linalg.qr(A).Q if by_basis else torch.eye(len(A), dtype=torch.float64)
+    Y, G = basis.T @ A @ X, basis.T @ J.T @ J @ basis
+    damping = factorization.DAMPING * G.trace() / len(G) if n_outputs else 1
+    svd = ActivationAwareSVD.of_outputs(A, _moment(Y), G, basis if by_basis else None)
     factors = svd.factors(r)
-    s = scipy.linalg.svdvals((J @ A @ X).numpy()) / X.shape[1] ** 0.5
+    W = scipy.linalg.sqrtm((G + damping * torch.eye(len(G))).numpy()).real @ basis.numpy().T
+    s = scipy.linalg.svdvals(W @ (A @ X).numpy()) / X.shape[1] ** 0.5
     best, scale = np.linalg.norm(s[r:]), np.linalg.norm(s)
-    error = (J @ (A - factors.product) @ X).norm().item() / X.shape[1] ** 0.5
+    error = np.linalg.norm(W @ ((A - factors.product) @ X).numpy()) / X.shape[1] ** 0.5
     assert error == pytest.approx(best, abs=1e-5 * scale)
     assert optimal_errors(svd.s)[r].item() == pytest.approx(best, abs=1e-5 * scale)
     assert factors.B.shape == (len(A), r) and factors.C.shape == (r, A.shape[1])
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-6 * scale, rtol=1e-6)
+    fitted = fitted_factors(A, _moment(X), r).product
+    assert ((svd.unweighted().factors(r).product - fitted) @ X).norm() <= 1e-5 * (A @ X).norm()
 
 
-def test_where_all_outputs_matter_alike_factors_by_answers_are_those_by_outputs():
+def test_where_all_outputs_matter_alike_fisher_weighted_factors_are_those_by_outputs():
     A, X = _matrix(12, 9), _matrix(9, 20, seed=1)
-    svd = AnswerSVD.of_outputs(A, A @ _moment(X) @ A.T, 4 * torch.eye(12, dtype=torch.float64))
+    svd = ActivationAwareSVD.of_outputs(A, A @ _moment(X) @ A.T, 4 * torch.eye(12, dtype=torch.float64))
     torch.testing.assert_close(svd.factors(4).product, fitted_factors(A, _moment(X), 4).product)
-    torch.testing.assert_close(svd.s, 2 * OutputSVD.of(A, _moment(X)).s)
+    torch.testing.assert_close(svd.s, 2 * (1 + factorization.DAMPING) ** 0.5 * ActivationAwareSVD.of(A, _moment(X)).s)
+
+
+@pytest.mark.parametrize("A", [torch.zeros(4, 3), torch.ones(4, 3)])
+def test_whatever_is_zero_never_are_both_factors(A):
+    zero = torch.zeros(4, 4, dtype=torch.float64)
+    for sensitivity in (None, zero):
+        factors = ActivationAwareSVD.of_outputs(A, zero, sensitivity).factors(1)
+        assert factors.B.any() and factors.C.any() == A.any()
+        torch.testing.assert_close(factors.product, A)
 
 
 def _convolutional(inplace):
@@ -270,19 +284,19 @@ def _convolutional(inplace):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_sensitivities_are_the_squared_jacobians_of_the_logits_without_their_mean(inplace, frozen):
+@pytest.mark.parametrize(("inplace", "task"), [(False, None), (True, "classification"), (False, "classification")])
+def test_sensitivities_are_the_squared_jacobians_of_logits_without_their_mean_where_asked(inplace, frozen, task):
     model = _convolutional(inplace).requires_grad_(not frozen)
     x = _matrix(3, 16)
     after = {"1": _convolutional(False)[2:], "4": _convolutional(False)[5:], "6": nn.Identity()}
-    found = sensitivities(model, x.repeat(4000, 1), ["6", "1", "4"], batch_size=700)
+    found = sensitivities(model, x.repeat(4000, 1), ["6", "1", "4"], task=task, batch_size=700)
     assert list(found) == ["6", "1", "4"]
     for name, rest in after.items():
         outputs = _convolutional(False)[: int(name) + 1](x).detach()
         expected = 0
         for output in outputs:
             J = torch.func.jacrev(lambda one, rest=rest: rest(one[None])[0])(output)
-            J = (J - J.mean(dim=0)).reshape(4, len(output), -1)
+            J = (J - J.mean(dim=0) if task else J).reshape(4, len(output), -1)
             expected = expected + torch.einsum("kip,kjp->ij", J, J) / len(x)
         torch.testing.assert_close(found[name], expected.double(), rtol=0, atol=0.06 * expected.abs().max().item())
     assert not any(layer._forward_hooks for layer in model.modules())
@@ -295,16 +309,31 @@ def test_sensitivities_of_wrong_layers_are_refused():
         sensitivities(model, _matrix(3, 16), ["fc9"])
 
 
-def test_answers_that_cannot_be_differentiated_are_refused():
-    model = nn.Sequential(nn.Linear(3, 2))
-    model.register_forward_hook(lambda layer, arguments, output: output.detach())
-    with pytest.raises(ValueError, match="the answers of Sequential cannot be differentiated"):
-        sensitivities(model, torch.ones(2, 3), ["0"])
+@pytest.mark.parametrize("classes", [4, 1])
+def test_classes_are_the_second_axis_of_images_and_else_the_last(classes):
+    for shape, axis in (((5, classes), 1), ((5, 7, classes), 2), ((5, classes, 2, 3), 1)):
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        centred = calibration.without_mean(logits)
+        torch.testing.assert_close(centred.softmax(axis), logits.softmax(axis))
+        assert classes == 1 or centred.sum(axis).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("stop", [torch.Tensor.detach, torch.round, torch.no_grad()(lambda x: x.clone()), torch.sign])
+def test_where_the_outputs_have_no_derivative_sensitivities_are_zero(stop):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(5, 2))
+    model[1].register_forward_hook(lambda layer, arguments, output: stop(output))
+    found = sensitivities(model, _matrix(9, 3).float(), ["0", "2"])
+    assert not found["0"].any() and found["2"].diag().all()
+
+
+def test_outputs_without_a_finite_derivative_are_refused():
     steep = nn.Sequential(nn.Linear(3, 2), nn.Identity())
     nn.utils.vector_to_parameters(torch.zeros(8), steep.parameters())
     steep[1].register_forward_hook(lambda layer, arguments, output: output.sqrt())
-    with pytest.raises(ValueError, match="0: the derivative of the answers is NaN or infinite there"):
+    with pytest.raises(ValueError, match="0: the derivative of the outputs is NaN or infinite there"):
         sensitivities(steep, torch.randn(20, 3), ["0"])
+    with pytest.raises(ValueError, match="task 'regression' is unknown; allowed: None, 'classification'"):
+        sensitivities(steep, torch.randn(20, 3), ["0"], task="regression")
 
 
 def test_with_white_inputs_the_fit_is_the_truncated_svd():
@@ -331,7 +360,7 @@ def test_impossible_moments_and_ranks_are_refused():
 
 
 def test_moments_are_those_of_what_enters_each_layer(monkeypatch):
-    monkeypatch.setattr(factorization, "MOMENT_BATCH", 3)
+    monkeypatch.setattr(calibration, "MOMENT_BATCH", 3)
     model, x = _model(), _matrix(7, 20)
     moments = input_moments(model, x, ["1", "0.fc2", "0.fc1"])
     assert list(moments) == ["1", "0.fc2", "0.fc1"]
