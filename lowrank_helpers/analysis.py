@@ -191,8 +191,7 @@ def _row(part: Unfolded, n_stored: int | None) -> dict[str, Any]:
     shape = (matrix.shape[0], matrix.shape[1])
     s = rank.singular_values(matrix)
     n_parameters = n_stored or matrix.numel()
-    ranks = {name: measure(s, shape) for name, measure in rank.MEASURES.items()}
-    ranks["numerical rank"] = rank.numerical_rank(s, _tolerance(s, shape, matrix.dtype))
+    ranks = {name: measure(s, shape, matrix.dtype) for name, measure in rank.MEASURES.items()}
     cost = math.ceil(rank.effective_rank(s) - ROUNDING) * sum(shape)
     return {
         "unfolded": part.shape,
@@ -213,13 +212,6 @@ def _std(matrix: Tensor, s: Array) -> float:
     mean = sum(block.double().sum().item() for block in matrix.split(rank.ROWS_AT_ONCE)) / matrix.numel()
     scale = s[0] or 1.0  # so that no square overflows
     return scale * max(0.0, rank.stable_rank(s) / matrix.numel() - (mean / scale) ** 2) ** 0.5
-
-
-def _tolerance(s: Array, shape: tuple[int, int], dtype: torch.dtype) -> float:
-    """Return the tolerance of the numerical rank: NumPy's, but in half precision the bound on what rounding does."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return rank.rounding_tolerance(s, dtype)
-    return rank.default_tolerance(shape, dtype)
 
 
 def _weights(source: str) -> list[Weight]:

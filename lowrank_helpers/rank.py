@@ -1,4 +1,4 @@
-"""Measures of rank. Each takes singular values, so that one SVD serves them all.
+"""Measures of rank. Each takes singular values, as an array, a tensor or a list, so that one SVD serves them all.
 
 Exact rank says nothing of a trained network: noise makes almost every matrix full-rank. The measures here say
 how many directions carry the matrix, each with its own idea of "carry".
@@ -6,7 +6,8 @@ how many directions carry the matrix, each with its own idea of "carry".
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lowrank_helpers.models import FactorizedLinear
 
 Array = npt.NDArray[np.float64]
+Numbers = Tensor | npt.ArrayLike
+Shape = tuple[int, int]
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 IN_BLOCKS_FROM = 2**24  # entries; from 128 MiB in float64 on, a thin matrix is decomposed a block at a time
 ROWS_AT_ONCE = 1024  # where all entries are gone through, so that no temporary is as large as the matrix
@@ -41,11 +46,13 @@ LAYERS = (
 LAYER_WEIGHTS = re.compile(r"weight|in_proj_weight|[qkv]_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
-def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
-    """Return the singular values of a matrix (n, m), largest first, min(n, m) of them, in float64.
+def singular_values(matrix: Numbers) -> Array:
+    """Return the singular values of a real or complex matrix (n, m), largest first, min(n, m) of them, in float64.
 
     Raises
     ------
+    TypeError
+        The argument holds something other than numbers.
     ValueError
         The argument is no matrix, is empty, holds NaN or infinity, or has a norm beyond float64.
 
@@ -54,7 +61,7 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
     >>> singular_values([[3.0, 0.0], [0.0, 4.0]]).round(6)
     array([4., 3.])
     """
-    array = matrix.detach().cpu() if isinstance(matrix, Tensor) else torch.as_tensor(np.asarray(matrix))
+    array = _tensor(matrix)
     if array.dim() != 2 or array.numel() == 0:
         raise ValueError(f"a matrix is needed, not an array of shape {tuple(array.shape)}")
     if not all(block.isfinite().all() for block in array.split(ROWS_AT_ONCE)):
@@ -63,25 +70,59 @@ def singular_values(matrix: Tensor | npt.ArrayLike) -> Array:
     if tall.numel() >= IN_BLOCKS_FROM and tall.shape[0] >= 4 * tall.shape[1]:
         s = torch.linalg.svdvals(_triangle(tall))
     else:
-        s = torch.linalg.svdvals(array.double())
+        s = torch.linalg.svdvals(array.to(_exact(array)))
     if not s.isfinite().all():
         raise ValueError("the matrix is too large in norm for float64")
     return s.numpy()
 
 
+def _tensor(numbers: Numbers) -> Tensor:
+    """Return numbers as a tensor on the CPU; copied from NumPy, whose arrays may be read-only or step backwards."""
+    return numbers.detach().cpu() if isinstance(numbers, Tensor) else torch.as_tensor(np.array(numbers))
+
+
+def _exact(array: Tensor) -> torch.dtype:
+    """Return the type to decompose in."""
+    return torch.complex128 if array.is_complex() else torch.float64
+
+
 def _triangle(tall: Tensor) -> Tensor:
-    """Return R of the QR decomposition of a tall matrix, which has its singular values, in float64.
+    """Return R of the QR decomposition of a tall matrix, which has its singular values, in double precision.
 
     One block of rows after the other goes through a QR with the R so far, so that a few times m² numbers are held at
     once rather than several copies of the matrix (Demmel et al. 2008, arXiv 0809.2407, *sequential TSQR*).
     """
     m = tall.shape[1]
-    R = torch.zeros(0, m, dtype=torch.float64)
+    R = torch.zeros(0, m, dtype=_exact(tall))
     for block in tall.split(4 * m):
-        R = torch.linalg.qr(torch.cat([R, block.double()]), mode="r").R
+        R = torch.linalg.qr(torch.cat([R, block.to(R.dtype)]), mode="r").R
     return R
 
 
+def _of_singular_values(measure: Callable[Concatenate[Array, P], Result]) -> Callable[Concatenate[Numbers, P], Result]:
+    """Let a measure take singular values as a tensor, an array or a list, and refuse what is none: a matrix above all.
+
+    Raises
+    ------
+    TypeError
+        The first argument holds something other than numbers.
+    ValueError
+        It is no vector, is empty, or is not finite, at least 0 and sorted with the largest first.
+    """
+
+    @wraps(measure)
+    def checked(s: Numbers, *args: P.args, **kwargs: P.kwargs) -> Result:
+        array = _tensor(s).double().numpy()
+        if array.ndim != 1 or not len(array):
+            raise ValueError(f"singular values are a vector, not an array of shape {array.shape}: see singular_values")
+        if not (np.isfinite(array).all() and array[-1] >= 0 and (np.diff(array) <= 0).all()):
+            raise ValueError(f"singular values must be finite, at least 0 and the largest first, not {array}")
+        return measure(array, *args, **kwargs)
+
+    return checked
+
+
+@_of_singular_values
 def numerical_rank(s: Array, tolerance: float) -> int:
     """Count singular values above ``tolerance``·σ₁ (Golub & Van Loan, *Matrix Computations*, section 5.4.1).
 
@@ -93,7 +134,7 @@ def numerical_rank(s: Array, tolerance: float) -> int:
     return int((s > tolerance * s[0]).sum())
 
 
-def default_tolerance(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> float:
+def default_tolerance(shape: Shape, dtype: torch.dtype = torch.float32) -> float:
     """Return max(n, m)·ε, relative to σ₁: NumPy's and MATLAB's tolerance, for entries stored in ``dtype``.
 
     Examples
@@ -104,6 +145,7 @@ def default_tolerance(shape: tuple[int, int], dtype: torch.dtype = torch.float32
     return max(shape) * torch.finfo(dtype).eps
 
 
+@_of_singular_values
 def rounding_tolerance(s: Array, dtype: torch.dtype) -> float:
     """Return ε/2·‖A‖_F / σ₁: no rounding of the entries to ``dtype`` moves a singular value by more than that times σ₁.
 
@@ -113,6 +155,14 @@ def rounding_tolerance(s: Array, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 * stable_rank(s) ** 0.5
 
 
+def _tolerance(s: Array, shape: Shape, dtype: torch.dtype) -> float:
+    """Return the tolerance for a matrix stored in ``dtype``; integers are exact, so that of float64 is theirs."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return rounding_tolerance(s, dtype)
+    return default_tolerance(shape, dtype if dtype.is_floating_point or dtype.is_complex else torch.float64)
+
+
+@_of_singular_values
 def stable_rank(s: Array) -> float:
     """Return ‖A‖_F² / σ₁² (Rudelson & Vershynin 2007, arXiv math/0503442); 0 for the zero matrix.
 
@@ -124,6 +174,7 @@ def stable_rank(s: Array) -> float:
     return float(((s / s[0]) ** 2).sum()) if s[0] > 0 else 0.0
 
 
+@_of_singular_values
 def effective_rank(s: Array) -> float:
     """Return exp(H) of the distribution σᵢ / Σσ (Roy & Vetterli 2007, definition 1); 0 for the zero matrix.
 
@@ -137,6 +188,7 @@ def effective_rank(s: Array) -> float:
     return float(np.exp(entr(s / s.sum()).sum()))
 
 
+@_of_singular_values
 def energy_rank(s: Array, share: float) -> int:
     """Return the smallest r whose first r squared singular values reach ``share`` of their sum.
 
@@ -156,7 +208,8 @@ def energy_rank(s: Array, share: float) -> int:
     return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
 
 
-def gavish_donoho_rank(s: Array, shape: tuple[int, int]) -> int:
+@_of_singular_values
+def gavish_donoho_rank(s: Array, shape: Shape) -> int:
     """Count singular values above the optimal hard threshold for unknown noise (Gavish & Donoho 2014).
 
     Examples
@@ -167,7 +220,8 @@ def gavish_donoho_rank(s: Array, shape: tuple[int, int]) -> int:
     return int((s > gavish_donoho_threshold(s, shape)).sum())
 
 
-def gavish_donoho_threshold(s: Array, shape: tuple[int, int]) -> float:
+@_of_singular_values
+def gavish_donoho_threshold(s: Array, shape: Shape) -> float:
     """Return the optimal hard threshold for singular values under noise of unknown strength.
 
     ω(β)·median(σ), with ω(β) ≈ 0.56β³ − 0.95β² + 1.82β + 1.43 and β = min(n, m)/max(n, m)
@@ -178,7 +232,7 @@ def gavish_donoho_threshold(s: Array, shape: tuple[int, int]) -> float:
     return float(omega * np.median(s))
 
 
-def marchenko_pastur_density(x: Array, shape: tuple[int, int], std: float) -> Array:
+def marchenko_pastur_density(x: Numbers, shape: Shape, std: float) -> Array:
     """Return the limiting density of the singular values of a random matrix, at ``x``.
 
     Parameters
@@ -197,12 +251,13 @@ def marchenko_pastur_density(x: Array, shape: tuple[int, int], std: float) -> Ar
         (Marchenko & Pastur 1967, for the eigenvalues σ², here changed to the variable σ).
     """
     lower, upper = marchenko_pastur_edges(shape, std)
-    x = np.maximum(x, 1e-12 * upper)  # the density of a square matrix has a limit at 0, not a value
-    square = np.clip((upper**2 - x**2) * (x**2 - lower**2), 0, None)
-    return np.sqrt(square) / (np.pi * min(shape) * std**2 * x)
+    # The density of a square matrix has a limit at 0, not a value.
+    at = np.maximum(_tensor(x).double().numpy(), 1e-12 * upper)
+    square = np.clip((upper**2 - at**2) * (at**2 - lower**2), 0, None)
+    return np.sqrt(square) / (np.pi * min(shape) * std**2 * at)
 
 
-def marchenko_pastur_edges(shape: tuple[int, int], std: float) -> tuple[float, float]:
+def marchenko_pastur_edges(shape: Shape, std: float) -> tuple[float, float]:
     """Return the limits between which the singular values of a random matrix fall, std·(√max ∓ √min).
 
     Examples
@@ -214,7 +269,8 @@ def marchenko_pastur_edges(shape: tuple[int, int], std: float) -> tuple[float, f
     return std * (large**0.5 - small**0.5), std * (large**0.5 + small**0.5)
 
 
-def rank_beyond_edge(s: Array, shape: tuple[int, int], std: float) -> int:
+@_of_singular_values
+def rank_beyond_edge(s: Array, shape: Shape, std: float) -> int:
     """Count singular values beyond the Marchenko–Pastur edge of a random matrix with entries of this ``std``.
 
     Of a large random matrix none or one is beyond, as its largest one scatters about the edge.
@@ -222,14 +278,14 @@ def rank_beyond_edge(s: Array, shape: tuple[int, int], std: float) -> int:
     return int((s > marchenko_pastur_edges(shape, std)[1]).sum())
 
 
-MEASURES: dict[str, Callable[[Array, tuple[int, int]], float]] = {
-    "numerical rank": lambda s, shape: numerical_rank(s, default_tolerance(shape)),
-    "effective rank": lambda s, shape: effective_rank(s),
-    "stable rank": lambda s, shape: stable_rank(s),
-    "energy rank 90 %": lambda s, shape: energy_rank(s, 0.90),
-    "energy rank 95 %": lambda s, shape: energy_rank(s, 0.95),
-    "energy rank 99 %": lambda s, shape: energy_rank(s, 0.99),
-    "Gavish–Donoho rank": gavish_donoho_rank,
+MEASURES: dict[str, Callable[[Array, Shape, torch.dtype], float]] = {
+    "numerical rank": lambda s, shape, dtype: numerical_rank(s, _tolerance(s, shape, dtype)),
+    "effective rank": lambda s, shape, dtype: effective_rank(s),
+    "stable rank": lambda s, shape, dtype: stable_rank(s),
+    "energy rank 90 %": lambda s, shape, dtype: energy_rank(s, 0.90),
+    "energy rank 95 %": lambda s, shape, dtype: energy_rank(s, 0.95),
+    "energy rank 99 %": lambda s, shape, dtype: energy_rank(s, 0.99),
+    "Gavish–Donoho rank": lambda s, shape, dtype: gavish_donoho_rank(s, shape),
 }
 
 
@@ -355,13 +411,20 @@ def _weights(layer: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
 
 
-def rank_table(matrices: Mapping[str, Tensor]) -> pd.DataFrame:
-    """Measure every matrix with every measure.
+def rank_table(matrices: Mapping[str, Numbers]) -> pd.DataFrame:
+    """Measure every matrix with every measure; the tolerance of the numerical rank is that of the matrix's type.
 
     Returns
     -------
     DataFrame
         One row a matrix (index ``layer``); columns ``rows``, ``columns`` and the names of ``MEASURES``.
+
+    Raises
+    ------
+    TypeError
+        The argument is no mapping of names to matrices.
+    ValueError
+        As :func:`singular_values` does.
 
     Examples
     --------
@@ -370,9 +433,13 @@ def rank_table(matrices: Mapping[str, Tensor]) -> pd.DataFrame:
     layer
     fc1       4        4          4.0
     """
+    if not isinstance(matrices, Mapping):
+        raise TypeError(f"matrices by name are needed, as of weight_matrices(model), not a {type(matrices).__name__}")
     rows = {}
-    for name, matrix in matrices.items():
-        shape = (matrix.shape[0], matrix.shape[1])
+    for name, numbers in matrices.items():
+        matrix = _tensor(numbers)
         s = singular_values(matrix)
-        rows[name] = {"rows": shape[0], "columns": shape[1]} | {k: measure(s, shape) for k, measure in MEASURES.items()}
+        shape = (matrix.shape[0], matrix.shape[1])
+        measured = {measure: of(s, shape, matrix.dtype) for measure, of in MEASURES.items()}
+        rows[name] = {"rows": shape[0], "columns": shape[1]} | measured
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")

@@ -41,10 +41,24 @@ def test_singular_values_of_a_trainable_weight_in_any_type():
     np.testing.assert_allclose(rank.singular_values(layer.weight.tolist()), exact)
 
 
+@given(hnp.arrays(np.complex128, SHAPES, elements=st.complex_numbers(max_magnitude=100, allow_subnormal=False)))
+def test_singular_values_of_a_complex_matrix_are_numpys(matrix):
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(rank.singular_values(matrix), expected, atol=1e-9 * max(1, expected[0]))
+
+
+def test_a_view_that_steps_backwards_or_is_read_only_is_taken():
+    matrix = _random((4, 3))
+    matrix.flags.writeable = False
+    for view in (matrix, matrix[::-1], matrix.T):
+        np.testing.assert_allclose(rank.singular_values(view), np.linalg.svd(matrix, compute_uv=False))
+
+
 @pytest.mark.parametrize("shape", [(5000, 40), (40, 5000), (200, 40), (170, 40)])
-def test_thin_matrices_are_decomposed_block_by_block(shape, monkeypatch):
+@pytest.mark.parametrize("phase", [0, 1j])
+def test_thin_matrices_are_decomposed_block_by_block(shape, phase, monkeypatch):
     monkeypatch.setattr(rank, "IN_BLOCKS_FROM", 0)
-    matrix = _random(shape) * np.geomspace(1, 1e-12, shape[1])
+    matrix = _random(shape) * np.geomspace(1, 1e-12, shape[1]) * np.exp(phase * _random(shape, seed=1))
     expected = np.linalg.svd(matrix, compute_uv=False)
     np.testing.assert_allclose(rank.singular_values(matrix), expected, rtol=1e-10, atol=1e-14 * expected[0])
 
@@ -55,6 +69,56 @@ def test_thin_matrices_are_decomposed_block_by_block(shape, monkeypatch):
 def test_what_is_no_finite_matrix_is_refused(array):
     with pytest.raises(ValueError, match="matrix"):
         rank.singular_values(array)
+
+
+OF_SPECTRA = {
+    "numerical": lambda s: rank.numerical_rank(s, 0.1),
+    "rounding": lambda s: rank.rounding_tolerance(s, torch.float16),
+    "stable": rank.stable_rank,
+    "effective": rank.effective_rank,
+    "energy": lambda s: rank.energy_rank(s, 0.9),
+    "hard threshold": lambda s: rank.gavish_donoho_rank(s, (3, 4)),
+    "edge": lambda s: rank.rank_beyond_edge(s, (3, 4), 0.1),
+}
+
+
+@pytest.mark.parametrize("measure", OF_SPECTRA.values(), ids=OF_SPECTRA)
+def test_measures_take_tensors_and_arrays_and_refuse_what_are_no_singular_values(measure):
+    s = [3.0, 2.0, 1.0]
+    assert measure(np.array(s)) == measure(torch.tensor(s, requires_grad=True)) == measure(s)
+    for matrix in (np.eye(3), torch.eye(3), np.zeros(0), 1.0):
+        with pytest.raises(ValueError, match="a vector, not an array of shape"):
+            measure(matrix)
+    for impossible in ([1.0, 2.0], [1.0, -1.0], [-1.0], [np.nan], [np.inf, 1.0]):
+        with pytest.raises(ValueError, match="the largest first"):
+            measure(impossible)
+    with pytest.raises(TypeError):
+        measure("much")
+
+
+def test_the_density_takes_tensors_too():
+    x = torch.linspace(0.1, 3, 5, dtype=torch.float64)
+    found = rank.marchenko_pastur_density(x, (3, 4), 1.0)
+    np.testing.assert_array_equal(found, rank.marchenko_pastur_density(x.numpy(), (3, 4), 1.0))
+
+
+@pytest.mark.parametrize("wrong", ["a matrix", None, nn.Linear(2, 2), {"fc": np.eye(2)}])
+def test_what_holds_no_numbers_is_a_type_error(wrong):
+    with pytest.raises(TypeError):
+        rank.singular_values(wrong)
+    with pytest.raises(TypeError):
+        rank.rank_table(wrong if not isinstance(wrong, dict) else list(wrong.values()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float64, 3), (torch.complex128, 3), (torch.float32, 2), (torch.float16, 1), (torch.int64, 1)],
+)
+def test_the_numerical_rank_goes_by_the_type_that_the_matrix_is_stored_in(dtype, expected):
+    matrix = torch.diag(torch.tensor([1, 1e-5, 1e-10], dtype=torch.float64)).to(dtype)
+    assert rank.rank_table({"it": matrix}).loc["it", "numerical rank"] == expected
+    if dtype != torch.float16:
+        assert rank.rank_table({"it": matrix.numpy()}).loc["it", "numerical rank"] == expected
 
 
 @given(n=st.integers(1, 8), m=st.integers(1, 8), k=st.integers(0, 8))
@@ -141,7 +205,7 @@ def test_the_zero_matrix_has_rank_zero_by_every_measure(shape):
 def test_extreme_spectra_stay_finite():
     for s in (np.array([1e300, 1e-300]), np.array([1e-300, 1e-300])):
         for name, measure in rank.MEASURES.items():
-            assert np.isfinite(measure(s, (2, 2))), name
+            assert np.isfinite(measure(s, (2, 2), torch.float64)), name
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
