@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 from lowrank_helpers import rank
 from lowrank_helpers.models import FactorizedLinear
-from lowrank_helpers.rank import Array, Unfolded
+from lowrank_helpers.rank import Array
+from lowrank_helpers.unfold import RECURRENT, Unfolded, times, unfold
 
 PYTORCH_FILES = (".pt", ".pth", ".bin")
 SAFETENSORS_FILES = (".safetensors",)
@@ -158,7 +159,7 @@ def _measured(weight: Weight) -> tuple[dict[str, dict[str, Any]], str]:
         return {}, f"cannot be read: {_one_line(error)}"
     if reason := _no_matrix(tensor):
         return {}, reason
-    parts = rank.unfold(weight.name, tensor, weight.layer, hidden_size)
+    parts = unfold(weight.name, tensor, weight.layer, hidden_size)
     try:
         return {name: _row(part, weight.n_stored) for name, part in parts.items()}, ""
     except ValueError as error:
@@ -177,7 +178,7 @@ def _no_matrix(tensor: Tensor) -> str:
         f"complex numbers ({dtype})": tensor.is_complex,
         f"integers ({dtype}): counts, indices or quantised values": lambda: not tensor.is_floating_point(),
         f"quantised ({dtype}), which means something only with its scales": lambda: tensor.dtype.itemsize == 1,
-        f"empty, {rank.times(tensor.shape)}": lambda: tensor.numel() == 0,
+        f"empty, {times(tensor.shape)}": lambda: tensor.numel() == 0,
         "a single number": lambda: tensor.numel() == 1,
         "a vector": lambda: sum(size > 1 for size in tensor.shape) == 1 and tensor.dim() != 2,
         "a view of fewer numbers than it has entries": lambda: tensor.nbytes > tensor.untyped_storage().nbytes(),
@@ -191,8 +192,7 @@ def _row(part: Unfolded, n_stored: int | None) -> dict[str, Any]:
     shape = (matrix.shape[0], matrix.shape[1])
     s = rank.singular_values(matrix)
     n_parameters = n_stored or matrix.numel()
-    ranks = {name: measure(s, shape) for name, measure in rank.MEASURES.items()}
-    ranks["numerical rank"] = rank.numerical_rank(s, _tolerance(s, shape, matrix.dtype))
+    ranks = {name: measure(s, shape, matrix.dtype) for name, measure in rank.MEASURES.items()}
     cost = math.ceil(rank.effective_rank(s) - ROUNDING) * sum(shape)
     return {
         "unfolded": part.shape,
@@ -213,13 +213,6 @@ def _std(matrix: Tensor, s: Array) -> float:
     mean = sum(block.double().sum().item() for block in matrix.split(rank.ROWS_AT_ONCE)) / matrix.numel()
     scale = s[0] or 1.0  # so that no square overflows
     return scale * max(0.0, rank.stable_rank(s) / matrix.numel() - (mean / scale) ** 2) ** 0.5
-
-
-def _tolerance(s: Array, shape: tuple[int, int], dtype: torch.dtype) -> float:
-    """Return the tolerance of the numerical rank: NumPy's, but in half precision the bound on what rounding does."""
-    if dtype in (torch.float16, torch.bfloat16):
-        return rank.rounding_tolerance(s, dtype)
-    return rank.default_tolerance(shape, dtype)
 
 
 def _weights(source: str) -> list[Weight]:
@@ -365,7 +358,7 @@ def _together(weights: list[Weight]) -> list[Weight]:
                 read = partial(_normed, weight.read, factor.read)
                 named[name] = weight._replace(name=f"{stem}weight", read=read)
                 named[factor.name] = factor._replace(unwanted=f"lengths of weight_norm's, multiplied into {stem}weight")
-        if found := rank.RECURRENT.search(name):
+        if found := RECURRENT.search(name):
             layer, number = name[: found.start()], found[2] or ""
             telling = [named.get(f"{layer}weight_{kind}{number}") for kind in ("hr", "hh")]
             named[name] = weight._replace(beside=next((other.read for other in telling if other), None))
@@ -376,7 +369,7 @@ def _normed(read_directions: Callable[[], Tensor], read_lengths: Callable[[], Te
     """Return the weight that ``weight_norm`` would (Salimans & Kingma 2016, arXiv 1602.07868, equation 2)."""
     directions, lengths = read_directions(), read_lengths()
     if lengths.numel() != max(lengths.shape, default=0) or lengths.dim() != directions.dim():
-        raise TypeError(f"lengths of shape {rank.times(lengths.shape)} are not those of weight_norm")
+        raise TypeError(f"lengths of shape {times(lengths.shape)} are not those of weight_norm")
     across = [axis for axis, size in enumerate(lengths.shape) if size == 1]
     return directions * (lengths / directions.norm(dim=across, keepdim=True))
 

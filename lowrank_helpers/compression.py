@@ -31,9 +31,10 @@ from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Factors, substitute
 from lowrank_helpers.models import linear_layers, n_parameters
-from lowrank_helpers.rank import singular_values, times
+from lowrank_helpers.rank import singular_values
 from lowrank_helpers.selection import BY_WEIGHTS, WAYS, Choice, Layer, choice_of, smallest
 from lowrank_helpers.training import evaluate, progress
+from lowrank_helpers.unfold import times
 
 BUDGETS = ("parameters", "flops", "accuracy", "latency")
 CALIBRATION = 2048  # images at most whose outputs are measured: more change the factors little

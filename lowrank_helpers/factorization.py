@@ -7,6 +7,7 @@ Three errors to be least: that of the matrix, ‖A − B·C‖_F; that of what a
 inputs X, of which it is enough to know the second moment X·Xᵀ/N; and that of the network's answers, to first order.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from lowrank_helpers.calibration import check_names, input_moments
+from lowrank_helpers.calibration import check_names, input_moments, precise
 from lowrank_helpers.calibration import sensitivities as sensitivities
-from lowrank_helpers.models import FactorizedLinear, linear_layers
+from lowrank_helpers.models import FactorizedLinear, check_plain, linear_layers
 from lowrank_helpers.training import spending
 
 DAMPING = 1e-3  # of the mean eigenvalue of G; 1e-2 does the same to a percent
@@ -44,8 +45,8 @@ class Factors:
 
 
 def check_rank(rank: int, shape: tuple[int, ...]) -> None:
-    """Raise ``ValueError`` unless 1 ≤ rank ≤ min(n, m)."""
-    if not 1 <= rank <= min(shape):
+    """Raise ``ValueError`` unless 1 ≤ rank ≤ min(n, m), and ``TypeError`` unless it is a whole number."""
+    if not 1 <= operator.index(rank) <= min(shape):
         raise ValueError(f"rank {rank} is impossible for a {shape[0]}×{shape[1]} matrix; allowed: 1 to {min(shape)}")
 
 
@@ -194,8 +195,8 @@ class SVD(NamedTuple):
     @classmethod
     @spending("factorising")
     def of(cls, A: Tensor) -> "SVD":
-        """Decompose A (n, m) into U (n, k), s (k,), Vh (k, m), k = min(n, m)."""
-        return cls(*torch.linalg.svd(A.detach(), full_matrices=False))
+        """Decompose A (n, m) into U (n, k), s (k,), Vh (k, m), k = min(n, m), in float32 at least."""
+        return cls(*torch.linalg.svd(A.detach().to(precise(A)), full_matrices=False))
 
     def factors(self, rank: int) -> Factors:
         """Return the best factors of that rank, B = U·√S and C = √S·Vᵀ: balanced, ‖B‖_F = ‖C‖_F."""
@@ -348,7 +349,13 @@ def decompose(
 ) -> dict[str, Decomposition]:
     """Decompose every ``nn.Linear`` of a model: its weight or, for a layer whose moment is given, its outputs.
 
-    For a layer whose sensitivity is given too, as of :func:`sensitivities`, its outputs are weighed by it.
+    For a layer whose sensitivity is given too, as of :func:`sensitivities`, its outputs are weighed by it. Half
+    precision is decomposed in float32.
+
+    Raises
+    ------
+    ValueError
+        A layer has a ``forward`` of its own.
 
     Examples
     --------
@@ -363,7 +370,9 @@ def decompose(
             return ActivationAwareSVD.of_outputs(A, _output_moment(A, moments[name]), sensitive[name])
         return ActivationAwareSVD.of(A, moments[name]) if name in moments else SVD.of(A)
 
-    return {name: decomposed(name, layer.weight.detach()) for name, layer in linear_layers(model).items()}
+    layers = linear_layers(model)
+    check_plain(layers)
+    return {name: decomposed(name, layer.weight.detach()) for name, layer in layers.items()}
 
 
 def factorize_in_turn(model: nn.Module, ranks: Mapping[str, int], inputs: Tensor) -> nn.Module:
@@ -409,7 +418,7 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Dec
     Raises
     ------
     ValueError
-        A name is no linear layer of the model, or a rank is impossible for it.
+        A name is no linear layer of the model or one with a ``forward`` of its own, or a rank is impossible for it.
 
     Examples
     --------
@@ -441,7 +450,7 @@ def factorize_standard(model: nn.Module, ranks: Mapping[str, int], *, seed: int)
         for factor in (B, C):
             bound = factor.shape[1] ** -0.5
             nn.init.uniform_(factor, -bound, bound, generator=generator)
-        return Factors(B.to(layer.weight), C.to(layer.weight), [])
+        return Factors(B, C, [])
 
     return _replace(model, ranks, draw)
 
@@ -451,11 +460,12 @@ def _replace(
 ) -> nn.Module:
     layers = linear_layers(model)
     check_names(ranks, layers, "linear layer of the model")
+    check_plain({name: layers[name] for name in ranks})
     copy = deepcopy(model)
     for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
         check_rank(ranks[name], layers[name].weight.shape)
-        factors = factors_of(name, layers[name], ranks[name])
-        substitute(copy, name, FactorizedLinear(factors.B, factors.C, layers[name].bias))
+        factors, weight = factors_of(name, layers[name], ranks[name]), layers[name].weight
+        substitute(copy, name, FactorizedLinear(factors.B.to(weight), factors.C.to(weight), layers[name].bias))
     return copy
 
 
@@ -474,6 +484,8 @@ def substitute(model: nn.Module, name: str, layer: nn.Module) -> None:
       (2): Identity()
     )
     """
+    if not name:
+        raise ValueError(f"the model itself is the layer, a {type(model).__name__}: put it into an nn.Sequential")
     old = model.get_submodule(name)
     for place in [place for place, module in model.named_modules(remove_duplicate=False) if module is old]:
         model.set_submodule(place, layer)

@@ -3,6 +3,8 @@
 After Hu et al. 2021, *LoRA*, arXiv 2106.09685; the names are the paper's. Works on the ``nn.Linear`` layers of
 any model. Every function leaves the model it is given as it was and returns a copy. On disk an adapter is what
 Hugging Face's PEFT (https://huggingface.co/docs/peft) makes of it, so each loads the other's.
+
+Names on disk are those of the bare model, without the prefixes of ``torch.compile`` and data parallelism.
 """
 
 import json
@@ -20,12 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_helpers.data import checksum
-from lowrank_helpers.factorization import check_names, check_rank, substitute, truncated_svd
-from lowrank_helpers.models import linear_layers
+from lowrank_helpers.factorization import check_names, check_rank, precise, substitute, truncated_svd
+from lowrank_helpers.models import check_plain, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-TENSOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+PREFIX = "base_model.model."  # PEFT's, of every name
+FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in which a network's parameters are compared
 
 # A config's keys by what becomes of them. First, what the factors say too, or what matters to a training alone.
 BESIDE_THE_POINT = {
@@ -37,7 +42,7 @@ PER_LAYER = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
 DONE = {  # what else may be said; of any other key only that it is not used
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian"),  # others change the base's weights, or may
+    "init_lora_weights": (True, "gaussian", "orthogonal"),  # others change the base's weights, or may
     "use_rslora": (True,),
 }
 
@@ -47,41 +52,47 @@ class AdapterError(ValueError):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a low-rank update beside it, y = base(x) + (α/r)·x·Aᵀ·Bᵀ.
+    """A linear layer with a low-rank update beside it, y = base(x) + (α/r)·x·Aᵀ·Bᵀ.
 
     Parameters
     ----------
     base : nn.Linear
-        Frozen from here on.
+        Left as it is: :func:`adapt` freezes it.
     A : Tensor, shape (r, in_features)
+        A rank r above min(out_features, in_features) is of no use, but allowed: PEFT makes such adapters.
     B : Tensor, shape (out_features, r)
     alpha : float
-        α. At a fixed α the best learning rate hardly depends on the rank (section 4.1).
+        α, above 0. At a fixed α the best learning rate hardly depends on the rank (section 4.1).
 
     Attributes
     ----------
     lora_A, lora_B : Parameter
         The factors, of the base's dtype and on its device.
-    scaling : float
-        α/r.
 
     Raises
     ------
+    TypeError
+        α is no number.
     ValueError
-        The factors do not fit the base, or r is above min(out_features, in_features).
+        The factors do not fit the base, or α is not finite and above 0.
     """
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> None:
         super().__init__()
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha {alpha} must be finite and above 0")
         self.rank = len(A)
-        check_rank(self.rank, base.weight.shape)
         if (A.shape, B.shape) != ((self.rank, base.in_features), (base.out_features, self.rank)):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit {base}")
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.lora_A = nn.Parameter(A.to(base.weight))
         self.lora_B = nn.Parameter(B.to(base.weight))
-        self.alpha = alpha
-        self.scaling = alpha / self.rank
+        self.alpha = float(alpha)
+
+    @property
+    def scaling(self) -> float:
+        """The factor α/r of the update."""
+        return self.alpha / self.rank
 
     @property
     def delta(self) -> Tensor:
@@ -131,8 +142,11 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
 
     Raises
     ------
+    TypeError
+        α is no number, or a rank no whole number.
     ValueError
-        The model has adapters already, a name is no linear layer of it, or a rank is impossible for its layer.
+        The model has adapters already, a name is no linear layer of it or of one with its own ``forward``, a rank is
+        impossible for its layer, or α is not finite and above 0.
 
     Examples
     --------
@@ -145,6 +159,7 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
     copy = deepcopy(model).requires_grad_(False)
     layers = linear_layers(copy)
     check_names(ranks, layers, "linear layer of the model")
+    check_plain({name: layers[name] for name in ranks})
     generator = torch.Generator().manual_seed(seed)
     for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
         layer = layers[name]
@@ -172,14 +187,16 @@ def extract(base: nn.Module, tuned: nn.Module, ranks: Mapping[str, int]) -> nn.M
     Raises
     ------
     ValueError
-        As :func:`adapt` does; or the networks differ in a layer.
+        As :func:`adapt` does; or the networks differ in the shape of a layer.
     """
     copy, after = adapt(base, ranks, alpha=1.0, seed=0), linear_layers(tuned)
     for name, layer in adapters(copy).items():
-        before = layer.base.weight
+        before = layer.base.weight.detach()
         if name not in after or after[name].weight.shape != before.shape:
             raise ValueError(f"the tuned network has no layer {name!r} of {'×'.join(map(str, before.shape))}")
-        factors = truncated_svd(after[name].weight.detach() - before, layer.rank)
+        # The difference of two numbers in half precision needs more digits than they have.
+        update = after[name].weight.detach().to(before.device, precise(before)) - before
+        factors = truncated_svd(update, layer.rank)
         substitute(copy, name, LoRALinear(layer.base, A=factors.C, B=factors.B, alpha=layer.rank))
     return copy
 
@@ -195,12 +212,18 @@ def remove(model: nn.Module) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """Return a copy of a model with W + ΔW in a plain ``nn.Linear`` for each adapted layer, all of it trainable.
 
+    Raises
+    ------
+    ValueError
+        An adapted layer has a ``forward`` of its own.
+
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> merge(adapt(model, {"0": 2}, alpha=4, seed=0))[0]
     Linear(in_features=20, out_features=16, bias=True)
     """
+    check_plain({name: layer.base for name, layer in adapters(model).items()})
     copy = deepcopy(model)
     for name, layer in adapters(copy).items():
         merged = nn.utils.skip_init(nn.Linear, layer.base.in_features, layer.base.out_features)
@@ -244,25 +267,33 @@ def rehearsal(labels: Tensor, new: int, *, size: int, n_kept: int, share: float,
     return torch.cat(chosen)
 
 
-def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write a model's adapters, and nothing else of it, into a folder as PEFT does.
+def save_adapter(model: nn.Module, folder: Path | str) -> None:
+    """Write a model's adapters and its buffers into a folder as PEFT does.
 
-    ``adapter_config.json`` names the layers with their ranks and α, ``adapter_model.safetensors`` has the factors; its
-    header also has a checksum of the network below the adapters. ``PeftModel.from_pretrained(base, folder)`` loads it.
+    ``adapter_config.json`` names the layers with their ranks and α. ``adapter_model.safetensors`` has the factors, and
+    the buffers, such as BatchNorm's statistics, which a training moves too. Its header has checksums of the parameters
+    below the adapters. ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Parameters
     ----------
-    folder : Path
+    folder : Path or str
         Made if it is not there.
 
     Raises
     ------
     ValueError
-        The model has no adapters.
+        The model has no adapters, or parameters beside them that are not frozen: what trained them would be lost.
     """
-    layers = adapters(model)
+    own = adapters(model)
+    layers = {_plain_name(model, name): layer for name, layer in own.items()}
     if not layers:
         raise ValueError("the model has no adapters to save")
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if beside := [name for name in trainable if name.rpartition(".")[0] not in own]:
+        raise ValueError(
+            f"{', '.join(beside)} can be trained beside the adapters, and an adapter does not hold them: "
+            "freeze them if they are as they were, or merge and save the whole network"
+        )
     first = next(iter(layers.values()))
     exactly = {name: f"^{re.escape(name)}" for name in layers}  # PEFT takes names as patterns of their ends
     config = {
@@ -275,56 +306,101 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    tensors = {
-        f"base_model.model.{name}.lora_{factor}.weight": getattr(layer, f"lora_{factor}").detach().cpu().contiguous()
-        for name, layer in layers.items()
-        for factor in "AB"
+    tensors = {f"{name}.lora_{x}.weight": getattr(layer, f"lora_{x}") for name, layer in layers.items() for x in "AB"}
+    base = remove(model)
+    stored = {
+        PREFIX + name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in (tensors | _buffers(base)).items()
     }
+    header = {"format": "pt"} | {f"{BASE}_{dtype}": _checksum(base, dtype) for dtype in DTYPES}
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", BASE: checksum(remove(model).state_dict())})
+    save_file(stored, folder / WEIGHTS, metadata=header)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """Return a copy of a model with the adapters of a folder that :func:`save_adapter` or PEFT wrote.
+def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
+    """Return a copy of a model with the adapters and buffers of a folder that :func:`save_adapter` or PEFT wrote.
 
-    Whether the model's weights are those that the adapter was trained on is known only of our own; of PEFT's, names
-    and shapes are compared.
+    Whether the model's parameters are those that the adapter was trained on, or these in another precision, is known
+    only of our own adapters; of PEFT's, names and shapes are compared.
 
     Parameters
     ----------
     model : nn.Module
-        The network that was adapted, without adapters, on any device.
+        The network that was adapted, without adapters, on any device and in any precision.
+    folder : Path or str
 
     Raises
     ------
     AdapterError
         The folder holds no adapter or a damaged one; it uses more of PEFT than plain LoRA of linear layers, which the
-        message names; the model lacks a layer of it, or has it in another shape; or the model's weights are not those
-        that the adapter was trained on.
+        message names; the model lacks a layer of it, or has it in another shape; or the model's parameters are not
+        those that the adapter was trained on.
+    ValueError
+        An adapted layer of the model has a ``forward`` of its own.
     """
-    config, (header, factors) = _read_config(folder / CONFIG), _read_factors(folder / WEIGHTS)
+    folder = Path(folder)
+    config, (header, factors, others) = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
     copy = deepcopy(model).requires_grad_(False)
-    layers = linear_layers(copy)
-    for name, (A, B) in factors.items():
-        if name not in layers:
-            raise AdapterError(f"{folder} adapts layer {name!r}; the model's linear layers are {', '.join(layers)}")
-        if layers[name].weight.shape != (len(B), A.shape[1]):
-            found = "×".join(map(str, layers[name].weight.shape))
-            raise AdapterError(f"{folder} adapts {name!r} of {len(B)}×{A.shape[1]}; the model's is {found}")
-        rank = _of_layer(config, name, "rank_pattern", "r")
-        if not rank == len(A) == B.shape[1] <= min(layers[name].weight.shape):
-            raise AdapterError(f"{folder} has rank {rank} for {name!r}, with factors of {len(A)} and {B.shape[1]}")
-        alpha = _of_layer(config, name, "alpha_pattern", "lora_alpha")
+    layers, buffers = linear_layers(copy), _buffers(copy)
+    names = {_plain_name(copy, name): name for name in layers}
+    for stored, (A, B) in factors.items():
+        plain = stored if stored in names else stored.removeprefix("module.")
+        if plain not in names:
+            raise AdapterError(f"{folder} adapts layer {stored!r}; the model's linear layers are {', '.join(names)}")
+        layer = layers[names[plain]]
+        check_plain({plain: layer})
+        if layer.weight.shape != (len(B), A.shape[1]):
+            found = "×".join(map(str, layer.weight.shape))
+            raise AdapterError(f"{folder} adapts {stored!r} of {len(B)}×{A.shape[1]}; the model's is {found}")
+        rank = _of_layer(config, stored, "rank_pattern", "r")
+        if not rank == len(A) == B.shape[1]:
+            raise AdapterError(f"{folder} has rank {rank} for {stored!r}, with factors of {len(A)} and {B.shape[1]}")
+        alpha = _of_layer(config, stored, "alpha_pattern", "lora_alpha")
         if config.get("use_rslora"):  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
             alpha *= rank**0.5
-        substitute(copy, name, LoRALinear(layers[name], A, B, alpha))
-    if BASE in header and header[BASE] != checksum(model.state_dict()):
+        substitute(copy, names[plain], LoRALinear(layer, A, B, alpha))
+    for stored, tensor in others.items():
+        if stored not in buffers or buffers[stored].shape != tensor.shape:
+            raise AdapterError(f"{folder} is no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}")
+        buffers[stored].copy_(tensor)
+    dtype = min((p.dtype for p in model.parameters() if p.dtype in DTYPES), key=DTYPES.index, default=DTYPES[0])
+    if header.get(f"{BASE}_{dtype}", "") not in ("", _checksum(model, dtype)):
         raise AdapterError(
             f"{folder} was trained on a network of the same shapes with other weights; "
-            "load the weights that it was trained on first"
+            "load the weights that it was trained on first, all in one precision"
         )
     return copy
+
+
+def _plain_name(model: nn.Module, name: str) -> str:
+    """Return a dotted name as it is without ``torch.compile`` and data parallelism around the module."""
+    kept, module = [], model
+    for part in filter(None, name.split(".")):
+        if part != "_orig_mod" and not (part == "module" and isinstance(module, PARALLEL)):
+            kept.append(part)
+        module = getattr(module, part)
+    return ".".join(kept)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a model's ``state_dict`` has, by plain name."""
+    stored = model.state_dict()
+    named = model.named_buffers(remove_duplicate=False)
+    return {_plain_name(model, name): buffer for name, buffer in named if name in stored}
+
+
+def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
+    """Return the checksum of a model's parameters in one precision.
+
+    So a network rounded to half precision has in it the checksum of the original, and converted back to float32 still
+    that of its own in float32.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    return checksum(
+        {_plain_name(model, name): p.to(dtype) if p.is_floating_point() else p.detach() for name, p in named}
+    )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -342,8 +418,8 @@ def _read_config(file: Path) -> dict[str, Any]:
             numbers += config[name].values()
             for pattern in config[name]:
                 re.compile(pattern)
-        if not all(number > 0 for number in numbers):
-            raise ValueError(f"{numbers} must all be above 0")
+        if not all(0 < number < math.inf for number in numbers):
+            raise ValueError(f"{numbers} must all be finite and above 0")
     except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
         raise AdapterError(f"{file} has impossible ranks or α: {error!r}") from error
     for key, value in config.items():
@@ -352,8 +428,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_factors(file: Path) -> tuple[dict[str, str], dict[str, tuple[Tensor, Tensor]]]:
-    """Return the header of a file of PEFT's, and A and B by layer."""
+def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Return the header of a file of PEFT's, A and B by layer, and its other tensors; without the prefixes of names."""
     try:
         with safe_open(file, framework="pt") as stored:
             header = stored.metadata() or {}
@@ -361,14 +437,17 @@ def _read_factors(file: Path) -> tuple[dict[str, str], dict[str, tuple[Tensor, T
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} cannot be read as an adapter: {error}") from error
     layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
     for key, tensor in tensors.items():
-        found = TENSOR.fullmatch(key)
-        if not found or tensor.dim() != 2:
-            raise AdapterError(f"{file} is no adapter of linear layers: it holds {key} {tuple(tensor.shape)}")
-        layers.setdefault(found["layer"], {})[found["factor"]] = tensor
+        name = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix(PREFIX)
+        found = FACTOR.fullmatch(name)
+        if found and tensor.dim() == 2:
+            layers.setdefault(found["layer"], {})[found["factor"]] = tensor
+        else:
+            others[name] = tensor
     if halves := [name for name, factors in layers.items() if len(factors) < 2]:
         raise AdapterError(f"{file} is damaged: one of the factors of {', '.join(halves)} is missing")
-    return header, {name: (factors["A"], factors["B"]) for name, factors in layers.items()}
+    return header, {name: (factors["A"], factors["B"]) for name, factors in layers.items()}, others
 
 
 def _of_layer(config: Mapping[str, Any], layer: str, patterns: str, default: str) -> Any:

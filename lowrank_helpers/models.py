@@ -1,7 +1,7 @@
 """The series' networks: multilayer perceptrons without biases, Dropout or BatchNorm."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -127,6 +127,23 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     ['fc1', 'fc2']
     """
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_plain(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ``ValueError`` if an ``nn.Linear`` among named layers has a ``forward`` of its own.
+
+    Its weight then does not say what it computes, so that no layer made of the weight can take its place. Subclasses
+    that inherit ``forward``, such as PyTorch's in ``nn.MultiheadAttention``, are plain.
+    """
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Linear) and (
+            getattr(layer.forward, "__func__", None) is not nn.Linear.forward
+            or type(layer).__call__ is not nn.Linear.__call__
+        ):
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__} with a forward of its own, which its weight does not "
+                "describe: leave it out, or make it an nn.Linear first"
+            )
 
 
 def n_parameters(model: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """Training in a random subspace: d numbers decide all weights of a network."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class SubspaceModel(nn.Module):
     Parameters
     ----------
     model : nn.Module
-        Gives the structure and θ₀; it is frozen.
+        Gives the structure and θ₀, in any precision; a copy of it is kept, frozen.
     dimension : int
         Length d of z, from 1 to the number of weights.
     seed : int
@@ -28,7 +29,7 @@ class SubspaceModel(nn.Module):
     Attributes
     ----------
     z : Parameter of shape (dimension,)
-        Zero at first, so that training starts from θ₀.
+        Zero at first, so that training starts from θ₀; float32, whatever the precision of θ₀.
 
     Examples
     --------
@@ -42,6 +43,7 @@ class SubspaceModel(nn.Module):
 
     def __init__(self, model: nn.Module, dimension: int, *, seed: int) -> None:
         super().__init__()
+        device = next((parameter.device for parameter in model.parameters()), None)
         sizes = [parameter.numel() for parameter in model.parameters()]
         if not 1 <= dimension <= sum(sizes):
             raise ValueError(f"dimension {dimension} is impossible for {sum(sizes):,} weights; allowed: 1 to that")
@@ -49,10 +51,10 @@ class SubspaceModel(nn.Module):
         followed = torch.randint(dimension, (sum(sizes),), generator=generator)
         sign = torch.randint(2, (sum(sizes),), generator=generator).float().mul_(2).sub_(1)
         followers = torch.bincount(followed, minlength=dimension).clamp_min(1)
-        self.model = model.requires_grad_(False)
-        self.z = nn.Parameter(torch.zeros(dimension))
-        self.register_buffer("followed", followed)
-        self.register_buffer("entry", sign / followers.sqrt()[followed])
+        self.model = deepcopy(model).requires_grad_(False)
+        self.z = nn.Parameter(torch.zeros(dimension, device=device))
+        self.register_buffer("followed", followed.to(device))
+        self.register_buffer("entry", (sign / followers.sqrt()[followed]).to(device))
 
     def weights(self) -> dict[str, Tensor]:
         """Return θ₀ + P·z by parameter name, in the network's shapes."""
@@ -60,7 +62,9 @@ class SubspaceModel(nn.Module):
         moved = self.z.index_select(0, self.followed) * self.entry
         pieces = moved.split([parameter.numel() for parameter in self.model.parameters()])
         named = self.model.named_parameters()
-        return {name: theta + piece.view_as(theta) for (name, theta), piece in zip(named, pieces, strict=True)}
+        return {
+            name: theta + piece.view_as(theta).to(theta) for (name, theta), piece in zip(named, pieces, strict=True)
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Map as the network does at the weights that z stands for."""

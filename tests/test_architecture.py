@@ -20,7 +20,7 @@ ROOMS = {
 }
 SCIENCE = [
     {"data", "models", "quiet", "statistics"},
-    {"networks", "training"},
+    {"networks", "training", "unfold"},
     {"rank", "factorization", "subspace"},
     {"analysis", "dlrt", "lora", "costs", "plots", "selection"},
     {"compression"},

@@ -47,7 +47,7 @@ def test_forward_gradients_and_merge_are_loralibs(drawn, batch):
     reference = loralib.Linear(base.in_features, base.out_features, r=len(A), bias=base.bias is not None).double()
     reference.scaling = alpha / len(A)
     reference.load_state_dict(base.state_dict() | {"lora_A": A, "lora_B": B})
-    ours = LoRALinear(base, A, B, alpha)
+    ours = LoRALinear(base.requires_grad_(False), A, B, alpha)
     x = torch.randn(batch, base.in_features, dtype=torch.float64, requires_grad=True)
     x_reference = x.detach().clone().requires_grad_()
 
@@ -69,6 +69,15 @@ def test_forward_gradients_and_merge_are_loralibs(drawn, batch):
 def test_untrained_adapters_change_nothing():
     base, x = mlp(WIDTHS, seed=1), torch.randn(7, 784)
     assert torch.equal(lora.adapt(base, dict.fromkeys(LAYERS, 3), alpha=8, seed=0)(x), base(x))
+
+
+def test_a_starts_with_a_spread_of_one_over_the_root_of_its_inputs():
+    model = lora.adapt(mlp([784, 400, 100], seed=0), {"fc1": 99, "fc2": 99}, alpha=1, seed=0)
+    for layer in lora.adapters(model).values():
+        assert layer.lora_A.std().item() == pytest.approx(layer.base.in_features**-0.5, rel=0.02)
+        assert not layer.lora_B.any()
+    other = lora.adapt(mlp([784, 400, 100], seed=0), {"fc1": 99}, alpha=1, seed=1)
+    assert not torch.equal(other.fc1.lora_A, model.fc1.lora_A)
 
 
 def test_only_the_factors_of_the_chosen_layers_are_trained():
@@ -131,6 +140,12 @@ def test_every_tensor_moves_to_another_device():
     moved = adapted().to("meta")
     assert {tensor.device.type for tensor in moved.state_dict().values()} == {"meta"}
     assert moved(torch.empty(3, 784, device="meta")).shape == (3, 10)
+
+
+def test_a_rank_above_what_the_layer_has_is_of_use_to_pefts_adapters_alone():
+    layer = LoRALinear(nn.Linear(3, 2), torch.ones(5, 3), torch.ones(2, 5), 10)
+    torch.testing.assert_close(layer.delta, torch.full((2, 3), 10.0))
+    assert layer.base.weight.requires_grad, "the layer that is given stays as it was"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -218,6 +233,28 @@ def test_impossible_adapters_are_refused_by_name():
         lora.adapt(adapted(), {"fc1.base": 2}, alpha=1, seed=0)
     with pytest.raises(ValueError, match="do not fit"):
         LoRALinear(nn.Linear(4, 4), torch.zeros(2, 3), torch.zeros(4, 2), 1.0)
+    with pytest.raises(ValueError, match="the model itself is the layer"):
+        lora.adapt(nn.Linear(4, 4), {"": 2}, alpha=1, seed=0)
+
+
+@pytest.mark.parametrize("alpha", [0, -4, float("nan"), float("inf"), np.float32(0)])
+def test_an_alpha_that_is_not_above_zero_is_refused(alpha):
+    with pytest.raises(ValueError, match=rf"alpha {alpha} must be finite and above 0"):
+        lora.adapt(mlp(WIDTHS, seed=0), {"fc1": 2}, alpha=alpha, seed=0)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(2.0, 1), ("2", 1), (2, "1"), (2, None), (2, 1j)])
+def test_what_are_no_numbers_are_type_errors(rank, alpha):
+    with pytest.raises(TypeError):
+        lora.adapt(mlp(WIDTHS, seed=0), {"fc1": rank}, alpha=alpha, seed=0)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32)])
+def test_adapters_are_extracted_in_half_precision(dtypes):
+    base, tuned = (mlp(WIDTHS, seed=seed).to(dtype) for seed, dtype in enumerate(dtypes))
+    model = lora.extract(base, tuned, {"fc2": 9})
+    assert {parameter.dtype for parameter in model.parameters()} == {base.fc2.weight.dtype}
+    torch.testing.assert_close(lora.merge(model).fc2.weight.float(), tuned.fc2.weight.float(), rtol=0.02, atol=0.01)
 
 
 def test_the_store_keys_adapters_by_rank_and_alpha(tmp_path):

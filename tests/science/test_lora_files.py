@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -71,6 +72,133 @@ def test_peft_loads_ours(folder):
     assert not torch.allclose(theirs(x), mlp(WIDTHS, seed=0)(x), atol=0.1)
 
 
+class Normed(nn.Module):
+    """With BatchNorm, whose statistics a training moves, and something in its state_dict that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.register_buffer("window", torch.ones(1).expand(16), persistent=False)
+
+    def forward(self, x):
+        return self.fc2(self.norm(self.fc1(x)).relu() * self.window)
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def normed():
+    """Return a network, and an adapted copy of it that was trained in its training mode."""
+    torch.manual_seed(0)
+    base = Normed()
+    model = lora.adapt(base, {"fc1": 2, "fc2": 2}, alpha=4, seed=0)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(3 * torch.randn(64, 12) + 1).square().mean().backward()
+        optimiser.step()
+    return base.eval(), model.eval()
+
+
+def test_buffers_that_a_training_moves_are_saved_with_the_adapter(tmp_path):
+    base, model = normed()
+    x = torch.randn(5, 12)
+    lora.save_adapter(model, tmp_path)
+    assert torch.equal(lora.load_adapter(base, tmp_path)(x), model(x))
+    torch.testing.assert_close(PeftModel.from_pretrained(deepcopy(base), tmp_path)(x), model(x))
+    base.norm = nn.BatchNorm1d(16, track_running_stats=False)
+    with pytest.raises(AdapterError, match=r"no adapter of linear layers: it holds norm\.num_batches_tracked"):
+        lora.load_adapter(base, tmp_path)
+    base.norm = nn.BatchNorm1d(1)
+    with pytest.raises(AdapterError, match=r"it holds norm\.running_mean \(16,\)"):
+        lora.load_adapter(base, tmp_path)
+
+
+def test_parameters_trained_beside_the_adapters_are_refused_before_anything_is_written(tmp_path):
+    _, model = normed()
+    model.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight, norm\.bias can be trained beside the adapters"):
+        lora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [(torch.float32, dtype) for dtype in (*HALF, torch.float64)]
+    + [(dtype, wider) for dtype in HALF for wider in (torch.float32, torch.float64)]
+    + [(torch.float64, torch.float32)],
+)
+def test_an_adapter_is_loaded_onto_its_base_in_another_precision_and_onto_no_other(tmp_path, saved, loaded):
+    base = mlp([20, 12, 10], seed=0).to(saved)
+    model = lora.adapt(base, {"fc1": 3}, alpha=4, seed=0)
+    nn.init.normal_(model.fc1.lora_B, std=0.1)
+    lora.save_adapter(model, str(tmp_path))
+    restored = lora.load_adapter(deepcopy(base).to(loaded), str(tmp_path))
+    assert {parameter.dtype for parameter in restored.parameters()} == {loaded}
+    x = torch.randn(5, 20)
+    torch.testing.assert_close(restored(x.to(loaded)).float(), model(x.to(saved)).float(), rtol=0.05, atol=0.02)
+    with pytest.raises(AdapterError, match="other weights"):
+        lora.load_adapter(mlp([20, 12, 10], seed=1).to(loaded), tmp_path)
+
+
+def test_a_base_of_two_precisions_is_known_again(tmp_path):
+    base = mlp([20, 12, 10], seed=0)
+    base.fc2.bfloat16()
+    lora.save_adapter(lora.adapt(base, {"fc1": 3, "fc2": 2}, alpha=4, seed=0), tmp_path)
+    assert lora.adapters(lora.load_adapter(base, tmp_path)).keys() == {"fc1", "fc2"}
+    base.fc1.weight.data[0, 0] *= 1.001  # less than bfloat16 would tell
+    with pytest.raises(AdapterError, match="other weights"):
+        lora.load_adapter(base, tmp_path)
+
+
+class Part(nn.Module):
+    """A model whose layers lie below a module that is called as data parallelism calls its own."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.module = around(mlp(WIDTHS, seed=0))
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("around", [compiled, nn.DataParallel, lambda model: nn.DataParallel(compiled(model))])
+@pytest.mark.parametrize("part", [False, True])
+def test_what_is_put_around_a_model_leaves_no_trace_in_its_adapters_names(tmp_path, around, part):
+    def build(around):
+        return Part(around) if part else around(mlp(WIDTHS, seed=0))
+
+    wrapped, plain, x = build(around), build(lambda model: model), torch.randn(5, 784)
+    (name,) = (name for name in linear_layers(wrapped) if name.endswith("fc2"))
+    model = lora.adapt(wrapped, {name: 3}, alpha=4, seed=0)
+    nn.init.normal_(lora.adapters(model)[name].lora_B)
+    lora.save_adapter(model, tmp_path)
+    for base in (wrapped, plain):
+        torch.testing.assert_close(lora.load_adapter(base, tmp_path)(x), model(x))
+    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("around", [compiled, nn.DataParallel])
+def test_pefts_adapters_of_a_wrapped_model_are_loaded_onto_the_plain_one(tmp_path, around):
+    theirs, x = from_peft(around(mlp(WIDTHS, seed=0)), tmp_path, r=3), torch.randn(5, 784)
+    assert torch.allclose(lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model = lora.adapt(mlp(WIDTHS, seed=0), {"fc1": np.int64(2)}, alpha=np.float32(1.5), seed=0)
+    lora.save_adapter(model, tmp_path)
+    assert str(lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)) == str(model)
+
+
 @given(st.lists(st.integers(1, 3), min_size=4, max_size=4))
 def test_peft_loads_each_layers_rank_though_names_end_alike(tmp_path_factory, ranks):
     folder = tmp_path_factory.mktemp("adapter")
@@ -80,7 +208,6 @@ def test_peft_loads_each_layers_rank_though_names_end_alike(tmp_path_factory, ra
     for i, layer in enumerate(lora.adapters(model).values(), start=1):
         layer.lora_B.data.normal_()
         layer.alpha = float(i)
-        layer.scaling = layer.alpha / layer.rank
     lora.save_adapter(model, folder)
     x = torch.randn(7, 4)
     torch.testing.assert_close(PeftModel.from_pretrained(base, folder)(x), model(x), rtol=1e-5, atol=1e-5)
@@ -97,8 +224,10 @@ def test_an_adapter_of_one_layer_is_of_that_layer_alone_in_peft(tmp_path):
     "config",
     [
         {"r": 4, "lora_alpha": 6},
-        {"r": 4, "lora_alpha": 6, "use_rslora": True},
+        {"r": 3, "lora_alpha": 6, "use_rslora": True},
+        {"r": 16, "lora_alpha": 6},  # above the outputs of every layer
         {"r": 4, "lora_alpha": 6, "init_lora_weights": "gaussian", "lora_dropout": 0.1},
+        {"r": 4, "lora_alpha": 6, "init_lora_weights": "orthogonal"},
         {"r": 3, "rank_pattern": {"fc2": 2, "^fc3": 1}, "alpha_pattern": {"fc[12]": 5}},
     ],
 )
@@ -170,6 +299,7 @@ def test_a_network_of_another_shape_is_refused(folder, widths, message):
         ({"r": None}, "impossible ranks"),
         ({"lora_alpha": "much"}, "impossible ranks"),
         ({"lora_alpha": -1}, "impossible ranks"),
+        ({"lora_alpha": float("inf")}, "impossible ranks"),
         ({"alpha_pattern": {"fc1": -1}}, "impossible ranks"),
         ({"rank_pattern": ["fc1"]}, "impossible ranks"),
         ({"rank_pattern": {"(": 4}}, "impossible ranks"),

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank_helpers import factorization, lora
+from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import (
     ACTIVATIONS,
     FactorizedLinear,
@@ -107,6 +109,67 @@ def test_the_squared_norm_of_factors_is_that_of_their_product_and_so_is_its_grad
 def test_linear_layers_are_found_by_dotted_name_in_order():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2))
     assert list(linear_layers(model)) == ["1.0", "2"]
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 0.3 * super().forward(x)
+
+
+class Called(nn.Linear):
+    def __call__(self, x):
+        return 0.3 * super().__call__(x)
+
+
+def patched(n, m):
+    layer = nn.Linear(n, m)
+    layer.forward = lambda x: 0.3 * F.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+RANKS = {"1": 2}
+REPLACING = {
+    "factorize": lambda model: factorization.factorize(model, RANKS),
+    "factorize_standard": lambda model: factorization.factorize_standard(model, RANKS, seed=0),
+    "decompose": factorization.decompose,
+    "adapt": lambda model: lora.adapt(model, RANKS, alpha=1, seed=0),
+    "extract": lambda model: lora.extract(model, model, RANKS),
+    "merge": lambda model: lora.merge(
+        nn.Sequential(nn.ReLU(), LoRALinear(model[1], torch.ones(1, 4), torch.ones(4, 1), 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("replaces", REPLACING.values(), ids=REPLACING)
+@pytest.mark.parametrize("layer", [Scaled, Called, patched])
+def test_a_layer_that_computes_more_than_its_weight_says_is_not_replaced(layer, replaces):
+    with pytest.raises(ValueError, match=r"layer '1' is a \w+ with a forward of its own"):
+        replaces(nn.Sequential(nn.ReLU(), layer(4, 4)))
+
+
+def test_such_a_layer_gets_no_adapter_from_a_file(tmp_path):
+    lora.save_adapter(lora.adapt(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), RANKS, alpha=1, seed=0), tmp_path)
+    with pytest.raises(ValueError, match="layer '1' is a Scaled with a forward of its own"):
+        lora.load_adapter(nn.Sequential(nn.ReLU(), Scaled(4, 4)), tmp_path)
+
+
+class Bare(nn.Linear):
+    """A subclass that computes what nn.Linear does."""
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Bare(4, 4),
+        nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4),  # of nn.MultiheadAttention
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_subclasses_that_inherit_forward_are_layers_as_any_other(layer):
+    model, x = nn.Sequential(nn.ReLU(), layer), torch.randn(3, 4)
+    for replaced in (factorization.factorize(model, {"1": 4}), lora.merge(lora.adapt(model, RANKS, alpha=1, seed=0))):
+        torch.testing.assert_close(replaced(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_parameters_count_but_are_not_trainable():

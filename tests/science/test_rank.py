@@ -41,10 +41,24 @@ def test_singular_values_of_a_trainable_weight_in_any_type():
     np.testing.assert_allclose(rank.singular_values(layer.weight.tolist()), exact)
 
 
+@given(hnp.arrays(np.complex128, SHAPES, elements=st.complex_numbers(max_magnitude=100, allow_subnormal=False)))
+def test_singular_values_of_a_complex_matrix_are_numpys(matrix):
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(rank.singular_values(matrix), expected, atol=1e-9 * max(1, expected[0]))
+
+
+def test_a_view_that_steps_backwards_or_is_read_only_is_taken():
+    matrix = _random((4, 3))
+    matrix.flags.writeable = False
+    for view in (matrix, matrix[::-1], matrix.T):
+        np.testing.assert_allclose(rank.singular_values(view), np.linalg.svd(matrix, compute_uv=False))
+
+
 @pytest.mark.parametrize("shape", [(5000, 40), (40, 5000), (200, 40), (170, 40)])
-def test_thin_matrices_are_decomposed_block_by_block(shape, monkeypatch):
+@pytest.mark.parametrize("phase", [0, 1j])
+def test_thin_matrices_are_decomposed_block_by_block(shape, phase, monkeypatch):
     monkeypatch.setattr(rank, "IN_BLOCKS_FROM", 0)
-    matrix = _random(shape) * np.geomspace(1, 1e-12, shape[1])
+    matrix = _random(shape) * np.geomspace(1, 1e-12, shape[1]) * np.exp(phase * _random(shape, seed=1))
     expected = np.linalg.svd(matrix, compute_uv=False)
     np.testing.assert_allclose(rank.singular_values(matrix), expected, rtol=1e-10, atol=1e-14 * expected[0])
 
@@ -55,6 +69,56 @@ def test_thin_matrices_are_decomposed_block_by_block(shape, monkeypatch):
 def test_what_is_no_finite_matrix_is_refused(array):
     with pytest.raises(ValueError, match="matrix"):
         rank.singular_values(array)
+
+
+OF_SPECTRA = {
+    "numerical": lambda s: rank.numerical_rank(s, 0.1),
+    "rounding": lambda s: rank.rounding_tolerance(s, torch.float16),
+    "stable": rank.stable_rank,
+    "effective": rank.effective_rank,
+    "energy": lambda s: rank.energy_rank(s, 0.9),
+    "hard threshold": lambda s: rank.gavish_donoho_rank(s, (3, 4)),
+    "edge": lambda s: rank.rank_beyond_edge(s, (3, 4), 0.1),
+}
+
+
+@pytest.mark.parametrize("measure", OF_SPECTRA.values(), ids=OF_SPECTRA)
+def test_measures_take_tensors_and_arrays_and_refuse_what_are_no_singular_values(measure):
+    s = [3.0, 2.0, 1.0]
+    assert measure(np.array(s)) == measure(torch.tensor(s, requires_grad=True)) == measure(s)
+    for matrix in (np.eye(3), torch.eye(3), np.zeros(0), 1.0):
+        with pytest.raises(ValueError, match="a vector, not an array of shape"):
+            measure(matrix)
+    for impossible in ([1.0, 2.0], [1.0, -1.0], [-1.0], [np.nan], [np.inf, 1.0]):
+        with pytest.raises(ValueError, match="the largest first"):
+            measure(impossible)
+    with pytest.raises(TypeError):
+        measure("much")
+
+
+def test_the_density_takes_tensors_too():
+    x = torch.linspace(0.1, 3, 5, dtype=torch.float64)
+    found = rank.marchenko_pastur_density(x, (3, 4), 1.0)
+    np.testing.assert_array_equal(found, rank.marchenko_pastur_density(x.numpy(), (3, 4), 1.0))
+
+
+@pytest.mark.parametrize("wrong", ["a matrix", None, nn.Linear(2, 2), {"fc": np.eye(2)}])
+def test_what_holds_no_numbers_is_a_type_error(wrong):
+    with pytest.raises(TypeError):
+        rank.singular_values(wrong)
+    with pytest.raises(TypeError):
+        rank.rank_table(wrong if not isinstance(wrong, dict) else list(wrong.values()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float64, 3), (torch.complex128, 3), (torch.float32, 2), (torch.float16, 1), (torch.int64, 1)],
+)
+def test_the_numerical_rank_goes_by_the_type_that_the_matrix_is_stored_in(dtype, expected):
+    matrix = torch.diag(torch.tensor([1, 1e-5, 1e-10], dtype=torch.float64)).to(dtype)
+    assert rank.rank_table({"it": matrix}).loc["it", "numerical rank"] == expected
+    if dtype != torch.float16:
+        assert rank.rank_table({"it": matrix.numpy()}).loc["it", "numerical rank"] == expected
 
 
 @given(n=st.integers(1, 8), m=st.integers(1, 8), k=st.integers(0, 8))
@@ -141,7 +205,7 @@ def test_the_zero_matrix_has_rank_zero_by_every_measure(shape):
 def test_extreme_spectra_stay_finite():
     for s in (np.array([1e300, 1e-300]), np.array([1e-300, 1e-300])):
         for name, measure in rank.MEASURES.items():
-            assert np.isfinite(measure(s, (2, 2))), name
+            assert np.isfinite(measure(s, (2, 2), torch.float64)), name
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
@@ -201,107 +265,6 @@ def test_the_table_has_every_layer_dense_or_factorised():
     assert table["numerical rank"].dtype == np.int64
     s = np.linalg.svd(model.fc1.weight.detach().numpy(), compute_uv=False)
     assert table.loc["fc1", "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-5)
-
-
-def test_layers_of_every_kind_are_unfolded_by_the_stated_rules():
-    model = nn.ModuleDict(
-        {
-            "conv": nn.Conv2d(6, 8, 3, groups=2),
-            "up": nn.ConvTranspose2d(6, 8, 3, groups=2),
-            "words": nn.Embedding(11, 4),
-            "same": nn.MultiheadAttention(4, 2),
-            "other": nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
-            "norm": nn.LayerNorm([3, 4]),
-            "fc": nn.Linear(4, 3),
-        }
-    )
-    matrices = rank.weight_matrices(model)
-    assert {name: tuple(matrix.shape) for name, matrix in matrices.items()} == {
-        "conv": (8, 27),
-        "up": (8, 27),
-        "words": (11, 4),
-        "same.q": (4, 4),
-        "same.k": (4, 4),
-        "same.v": (4, 4),
-        "same.out_proj": (4, 4),
-        "other.q_proj_weight": (4, 4),
-        "other.k_proj_weight": (4, 3),
-        "other.v_proj_weight": (4, 5),
-        "other.out_proj": (4, 4),
-        "fc": (3, 4),
-    }
-    assert torch.equal(torch.cat([matrices[f"same.{part}"] for part in "qkv"]), model["same"].in_proj_weight)
-
-
-def test_a_transposed_convolutions_row_makes_its_output_channel():
-    layer = nn.ConvTranspose2d(6, 8, 3, groups=2, bias=False)
-    matrix = rank.unfold("up.weight", layer.weight.detach(), layer)["up"].matrix
-    answers = layer(torch.eye(6).reshape(6, 6, 1, 1))  # to each input channel alone
-    np.testing.assert_allclose(answers.detach().transpose(0, 1).flatten(1).norm(dim=1), matrix.norm(dim=1), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "parts"),
-    [
-        ("h.0.attn.c_attn.weight", (4, 12), {"h.0.attn.c_attn.q": (4, 4)}),  # stored as (in, out), as GPT-2's
-        ("blocks.0.attn.qkv.weight", (12, 4), {"blocks.0.attn.qkv.v": (4, 4)}),
-        ("in_proj_weight", (12, 4), {"k": (4, 4)}),
-        ("layers.0.qkv_proj.weight", (8, 4), {"layers.0.qkv_proj": (8, 4)}),  # grouped queries: not three equal parts
-        ("gpt_neox.layers.0.attention.query_key_value.weight", (12, 4), {}),  # q, k and v alternate head by head
-    ],
-)
-def test_packed_projections_are_split_where_their_parts_are_known(name, shape, parts):
-    weight = torch.randn(shape)
-    unfolded = rank.unfold(name, weight)
-    assert parts.items() <= {key: tuple(part.matrix.shape) for key, part in unfolded.items()}.items()
-    assert len(unfolded) == (3 if 12 in shape and "query_key_value" not in name else 1)
-    assert sum(part.matrix.numel() for part in unfolded.values()) == weight.numel()
-
-
-def test_shared_weights_appear_once_and_computed_ones_each_time():
-    shared = nn.Linear(4, 4)
-    tied = nn.Linear(4, 4)
-    tied.weight = shared.weight
-    normed = [nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(20)]
-    assert list(rank.weight_matrices(nn.Sequential(shared, tied, *normed))) == ["0", *(f"{i}" for i in range(2, 22))]
-
-
-def test_a_vector_is_not_unfolded():
-    with pytest.raises(ValueError, match=r"fc\.bias has 1 axes"):
-        rank.unfold("fc.bias", torch.ones(3))
-
-
-def test_gates_of_recurrent_layers_are_split_as_pytorch_packs_them():
-    torch.manual_seed(0)
-    lstm = nn.LSTM(5, 3, num_layers=2, bidirectional=True, proj_size=2)
-    matrices = rank.weight_matrices(lstm)
-    assert tuple(matrices["weight_ih_l1_reverse.g"].shape) == (3, 4)  # inputs: both directions' two projections
-    assert tuple(matrices["weight_hh_l0.o"].shape) == (3, 2)
-    assert tuple(matrices["weight_hr_l0"].shape) == (2, 3)
-    assert len(matrices) == 4 * (4 + 4 + 1)
-    x, h, c = torch.randn(1, 5), torch.randn(1, 3), torch.randn(1, 3)
-    cell = nn.LSTMCell(5, 3, bias=False)
-    W = rank.weight_matrices(cell)
-    i, f, g, o = (x @ W[f"weight_ih.{gate}"].T + h @ W[f"weight_hh.{gate}"].T for gate in "ifgo")
-    after = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    torch.testing.assert_close((o.sigmoid() * after.tanh(), after), cell(x, (h, c)))
-    cell = nn.GRUCell(5, 3, bias=False)
-    W = rank.weight_matrices(cell)
-    ir, iz, i_n = (x @ W[f"weight_ih.{gate}"].T for gate in "rzn")
-    hr, hz, hn = (h @ W[f"weight_hh.{gate}"].T for gate in "rzn")
-    z = (iz + hz).sigmoid()
-    torch.testing.assert_close((1 - z) * (i_n + (ir + hr).sigmoid() * hn).tanh() + z * h, cell(x, h))
-
-
-def test_a_recurrent_layer_without_gates_is_not_split():
-    shapes = {name: tuple(matrix.shape) for name, matrix in rank.weight_matrices(nn.RNN(12, 4)).items()}
-    assert shapes == {"weight_ih_l0": (4, 12), "weight_hh_l0": (4, 4)}
-
-
-def test_computed_weights_are_measured_as_they_work():
-    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
-        layer = norm(nn.Linear(4, 3)).eval()
-        assert torch.equal(rank.weight_matrices(nn.Sequential(layer))["0"], layer.weight)
 
 
 def test_entries_whose_norm_is_beyond_float64_are_refused():

@@ -47,6 +47,29 @@ def test_gradient_of_z_is_the_projected_gradient() -> None:
     torch.testing.assert_close(model.z.grad, P.T @ full, atol=1e-5, rtol=1e-4)
 
 
+def test_the_network_that_is_given_stays_as_it_was() -> None:
+    network = mlp([12, 8, 4], seed=0)
+    before = network.fc1.weight.clone()
+    SubspaceModel(network, 10, seed=1).model.fc1.weight.data.zero_()
+    assert torch.equal(network.fc1.weight, before)
+    assert network.fc1.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_in_any_precision_is_trained_in_its_own(dtype: torch.dtype) -> None:
+    network, x = mlp([12, 8, 4], seed=0).to(dtype), torch.randn(5, 12, dtype=dtype)
+    model = SubspaceModel(network, 10, seed=1)
+    assert torch.equal(model(x), network(x))
+    model(x).square().sum().backward()
+    assert model.z.grad.dtype == torch.float32 and model.z.grad.abs().sum() > 0
+
+
+def test_all_of_it_is_where_the_network_is() -> None:
+    model = SubspaceModel(mlp([12, 8, 4], seed=0).to("meta"), 10, seed=1)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert model(torch.empty(5, 12, device="meta")).shape == (5, 4)
+
+
 @pytest.mark.parametrize("dimension", [0, n_parameters(mlp([12, 8, 4], seed=0)) + 1])
 def test_impossible_dimensions_are_refused(dimension: int) -> None:
     with pytest.raises(ValueError, match="allowed: 1 to that"):

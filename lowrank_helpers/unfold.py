@@ -1,0 +1,149 @@
+"""How the tensors of a network become matrices: convolutions, packed projections of attention, packed gates."""
+
+import re
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lowrank_helpers.models import FactorizedLinear
+
+# Names of layers whose rows, or columns, are those of an attention's q, k and v one after the other.
+PACKED = ("in_proj_weight", "qkv.weight", "qkv_proj.weight", "Wqkv.weight", "c_attn.weight")
+# Recurrent layers' weights, whose rows are those of the gates one after the other: input, forget, cell and output gate
+# of an LSTM; reset, update and new gate of a GRU.
+RECURRENT = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?$")
+GATES = ("ifgo", "rzn")
+LAYERS = (
+    nn.Linear,
+    _ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+LAYER_WEIGHTS = re.compile(r"weight|in_proj_weight|[qkv]_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
+
+
+class Unfolded(NamedTuple):
+    """A matrix of a network.
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (n, m)
+        A view of the tensor that it is part of.
+    shape : str
+        How the axes of that tensor became rows and columns: ``64×3·7·7`` of a convolution with 64 filters.
+    remark : str
+        What else was done to it, or must be known of it; empty for most.
+    """
+
+    matrix: Tensor
+    shape: str
+    remark: str = ""
+
+
+def unfold(
+    name: str, weight: Tensor, layer: nn.Module | None = None, hidden_size: int | None = None
+) -> dict[str, Unfolded]:
+    """Return the matrices that a weight stands for, by name.
+
+    - Two axes are rows and columns: a linear layer's (out_features, in_features), an embedding's (entries, dimension).
+    - A convolution's (out, in/groups, kh, kw) becomes (out, in/groups·kh·kw), as two convolutions, the first to r
+      channels and the second of size 1, would factorise it; the filters of all groups lie below each other.
+    - A transposed convolution's (in, out/groups, kh, kw) becomes (out, in/groups·kh·kw) too, if the layer is known:
+      the tensor alone looks like any convolution's, and is unfolded as such.
+    - Of three axes, a first one of size 1 is dropped, as of position embeddings, unless the layer is a convolution.
+    - Packed projections of attention, told by their name (``PACKED``) and a ratio of 3 between their sides, are split
+      into q, k and v.
+    - Packed gates of a recurrent layer, told by their name (``RECURRENT``) and the layer's hidden size, are split into
+      the gates, ``GATES``: ``weight_hh_l0.f`` is what an LSTM forgets by.
+
+    Parameters
+    ----------
+    name : str
+        Of the weight, such as ``encoder.fc1.weight``; the matrix is called ``encoder.fc1``.
+    weight : Tensor
+        With two axes at least.
+    layer : nn.Module, optional
+        Whose weight it is, where that is known.
+    hidden_size : int, optional
+        Of the recurrent layer whose weight it is, where that is known though the layer is not.
+
+    Raises
+    ------
+    ValueError
+        The weight has fewer than two axes.
+    """
+    if weight.dim() < 2:
+        raise ValueError(f"{name} has {weight.dim()} axes; a matrix needs at least two")
+    short = name.removesuffix(".weight")
+    if isinstance(layer, _ConvTransposeNd):
+        grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return {short: _filters(grouped, layer.groups, "transposed")}
+    if weight.dim() == 3 and len(weight) == 1 and not isinstance(layer, _ConvNd):
+        return {short: Unfolded(weight[0], times(weight[0].shape), "first axis, of size 1, dropped")}
+    if weight.dim() > 2:
+        return {short: _filters(weight, layer.groups if isinstance(layer, _ConvNd) else 1)}
+    if name.endswith(PACKED) and max(weight.shape) == 3 * min(weight.shape):
+        axis = weight.shape.index(max(weight.shape))
+        return _split(short.removesuffix("in_proj_weight").removesuffix("."), weight, "qkv", axis)
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        hidden_size = layer.hidden_size
+    if hidden_size and RECURRENT.search(name):
+        for gates in GATES:
+            if len(weight) == len(gates) * hidden_size:
+                return _split(short, weight, gates, kind="gates ")
+    return {short: Unfolded(weight, times(weight.shape))}
+
+
+def _split(stem: str, packed: Tensor, parts: str, axis: int = 0, kind: str = "") -> dict[str, Unfolded]:
+    """Split a matrix into parts of one letter each."""
+    remark = f"packed {kind}{', '.join(parts)}, split by {('rows', 'columns')[axis]}"
+    return {
+        f"{stem}.{part}".removeprefix("."): Unfolded(matrix, times(matrix.shape), remark)
+        for part, matrix in zip(parts, packed.chunk(len(parts), axis), strict=True)
+    }
+
+
+def _filters(weight: Tensor, groups: int, *remarks: str) -> Unfolded:
+    """Unfold (out, in/groups, …) into (out, in/groups·…)."""
+    shape = f"{len(weight)}×{'·'.join(map(str, weight.shape[1:]))}"
+    stacked = [f"{groups} groups, below each other"] if groups > 1 else []
+    return Unfolded(weight.flatten(1), shape, ", ".join([*remarks, *stacked]))
+
+
+def times(shape: tuple[int, ...]) -> str:
+    """Write a shape as ``3×4``."""
+    return "×".join(map(str, shape))
+
+
+def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weight matrices of a model's layers by dotted names, unfolded as :func:`unfold` says.
+
+    Layers are ``nn.Linear``, ``FactorizedLinear`` (its product), convolutions, ``nn.Embedding``, ``nn.EmbeddingBag``,
+    ``nn.Bilinear``, ``nn.MultiheadAttention`` and recurrent ones. Of a weight that several layers share, only the first
+    is returned.
+    """
+    found: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLinear):
+            found[name] = layer.weight.detach()
+        elif isinstance(layer, LAYERS):
+            for part, weight in _weights(layer).items():
+                if id(weight) not in seen:
+                    seen[id(weight)] = weight
+                    parts = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
+                    found |= {key: unfolded.matrix for key, unfolded in parts.items()}
+    return found
+
+
+def _weights(layer: nn.Module) -> dict[str, Tensor]:
+    """Return a layer's weights by attribute, as they come out of weight_norm and other parametrizations."""
+    stored = dict(layer.named_parameters(recurse=False))
+    computed = getattr(layer, "parametrizations", {})
+    names = filter(LAYER_WEIGHTS.fullmatch, dict.fromkeys(["weight", *stored, *computed]))
+    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
