@@ -68,8 +68,18 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A second make in the same folder waits for the first, and then finds the environment made.
 $(VENV)/ready: pyproject.toml constraints.txt
-	@echo "Making $(VENV) from constraints.txt: PyTorch is large, so this takes some minutes the first time."
+	@mkdir -p $(VENV)
+	@$(shell command -v flock >/dev/null && echo flock $(VENV)/lock) $(MAKE) --no-print-directory $(VENV)/installed
+	@touch $@
+
+# uv installs several times as fast as pip, which stands in where uv is missing or fails.
+$(VENV)/installed: INSTALL := install --quiet -c constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Making $(VENV) from constraints.txt: PyTorch is large, so this takes a minute or more the first time."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
+	$(BIN)/pip $(INSTALL) --disable-pip-version-check uv && \
+		$(BIN)/uv pip $(INSTALL) --python $(BIN)/python -e '.[series,test]' || \
+		$(BIN)/pip $(INSTALL) --disable-pip-version-check -e '.[series,test]'
+	@touch $@
