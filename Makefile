@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: help report test test-fast test-notebooks test-commands check test-machines bench lab record lint docs screenshots
+.PHONY: help report test test-fast test-notebooks test-commands check test-machines bench lab record lint docs figures
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
@@ -11,13 +11,13 @@ help:
 	@echo "              MNIST at hand the recorded notebooks again, but for those that take long"
 	@echo "make check    execute all recorded notebooks again and compare their outputs, which takes long"
 	@echo "make test-fast       the unit tests alone, in a minute"
-	@echo "make test-machines   check the recorded notebooks under other arithmetic and starts; takes hours"
+	@echo "make test-machines   check the recorded notebooks as other machines would run them; takes hours"
 	@echo "make bench    run the benchmarks, which takes long; print the tables and save them in reports/latest/"
 	@echo "make lab      open JupyterLab in notebooks/"
 	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the package's pages from its docstrings, into docs/api/"
-	@echo "make screenshots   photograph the recorded report into docs/; needs Chromium"
+	@echo "make figures  copy the README's figures out of the recorded notebooks into docs/"
 	@echo
 	@echo "Data: LOWRANK_DATA_DIR=folder make …   Another Python: make PYTHON=python3.12 …"
 
@@ -57,8 +57,8 @@ lab: $(VENV)/ready
 record: $(VENV)/ready
 	$(BIN)/lowrank record
 
-screenshots: $(VENV)/ready
-	$(BIN)/python scripts/screenshots.py
+figures: $(VENV)/ready
+	$(BIN)/python scripts/readme_figures.py
 
 docs: $(VENV)/ready
 	$(BIN)/pdoc --docformat numpy --output-directory docs/api lowrank_helpers
@@ -68,8 +68,18 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# A second make in the same folder waits for the first, and then finds the environment made.
 $(VENV)/ready: pyproject.toml constraints.txt
-	@echo "Making $(VENV) from constraints.txt: PyTorch is large, so this takes some minutes the first time."
+	@mkdir -p $(VENV)
+	@$(shell command -v flock >/dev/null && echo flock $(VENV)/lock) $(MAKE) --no-print-directory $(VENV)/installed
+	@touch $@
+
+# uv installs several times as fast as pip, which stands in where uv is missing or fails.
+$(VENV)/installed: INSTALL := install --quiet -c constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Making $(VENV) from constraints.txt: PyTorch is large, so this takes a minute or more the first time."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
+	$(BIN)/pip $(INSTALL) --disable-pip-version-check uv && \
+		$(BIN)/uv pip $(INSTALL) --python $(BIN)/python -e '.[series,test]' || \
+		$(BIN)/pip $(INSTALL) --disable-pip-version-check -e '.[series,test]'
+	@touch $@

@@ -13,8 +13,13 @@ def main() -> None:
     # nbformat imports jsonschema, which would compile grammars for over a second to check a format no notebook has.
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     try:
-        from lowrank_helpers import cli
-
+        try:
+            from lowrank_helpers import cli
+        except ModuleNotFoundError as error:
+            sys.exit(
+                f"lowrank needs {error.name}, which is not installed: "
+                "run `pip install -e '.[series]'` in the project's folder."
+            )
         cli.main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -51,9 +51,3 @@ def test_imports_are_found_wherever_they_stand():
 
 def test_picture_is_of_these_imports():
     assert SCRIPT["picture"]() in SCRIPT["PAGE"].read_text(), "`python scripts/draw_architecture.py` draws it anew"
-
-
-def test_every_module_beyond_the_science_says_which_library_was_considered():
-    page = SCRIPT["PAGE"].read_text()
-    rows = {line.split("`")[1].replace("/", ".") for line in page.splitlines() if line.startswith("| `")}
-    assert {module for module in IMPORTS if SCRIPT["room"](module) not in ("science", "cli")} <= rows

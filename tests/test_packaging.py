@@ -1,4 +1,4 @@
-"""What the project declares: one list of dependencies, each used, pinned once, and the same for conda users."""
+"""What the project declares: dependencies of the science, the series and the tests, each used and pinned once."""
 
 import ast
 import os
@@ -18,8 +18,10 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import execution
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-RUN = [Requirement(line) for line in PYPROJECT["dependencies"]]
-TEST = [Requirement(line) for line in PYPROJECT["optional-dependencies"]["test"]]
+SCIENCE, SERIES, TEST = (
+    {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+    for lines in (PYPROJECT["dependencies"], *PYPROJECT["optional-dependencies"].values())
+)
 PINNED = {
     canonicalize_name(requirement.name): requirement
     for line in (PROJECT / "constraints.txt").read_text().splitlines()
@@ -41,12 +43,6 @@ TOOLS = {
     "types-pyyaml",
     "types-tqdm",
 }
-
-
-def _version(pinned):
-    (specifier,) = pinned.specifier
-    assert specifier.operator == "=="
-    return specifier.version
 
 
 def _imported(*sources):
@@ -72,37 +68,57 @@ def _notebook_code():
 
 
 def test_every_direct_dependency_is_pinned_to_a_version_that_it_allows():
-    for requirement in [*RUN, *TEST]:
-        assert _version(PINNED[canonicalize_name(requirement.name)]) in requirement.specifier, requirement
+    for name, requirement in (SCIENCE | SERIES | TEST).items():
+        (pinned,) = PINNED[name].specifier
+        assert pinned.operator == "==" and pinned.version in requirement.specifier, requirement
 
 
-def test_conda_users_get_the_same_versions():
-    environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
-    python, _, pip = environment["dependencies"]
+def test_conda_users_get_the_same_packages():
+    python, _, pip = yaml.safe_load((PROJECT / "environment.yml").read_text())["dependencies"]
     assert python.removeprefix("python=") in Requirement(f"python{PYPROJECT['requires-python']}").specifier
-    assert {"-c constraints.txt", "-e ."} <= set(pip["pip"])
-    listed = {canonicalize_name(Requirement(line).name): line for line in pip["pip"] if not line.startswith("-")}
-    assert listed.keys() == {canonicalize_name(requirement.name) for requirement in [*RUN, *TEST]}
-    for name, line in listed.items():
-        assert _version(Requirement(line)) == _version(PINNED[name])
+    assert pip["pip"] == ["-c constraints.txt", "-e .[series,test]"]
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_used():
     package = [path.read_text() for path in sorted((PROJECT / "lowrank_helpers").rglob("*.py"))]
     tests = [path.read_text() for path in sorted((PROJECT / "tests").rglob("*.py"))]
-    run = {canonicalize_name(requirement.name) for requirement in RUN}
-    test = {canonicalize_name(requirement.name) for requirement in TEST}
+    declared = (SCIENCE | SERIES | TEST).keys()
     checks = {"pytest", "nbval"}  # `lowrank check` says what to install where they are missing
-    assert _imported(*package, *_notebook_code()) - checks <= run
-    assert _imported(*tests) <= run | test
-    assert run | test == _imported(*package, *tests, *_notebook_code()) & (run | test) | TOOLS
+    assert _imported(*package, *_notebook_code()) - checks <= (SCIENCE | SERIES).keys()
+    assert _imported(*tests) <= declared
+    assert declared == _imported(*package, *tests, *_notebook_code()) & declared | TOOLS
+
+
+def _without_the_series(code):
+    """Run Python where the packages of ``[series]`` and ``[test]`` look as if they were not installed."""
+    declared = SERIES.keys() | TEST.keys()
+    hidden = [
+        module for module, names in packages_distributions().items() if {*map(canonicalize_name, names)} & declared
+    ]
+    hide = f"import runpy, sys; sys.modules.update(dict.fromkeys({hidden}))\n"
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", hide + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_science_needs_nothing_of_the_series():
+    files = sorted((PROJECT / "lowrank_helpers").glob("*.py"))
+    science = [file.stem for file in files if file.stem not in ("__init__", "__main__", "cli", "plots")]
+    done = _without_the_series("\n".join(f"import lowrank_helpers.{module}" for module in science))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_without_the_series_says_what_to_install():
+    done = _without_the_series("runpy.run_module('lowrank_helpers', run_name='__main__')")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"lowrank needs \w+, which is not installed: run `pip install -e '\.\[series\]'` .*\n", done.stderr
+    )
 
 
 def test_this_environment_is_the_pinned_one():
     if os.environ.get("CI") != "true":
         pytest.skip("only a fresh environment must be the pinned one")
     frozen = subprocess.run([sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
-    installed = {Requirement(line) for line in re.findall(r"^[\w.-]+==\S+$", frozen, re.MULTILINE)}
-    assert {str(PINNED.get(canonicalize_name(requirement.name))) for requirement in installed} == set(
-        map(str, installed)
-    )
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", frozen, re.MULTILINE):
+        assert version in PINNED[canonicalize_name(name)].specifier, name  # PyTorch's may be 2.15.0+cpu

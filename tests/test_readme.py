@@ -1,4 +1,4 @@
-"""What the readme says to paste works when pasted."""
+"""What the readme says to paste works when pasted, and links between pages lead somewhere."""
 
 import os
 import re
@@ -23,6 +23,12 @@ def _pasted(language, program, folder):
     )
     assert done.returncode == 0, done.stderr
     return block, done.stdout
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")]:
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+        assert all((page.parent / link).exists() for link in links), page
 
 
 @pytest.mark.slow
