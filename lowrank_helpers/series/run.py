@@ -240,7 +240,7 @@ class Run:
             For what holds on average and is smaller than the luck of one run: by quantity, the label that is larger
             than, smaller than, or like the other one. The recorded runs decide by the mean paired difference.
         counts : float
-            The least relative difference that matters, from :mod:`lowrank_helpers.series.counts`; goes with those three.
+            The least relative difference that matters, from :mod:`lowrank_helpers.series.counts`; with those three.
         measured : mapping of str to number or mapping of numbers
             Quantities shown in the table, by name (with the unit) and label.
         series : mapping of str to mapping of numbers
