@@ -3,18 +3,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: help report test test-fast test-notebooks test-commands check test-machines bench lab record lint docs figures
+.PHONY: help report test test-fast test-notebooks test-commands check evidence test-machines bench lab record lint docs figures
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
 	@echo "make test     run all tests: unit tests first; then real runs, sweeps, the browser, and with"
 	@echo "              MNIST at hand the recorded notebooks again, but for those that take long"
-	@echo "make check    execute all recorded notebooks again and compare their outputs, which takes long"
+	@echo "make check    execute all recorded notebooks again, compare their words, and their claims with the evidence"
 	@echo "make test-fast       the unit tests alone, in a minute"
-	@echo "make test-machines   check the recorded notebooks as other machines would run them; takes hours"
+	@echo "make test-machines   check them from other seeds, under other arithmetic and numbers of workers; takes an hour"
 	@echo "make bench    run the benchmarks, which takes long; print the tables and save them in reports/latest/"
 	@echo "make lab      open JupyterLab in notebooks/"
 	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
+	@echo "make evidence run all notebooks from 20 seeds, and write what they measure into evidence/; takes hours"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     the package's pages from its docstrings, into docs/api/"
 	@echo "make figures  copy the README's figures out of the recorded notebooks into docs/"
@@ -55,7 +56,11 @@ lab: $(VENV)/ready
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 record: $(VENV)/ready
-	$(BIN)/lowrank record
+	$(BIN)/python scripts/record.py
+
+evidence: $(VENV)/ready
+	$(BIN)/lowrank evidence
+	$(BIN)/lowrank evidence -p dataset digits
 
 figures: $(VENV)/ready
 	$(BIN)/python scripts/readme_figures.py

@@ -1,11 +1,12 @@
-"""The command line: ``lowrank run``, ``lowrank sweep``, ``lowrank record``, ``lowrank check``, ``lowrank analyze``."""
+"""The command line: ``lowrank run``, ``sweep``, ``evidence``, ``check`` and ``analyze``."""
 
+import functools
 import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from tqdm import tqdm
 
-from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT, DatasetError
 from lowrank_helpers.report import index
+from lowrank_helpers.series import evidence as recorded
 from lowrank_helpers.series import execution, parameters, results
 from lowrank_helpers.series.execution import RunFolderError
 from lowrank_helpers.series.parameters import ParameterError
@@ -26,11 +27,26 @@ from lowrank_helpers.series.settings import Settings
 if TYPE_CHECKING:
     from distributed import Client
 
-    from lowrank_helpers.series.sweep import Ended, Point, Sweep
+    from lowrank_helpers.series.sweep import Ended, Point
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
-CERTIFICATE = click.Path(exists=True, dir_okay=False, path_type=Path)
+A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+A_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+GIVEN = click.option(
+    "-p",
+    "--parameter",
+    "pairs",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'.",
+)
+WORKERS = click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes to start here; one a core if not given."
+)
+RESUME = click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,36 +79,53 @@ def _choices() -> str:
     return f"\b\nNotebooks:{notebooks}\n\n\b\nParameters, each for the notebooks that declare it:{rules}"
 
 
+def _on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a cluster, and the connection in their place."""
+
+    @WORKERS
+    @click.option("--scheduler", metavar="ADDRESS", help="Run on the workers of a Dask cluster: tcp://… or tls://…")
+    @click.option("--tls-ca-file", type=A_FILE, help="The cluster's certificate authority, for tls://.")
+    @click.option("--tls-cert", type=A_FILE, help="This client's certificate, for tls://.")
+    @click.option("--tls-key", type=A_FILE, help="This client's key, for tls://.")
+    @functools.wraps(command)
+    def connecting(
+        workers: int | None,
+        scheduler: str | None,
+        tls_ca_file: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        **given: Any,
+    ) -> None:
+        from lowrank_helpers.series import cluster  # here: other commands need not wait for the import of Dask
+
+        tls = [part for part in (tls_ca_file, tls_cert, tls_key) if part]
+        if tls and not (scheduler and len(tls) == 3):
+            _fail("--tls-ca-file, --tls-cert and --tls-key go together, and with --scheduler")
+        if workers and scheduler:
+            _fail("--workers starts workers here; with --scheduler the cluster has its own")
+        command(**given, connection=cluster.connected(scheduler, workers=workers, tls=tls))
+
+    return connecting
+
+
 @main.command(epilog=_choices())
 @click.argument("notebooks", nargs=-1)
-@click.option(
-    "-p",
-    "--parameter",
-    "pairs",
-    nargs=2,
-    multiple=True,
-    metavar="NAME VALUE",
-    help="Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'.",
-)
+@GIVEN
 @click.option(
     "-f",
     "--file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=A_FILE,
     help="Read parameters from a YAML file, one 'name: value' a line; -p goes over it.",
 )
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=A_FOLDER,
     default=PROJECT / "reports" / "latest",
     help="The run's folder, reports/latest if not given: notebooks, pages, results.json, trained networks.",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Notebooks to execute at once; one a core if not given. Numbers do not depend on it.",
-)
-@click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
+@WORKERS
+@RESUME
 def run(
     notebooks: tuple[str, ...],
     pairs: tuple[tuple[str, str], ...],
@@ -128,42 +161,32 @@ def run(
     metavar="NAME=VALUES",
     help="Sweep a parameter: seed=0..9, activation=relu,tanh, ranks='[[64, 64, 64, 64], [32, 32, 32, 32]]'.",
 )
-@click.option(
-    "-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Fix a parameter at all points."
-)
+@GIVEN
 @click.option(
     "-f",
     "--file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=A_FILE,
     help="Read notebooks, grid, parameters and what to show from a YAML file such as those in sweeps/; "
     "NOTEBOOKS, -g and -p go over it.",
 )
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=A_FOLDER,
     help="The sweep's folder, reports/sweeps/ and the file's name if not given: table, page, a run folder a point.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Processes to start here; one a core if not given.")
-@click.option("--scheduler", metavar="ADDRESS", help="Run on the workers of a Dask cluster: tcp://… or tls://…")
-@click.option("--tls-ca-file", type=CERTIFICATE, help="The cluster's certificate authority, for tls://.")
-@click.option("--tls-cert", type=CERTIFICATE, help="This client's certificate, for tls://.")
-@click.option("--tls-key", type=CERTIFICATE, help="This client's key, for tls://.")
-@click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
-@click.option("--record", "recorded", is_flag=True, help="Copy table and page to reports/reference/sweeps/.")
+@RESUME
+@click.option("--record", "record", is_flag=True, help="Copy table and page to reports/reference/sweeps/.")
+@_on_a_cluster
 def sweep(
     notebooks: tuple[str, ...],
     axes: tuple[str, ...],
     pairs: tuple[tuple[str, str], ...],
     file: Path | None,
     output: Path | None,
-    workers: int | None,
-    scheduler: str | None,
-    tls_ca_file: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
     resume: bool,
-    recorded: bool,
+    record: bool,
+    connection: AbstractContextManager["Client"],
 ) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
@@ -174,14 +197,8 @@ def sweep(
       lowrank sweep -f sweeps/widths.yaml --resume
       lowrank sweep -f sweeps/ranks.yaml --scheduler tcp://node7:8786
     """  # noqa: D301
-    from lowrank_helpers.series import cluster  # here: other commands need not wait for the import of Dask
     from lowrank_helpers.series import sweep as sweeps
 
-    tls = [part for part in (tls_ca_file, tls_cert, tls_key) if part]
-    if tls and not (scheduler and len(tls) == 3):
-        _fail("--tls-ca-file, --tls-cert and --tls-key go together, and with --scheduler")
-    if workers and scheduler:
-        _fail("--workers starts workers here; with --scheduler the cluster has its own")
     try:
         definition = sweeps.read(file) if file else sweeps.Sweep()
         definition = definition.over(notebooks, dict(map(sweeps.grid_axis, axes)), _parameters_from(pairs, None))
@@ -190,33 +207,67 @@ def sweep(
         _fail(str(error))
     name = file.stem if file else "sweep"
     output = output or PROJECT / "reports" / "sweeps" / name
-    _sweep(definition, points, output, resume, cluster.connected(scheduler, workers=workers, tls=tls))
-    if recorded:
-        from lowrank_helpers.report import sweep_pages
 
-        sweep_pages.publish(output, PROJECT / "reports" / "reference" / "sweeps" / name)
-        click.echo(f"Recorded in reports/reference/sweeps/{name}/.")
+    def gather(folder: Path, failed: dict[str, str]) -> str:
+        from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import
 
+        sweep_pages.write(folder, definition, points, failed)
+        if not record:
+            return f"Open {os.path.relpath(output / 'index.html')}"
+        sweep_pages.publish(folder, PROJECT / "reports" / "reference" / "sweeps" / name)
+        return f"Recorded in reports/reference/sweeps/{name}/."
 
-@main.command()
-def record() -> None:
-    """Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/."""
-    try:
-        data.resolve("mnist")  # not digits in its place, which a run would take
-    except DatasetError as error:
-        _fail(str(error), code=1)
-    latest = PROJECT / "reports" / "latest"
-    _run(execution.plan((), {}), latest)
-    execution.record(latest)
-    index.publish(latest, PROJECT / "reports" / "reference")
-    click.echo("Recorded in notebooks/ and reports/reference/.")
+    _sweep(points, output, resume, connection, gather)
 
 
 @main.command()
 @click.argument("notebooks", nargs=-1)
+@GIVEN
 @click.option(
-    "-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help="Another value than the recorded."
+    "--seeds",
+    default=f"{recorded.SEEDS[0]}..{recorded.SEEDS[-1]}",
+    show_default=True,
+    help="One run each: 1..20, or 3,5. Odd seeds run in float32, even ones in bfloat16, unless -p precision is given.",
 )
+@_on_a_cluster
+def evidence(
+    notebooks: tuple[str, ...],
+    pairs: tuple[tuple[str, str], ...],
+    seeds: str,
+    connection: AbstractContextManager["Client"],
+) -> None:
+    """Run NOTEBOOKS (all, if none is named) from many seeds, and write what they measure into evidence/.
+
+    Notebooks that these read are run too. The runs lie in reports/sweeps/evidence-DATASET/, a folder a seed. Runs that
+    lie there from the same code are kept, so a stopped command goes on where it was, and the runs of further seeds are
+    added to the evidence.
+
+    \b
+    Examples:
+      lowrank evidence
+      lowrank evidence 03_rank --seeds 21..30
+      lowrank evidence -p dataset digits --seeds 1..10
+    """  # noqa: D301
+    from lowrank_helpers.series import sweep as sweeps
+
+    try:
+        points = recorded.points(notebooks, sweeps.grid_values(seeds), _parameters_from(pairs, None))
+        dataset = execution.settle_dataset(points[0].planned)
+    except (ParameterError, DatasetError) as error:
+        _fail(str(error))
+
+    def gather(folder: Path, failed: dict[str, str]) -> str:
+        for name in points[0].planned:
+            if found := recorded.gather(sorted((folder / "points").iterdir()), name):
+                click.echo(f"{os.path.relpath(recorded.write(found))}: {len(found.runs)} runs")
+        return "`git diff evidence` shows what changed."
+
+    _sweep(points, PROJECT / "reports" / "sweeps" / f"evidence-{dataset}", True, connection, gather)
+
+
+@main.command()
+@click.argument("notebooks", nargs=-1)
+@GIVEN
 def check(notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> None:
     """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones.
 
@@ -240,7 +291,7 @@ def check(notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> Non
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=A_FOLDER,
     help="Write the table, with all names and a figure, to index.html in this folder, and all numbers to results.json.",
 )
 def analyze(source: str, output: Path | None) -> None:
@@ -297,7 +348,7 @@ def _run(planned: dict[str, dict[str, Any]], output: Path, workers: int | None =
     except RunFolderError as error:
         _fail(str(error), code=1)
     except KeyboardInterrupt:
-        click.echo(f"\nStopped; {len(outcomes)} of {len(planned)} notebooks are done. Add --resume to go on.", err=True)
+        click.echo(f"\nStopped; {len(outcomes)} of {len(planned)} notebooks are done. {_to_go_on(resume)}", err=True)
         sys.exit(INTERRUPTED)
     _summarise(sorted(outcomes, key=lambda outcome: outcome.notebook), seconds, output)
 
@@ -323,9 +374,13 @@ def _executed(planned: dict[str, dict[str, Any]], folder: Path, workers: int | N
 
 
 def _sweep(
-    definition: "Sweep", points: list["Point"], output: Path, resume: bool, connection: AbstractContextManager["Client"]
+    points: list["Point"],
+    output: Path,
+    resume: bool,
+    connection: AbstractContextManager["Client"],
+    gather: Callable[[Path, dict[str, str]], str],
 ) -> None:
-    """Run points on a cluster, gather table and page; exit with 1 if a point failed."""
+    """Run points on a cluster and gather what they found, which returns a last word; exit with 1 if a point failed."""
     from lowrank_helpers.series import sweep as sweeps
     from lowrank_helpers.series.cluster import ClusterError
 
@@ -340,24 +395,26 @@ def _sweep(
                 for news in _followed(sweeps.run(client, points, folder, datasets), len(points)):
                     ended += news
             failed = {end.point.name: end.error for end in ended if end.error}
-            from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import
-
-            sweep_pages.write(folder, definition, points, failed)
+            last_word = gather(folder, failed)
     except DatasetError as error:
         _fail(str(error))
     except (RunFolderError, ClusterError) as error:
         _fail(str(error), code=1)
     except KeyboardInterrupt:
-        click.echo(f"\nStopped; {len(ended)} of {len(points)} points are done. Add --resume to go on.", err=True)
+        click.echo(f"\nStopped; {len(ended)} of {len(points)} points are done. {_to_go_on(resume)}", err=True)
         sys.exit(INTERRUPTED)
     by_reason: dict[str, list[str]] = {}
     for name, reason in failed.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         click.echo(f"Failed twice: {_first_few(names)}: {reason}")
-    click.echo(f"Points: {len(points)}, failed: {len(failed)}. Open {os.path.relpath(output / 'index.html')}")
+    click.echo(f"Points: {len(points)}, failed: {len(failed)}. {last_word}")
     if failed:
         sys.exit(1)
+
+
+def _to_go_on(resume: bool) -> str:
+    return "The same command goes on." if resume else "Add --resume to go on."
 
 
 def _followed(progress: Iterator[tuple[list["Ended"], int]], n_points: int) -> Iterator[list["Ended"]]:

@@ -1,1 +1,1 @@
-"""What compares recorded outputs with new ones: the rules, nbval's plugin, the tolerances. Nothing here renders."""
+"""What compares recorded outputs with new ones: the rules, and the plugin of nbval. Nothing here renders."""

@@ -1,13 +1,12 @@
-"""Re-executes recorded notebooks and compares their outputs: a pytest plugin on nbval, and ``lowrank check``.
+"""Re-executes recorded notebooks and compares them: a pytest plugin on nbval, and ``lowrank check``.
 
 ``pytest -p lowrank_helpers.checking.plugin NOTEBOOK.ipynb …`` executes notebooks in the order given, sharing one fresh
-run folder, a test a cell. nbval runs the cells; what must agree is in :mod:`lowrank_helpers.checking.comparison`, as
-nbval compares whole texts. The recorded files are only read.
+run folder: a test a cell, of whose outputs the words are compared, and a last test a notebook, which holds its claims
+against the evidence. The recorded files are only read.
 """
 
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,29 +17,22 @@ import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
 from lowrank_helpers import data
-from lowrank_helpers.checking.comparison import (
-    CHECKED,
-    TEXT_ONLY,
-    UNCHECKED,
-    MetadataError,
-    Treatment,
-    differences,
-    treatment,
-)
-from lowrank_helpers.series import execution
+from lowrank_helpers.checking.comparison import essence, treatment
+from lowrank_helpers.series import evidence, execution
+from lowrank_helpers.series.claims import Claim
+from lowrank_helpers.series.results import read_claims
 
-PRINTING = pytest.StashKey[list["RecordedCell"]]()
+FOLDER = pytest.StashKey[Path]()
+REMARKS = pytest.StashKey[list[str]]()
 
 
 def check(names: Sequence[str], given: Mapping[str, Any]) -> int:
-    """Re-execute recorded notebooks of the series and compare their outputs with the recorded ones.
+    """Re-execute recorded notebooks of the series (none named: all), and those that they read, and compare.
 
     Parameters
     ----------
-    names : sequence of str
-        Empty for all. With a notebook that reads the others' findings, all are executed.
     given : mapping
-        Parameters in place of the recorded ones, such as another ``precision``, in the notebooks that declare them.
+        Parameters in place of the recorded ones, such as another ``seed``, in the notebooks that declare them.
 
     Returns
     -------
@@ -54,8 +46,7 @@ def check(names: Sequence[str], given: Mapping[str, Any]) -> int:
     DatasetError
         MNIST, on which the notebooks are recorded, is not at hand.
     """
-    planned = execution.plan(names, given)
-    planned = execution.plan(sorted({*planned}.union(*map(execution.reads, planned))), given)
+    planned = execution.plan(execution.with_what_they_read(names), given)
     data.resolve("mnist")  # here, that it is said once if it cannot be had
     paths = [str(execution.notebook_path(name)) for name in planned]
     return pytest.main(["-p", __name__, "--nbval-current-env", f"--given={json.dumps(planned)}", *paths])
@@ -71,7 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
     stack = ExitStack()
     config.add_cleanup(stack.close)
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lowrank-check-"))
-    stack.enter_context(execution.run_folder(Path(folder)))
+    config.stash[FOLDER] = stack.enter_context(execution.run_folder(Path(folder)))
+    config.stash[REMARKS] = []
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "RecordedNotebook | None":
@@ -79,74 +71,75 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> "RecordedN
     return RecordedNotebook.from_parent(parent, path=file_path) if file_path.suffix == ".ipynb" else None
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Note the cells that print, for the summary."""
-    cells = [item for item in session.items if isinstance(item, RecordedCell)]
-    session.config.stash[PRINTING] = [cell for cell in cells if cell.cell.outputs]
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how much of what the notebooks print was compared, and why the rest was not."""
-    printing = config.stash.get(PRINTING, [])
-    extents = Counter(cell.treatment.extent for cell in printing)
-    counts = ", ".join(f"{extents[extent]} {extent}" for extent in (CHECKED, TEXT_ONLY, UNCHECKED))
-    terminalreporter.section("recorded outputs")
-    terminalreporter.line(f"{len(printing)} cells that print: {counts}")
-    for cell in printing:
-        if cell.treatment.reason:
-            terminalreporter.line(f"{cell.treatment.extent}: {cell.nodeid} ({cell.treatment.reason})")
+    """Name what was not compared, and why, and evidence that is missing or older than the code."""
+    terminalreporter.section("not compared, and evidence")
+    for remark in config.stash[REMARKS] or ["all is compared, with evidence of today's code"]:
+        terminalreporter.line(remark)
 
 
 class RecordedNotebook(IPyNbFile):
     """A recorded notebook, which nbval executes cell by cell."""
 
-    def collect(self) -> Iterator["RecordedCell"]:
-        """Yield the code cells under their ids."""
+    def collect(self) -> Iterator[pytest.Item]:
+        """Yield the code cells under their ids, then the claims."""
         recorded = nbformat.read(self.path, as_version=4)
         sealed = recorded.metadata.get("lowrank", {}).get("outputs")
         if sealed and sealed != execution.outputs_checksum(recorded):
-            raise self.CollectError(
-                f"{self.path.name}: outputs are not as `lowrank record` wrote them; record them anew"
-            )
+            raise self.CollectError(f"{self.path.name}: outputs are not as `make record` wrote them; record them anew")
         given = self.config.getoption("given").get(self.path.stem, {})
         for item in super().collect():
             if "parameters" in item.cell.metadata.get("tags", []):
                 item.cell.source += "".join(f"\n{name} = {value!r}" for name, value in given.items())
-            try:
-                treated = treatment(item.cell)
-            except MetadataError as error:
-                raise self.CollectError(f"{self.path.name}, cell {item.cell.id}: {error}") from error
-            cell = RecordedCell.from_parent(
+            yield RecordedCell.from_parent(
                 self, name=item.cell.id, cell_num=item.cell_num, cell=item.cell, options=item.options
             )
-            cell.treatment = treated
-            yield cell
+        yield Claims.from_parent(self, name="claims")
 
 
 class RecordedCell(IPyNbCell):
-    """A cell whose outputs are compared as its metadata says."""
-
-    treatment: Treatment
-    differences: Sequence[str] = ()
+    """A cell of whose outputs the essence is compared, as far as its metadata says."""
 
     def runtest(self) -> None:
         """Execute the cell and compare; a cell that was never executed has nothing to compare with."""
         if self.cell.source.strip() and self.cell.execution_count is None:
-            pytest.fail("no outputs are recorded; `lowrank record` records them", pytrace=False)
+            pytest.fail("no outputs are recorded; `make record` records them", pytrace=False)
         super().runtest()
 
     def compare_outputs(self, test: Any, ref: Any, skip_compare: Any = None) -> bool:
-        """Put this module's comparison in the place of nbval's."""
-        self.differences = differences(ref, test, self.treatment)
-        self.comparison_traceback = list(self.differences)
-        return not self.differences
+        """Give nbval less to compare."""
+        key, reason = treatment(self.cell)
+        if key == "unchecked":
+            self.config.stash[REMARKS].append(f"unchecked: {self.nodeid} ({reason})")
+            return True
+        return super().compare_outputs(
+            *([essence(each, exact=key == "exact") for each in outputs] for outputs in (test, ref))
+        )
+
+
+class Claims(pytest.Item):
+    """What a notebook claimed and measured, against what the recorded runs did."""
+
+    def runtest(self) -> None:
+        """Fail where this run is unlike the recorded ones, and remark that there are none, or none of today's code."""
+        name = self.path.stem
+        filed = read_claims(self.config.stash[FOLDER]).get(name)
+        if not filed:
+            return
+        dataset = filed["environment"]["dataset"]
+        recorded = evidence.quoted(name, dataset, filed["parameters"])
+        if not recorded:
+            self.config.stash[REMARKS].append(f"no evidence: {name} on {dataset} with these parameters")
+            return
+        if changed := evidence.changed(recorded):
+            said = f"{' and '.join(changed)} changed since revision {recorded.made_by['revision']}"
+            self.config.stash[REMARKS].append(f"old evidence: {name}: {said}; `lowrank evidence {name}` makes it anew")
+        checked = {item.path.stem for item in self.session.items}
+        n_values = sum(each.n_values for each in (evidence.read(name, dataset) for name in checked) if each)
+        claims = {id: Claim.from_json(claim) for id, claim in filed["claims"].items()}
+        if lines := evidence.unlike(recorded, claims, n_values):
+            pytest.fail("\n".join(["unlike the recorded runs:", *lines]), pytrace=False)
 
     def reportinfo(self) -> tuple[Path, int, str]:
-        """Head a failure with the cell's id; nbval's number is of no cell that a reader sees."""
-        return self.path, 0, f"{self.path.name}, cell {self.cell.id}"
-
-    def repr_failure(self, excinfo: pytest.ExceptionInfo) -> Any:
-        """Name the cell, and both values and the limits of each difference."""
-        if not self.differences:
-            return super().repr_failure(excinfo)
-        return "\n".join(["not as recorded:", *self.differences])
+        """Head a failure with what was held against the evidence."""
+        return self.path, 0, f"{self.path.name}, claims"

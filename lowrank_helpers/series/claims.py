@@ -15,7 +15,7 @@ from lowrank_helpers.series import counts
 from lowrank_helpers.statistics import relative_difference
 
 Quantities = dict[str, dict[str, float | None]]  # by name and label; the label is empty where there is one number
-Recorded = Mapping[str, Mapping[str, Sequence[float]]]  # the same, with one value a recorded run
+Recorded = Mapping[str, Mapping[str, Sequence[float | None]]]  # the same, with one value a recorded run
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,14 @@ class Claim:
         """Return the claim as what JSON knows."""
         return asdict(self)
 
+    def everything(self) -> Quantities:
+        """Return all that the run measured."""
+        return self.measured | self.series | self.timings
+
 
 @dataclass(frozen=True)
 class Standing:
-    """What the recorded runs say of a claim, in a sentence and in few words; without runs ``settled`` is None."""
+    """What the recorded runs say of a claim, in a sentence and in few words; ``settled`` is None without such runs."""
 
     settled: bool | None
     text: str
@@ -96,8 +100,9 @@ def quantities(values: Mapping[str, Any]) -> Quantities:
     return {name: {str(label): _number(name, x) for label, x in of.items()} for name, of in named.items()}
 
 
-def _number(name: str, value: Any) -> float | None:
-    if isinstance(value, str) or not np.isscalar(value := getattr(value, "item", lambda: value)()):
+def _number(name: str, given: Any) -> float | None:
+    value = getattr(given, "item", lambda: given)()
+    if not isinstance(value, (bool, int, float)):
         raise TypeError(f"measured {name!r} has {value!r}; allowed: a number, or a mapping of labels to numbers")
     return value if math.isfinite(value) else None
 

@@ -5,25 +5,34 @@ check`` holds a new run against it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from lowrank_helpers.data import PROJECT
+from lowrank_helpers.series import digest, parameters
 from lowrank_helpers.series.claims import Claim
+from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import read_claims
 from lowrank_helpers.series.store import write_atomically
 from lowrank_helpers.statistics import prediction_interval
 
+if TYPE_CHECKING:
+    from lowrank_helpers.series.sweep import Point
+
 FOLDER = PROJECT / "evidence"
 SEEDS = range(1, 21)  # of the recorded runs; the notebooks show seed 0
 FREE = ("seed", "device", "precision", "data_dir", "dataset")  # parameters in which a run may differ from the evidence
+CODE = {"source": "the notebook", "package": "the package"}  # what decides what a run measures, by its digest's name
 DIGITS = 5  # of a recorded number
 FALSE_ALARMS = 0.01  # of a whole check of a run that is one more of the same kind
+LEAST = 1e-3  # share of a number below which no difference is one: of images, as many have a wrong label
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Evidence:
     runs : list of dict
         ``seed`` and ``precision`` of each.
     holds : dict of str to list of bool
-        By claim, whether it held in each run; empty for a claim that only several runs decide.
+        By claim, whether it held in each run; without claims that only several runs decide.
     measured : dict
         By claim, quantity and label one value a run.
     """
@@ -87,59 +96,90 @@ def quoted(notebook: str, dataset: str, parameters: Mapping[str, Any]) -> Eviden
 
 
 def write(evidence: Evidence) -> Path:
-    """Write evidence to its file, one quantity a line, and return the file."""
-    content = dict(vars(evidence)) | {"measured": {}}
-    lines = []
-    for id, quantities in evidence.measured.items():
-        rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(of)}" for name, of in quantities.items())
-        lines.append(f"  {json.dumps(id)}: {{\n{rows}\n  }}")
-    head = json.dumps({name: content[name] for name in Evidence.__dataclass_fields__ if name != "measured"}, indent=1)
-    text = head.removesuffix("\n}") + ',\n "measured": {\n' + ",\n".join(lines) + "\n }\n}\n"
+    """Write evidence to its file, the values of a quantity in a line, and return the file."""
+    text = json.dumps(asdict(evidence), indent=1, ensure_ascii=False)
+    text = re.sub(r'\[\n[^]["{}]*\]', lambda numbers: "".join(numbers[0].split()), text)
     file = file_of(evidence.notebook, evidence.dataset)
-    write_atomically(file, text.encode())
+    write_atomically(file, f"{text}\n".encode())
     return file
 
 
-def gather(folders: Iterable[Path], notebook: str) -> Evidence:
-    """Join what one notebook filed in several run folders.
+def points(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> "list[Point]":
+    """Return the runs that make evidence of notebooks and of those that they read, one a seed.
+
+    Odd seeds multiply in float32 and even ones in bfloat16, unless a precision is given: evidence is of both.
 
     Raises
     ------
-    ValueError
-        A folder has nothing of the notebook, or two runs differ in more than seed and machine.
+    ParameterError
+        There are no seeds, a given parameter is not in ``FREE``, or one is not allowed.
     """
-    filed = []
-    for folder in folders:
-        found = read_claims(folder).get(notebook)
-        if not found:
-            raise ValueError(f"{folder} has no claims of {notebook}")
-        filed.append(found)
-    first = filed[0]
-    for other in filed[1:]:
-        if _kind(other) != _kind(first):
-            raise ValueError(f"runs of {notebook} differ in more than seed and machine: run them anew")
-    claims = [{id: Claim.from_json(claim) for id, claim in each["claims"].items()} for each in filed]
+    from lowrank_helpers.series import execution, sweep  # here: a kernel, which quotes evidence, runs no notebooks
+
+    if wrong := given.keys() - FREE or given.keys() & {"seed"}:
+        allowed = ", ".join(name for name in FREE if name != "seed")
+        raise ParameterError(f"parameter {min(wrong)!r} is not allowed where evidence is recorded; allowed: {allowed}")
+    if not seeds:
+        raise ParameterError("seeds are missing; allowed: such as 1..20 or 3,5")
+    for seed in seeds:
+        parameters.check({"seed": seed})
+    names = execution.with_what_they_read(names)
+    by_seed = {seed: {"precision": "float32" if seed % 2 else "bfloat16", **given} for seed in seeds}
+    return [sweep.points(sweep.Sweep(names, {"seed": [seed]}, given))[0] for seed, given in by_seed.items()]
+
+
+def gather(folders: Iterable[Path], notebook: str) -> Evidence | None:
+    """Join what a notebook filed in several run folders, one a seed; None where no folder has a run of this kind.
+
+    Runs count that went to their end, under today's code, with the notebook's own parameters (but for those in
+    ``FREE``). So evidence grows when runs of further seeds are added to the folders.
+    """
+    whole = [folder for folder in folders if (folder / f"{notebook}.ipynb").exists()]
+    filed = [found for folder in whole if (found := read_claims(folder).get(notebook))]
+    today = _plain(parameters.declared(_source(notebook))), _code(notebook)
+    runs = [run for run in filed if (_plain(run["parameters"]), _code_of(run["environment"])) == today]
+    if not runs:
+        return None
+    runs.sort(key=lambda run: run["parameters"]["seed"])
+    claims = [{id: Claim.from_json(claim) for id, claim in run["claims"].items()} for run in runs]
+    newest = max((run["environment"] for run in runs), key=lambda environment: environment["started"])
     return Evidence(
         notebook,
-        first["environment"]["dataset"],
-        _plain(first["parameters"]),
-        {name: first["environment"][name] for name in ("revision", "versions", "package", "source")},
-        [{"seed": each["parameters"]["seed"], "precision": each["environment"]["precision"]} for each in filed],
-        {id: [run[id].holds for run in claims] for id, claim in claims[0].items() if claim.holds is not None},
+        newest["dataset"],
+        today[0],
+        {name: newest[name] for name in ("revision", "versions", *CODE)},
+        [{"seed": run["parameters"]["seed"], "precision": run["environment"]["precision"]} for run in runs],
+        {id: [bool(run[id].holds) for run in claims] for id, claim in claims[0].items() if claim.holds is not None},
         {id: _joined([run[id] for run in claims]) for id in claims[0]},
     )
 
 
-def _kind(filed: Mapping[str, Any]) -> Any:
-    environment = filed["environment"]
-    return _plain(filed["parameters"]), environment["dataset"], environment["package"], environment["source"]
+def changed(evidence: Evidence) -> list[str]:
+    """Name what has changed since evidence was recorded: ``the notebook``, ``the package``, both or nothing."""
+    code = _code(evidence.notebook)
+    return [CODE[name] for name in CODE if evidence.made_by[name] != code[name]]
 
 
-def _joined(claims: Iterable[Claim]) -> dict[str, dict[str, list[float | None]]]:
+def _source(notebook: str) -> Path:
+    return PROJECT / "notebooks" / f"{notebook}.ipynb"
+
+
+def _code(notebook: str) -> dict[str, str]:
+    """Return the digests of today's code under the names that claims are filed with."""
+    return {"source": digest.notebook(_source(notebook)), "package": digest.package()}
+
+
+def _code_of(environment: Mapping[str, Any]) -> dict[str, str]:
+    return {name: environment[name] for name in CODE}
+
+
+def _joined(claims: Sequence[Claim]) -> dict[str, dict[str, list[float | None]]]:
+    """Return what runs measured for one claim: by quantity and label one value a run."""
     joined: dict[str, dict[str, list[float | None]]] = {}
-    runs = [claim.measured | claim.series | claim.timings for claim in claims]
-    for name, of in runs[0].items():
-        joined[name] = {label: [_rounded(run.get(name, {}).get(label)) for run in runs] for label in of}
+    for i, claim in enumerate(claims):
+        for name, values in claim.everything().items():
+            for label, value in values.items():
+                joined.setdefault(name, {}).setdefault(label, [None] * len(claims))[i] = _rounded(value)
     return joined
 
 
@@ -150,34 +190,51 @@ def _rounded(value: float | None) -> float | None:
 def unlike(evidence: Evidence, claims: Mapping[str, Claim], n_values: int) -> list[str]:
     """Hold a run's claims against the recorded runs, and return a line for each number or claim that is unlike them.
 
-    A number must lie in the prediction interval of its recorded values, so wide that one check of ``n_values`` numbers
-    raises a false alarm in one of a hundred runs. A claim that held in all recorded runs must hold. Times are left out.
+    A number must lie in the :func:`limits` that its recorded values give to one of ``n_values`` numbers. What had a
+    value in all recorded runs must have one, and what held in all of them must hold. Times are left out.
     """
     lines = []
     for id, claim in claims.items():
+        if id not in evidence.measured:
+            lines.append(f"{id} is not in the evidence: record it anew")
+            continue
         if all(evidence.holds.get(id, [])) and claim.holds is False:
             lines.append(f"{id} does not hold, and held in all {len(evidence.runs)} recorded runs: {claim.sentence}")
         for name, values in (claim.measured | claim.series).items():
-            recorded = evidence.measured.get(id, {}).get(name, {})
             for label, value in values.items():
-                known = [x for x in recorded.get(label, []) if x is not None]
-                if value is None or len(known) < 2:
-                    continue
-                low, high = limits(known, n_values)
-                if not low <= value <= high:
-                    where = ": ".join(filter(None, (id, name, label)))
-                    lines.append(f"{where} is {value:.6g}; expected {low:.6g} to {high:.6g}")
+                recorded = evidence.measured[id].get(name, {}).get(label, [])
+                if said := _beyond(value, recorded, n_values):
+                    lines.append(f"{': '.join(filter(None, (id, name, label)))} {said}")
     return lines
 
 
-def limits(values: list[float], n_values: int) -> tuple[float, float]:
-    """Return where one more value lies, with a false alarm in one of a hundred checks of so many values.
+def _beyond(value: float | None, recorded: Sequence[float | None], n_values: int) -> str:
+    """Say how a number is unlike its recorded values; empty where it is like them, or where one value or none is."""
+    known = [x for x in recorded if x is not None]
+    if len(known) < 2:
+        return ""
+    if value is None:
+        return "has no value, and has one in all recorded runs" if len(known) == len(recorded) else ""
+    low, high = limits(known, n_values)
+    return "" if low <= value <= high else f"is {value:.6g}; expected {low:.6g} to {high:.6g}"
 
-    What is rounded to whole numbers, or to the digits that are recorded, may differ by that.
+
+def limits(values: Sequence[float], n_values: int) -> tuple[float, float]:
+    """Return where one more value lies, with a false alarm in one of a hundred checks of ``n_values`` numbers.
+
+    It is the prediction interval of the values, joined with that of their logarithms where all are positive: what
+    varies by large factors is skewed. Whole numbers may differ by one at least, and others by a thousandth.
     """
-    found = prediction_interval(values, 1 - FALSE_ALARMS / n_values)
-    rounding = 1.0 if all(isinstance(x, int) for x in values) else 10.0**-DIGITS * abs(found.mean)
-    return found.low - rounding, found.high + rounding
+    confidence = 1 - FALSE_ALARMS / n_values
+    found = prediction_interval(values, confidence)
+    least = 1.0 if all(isinstance(x, int) for x in values) else LEAST * abs(found.mean)
+    lows, highs = [found.low, found.mean - least], [found.high, found.mean + least]
+    if min(values) > 0:
+        logs = prediction_interval(np.log(values), confidence)
+        with np.errstate(over="ignore"):  # of two or three values
+            lows.append(float(np.exp(logs.low)))
+            highs.append(float(np.exp(logs.high)))
+    return min(lows), max(highs)
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:

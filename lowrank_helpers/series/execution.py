@@ -95,6 +95,12 @@ def reads(name: str) -> set[str]:
     return set(nbformat.read(notebook_path(name), as_version=4).metadata.get("lowrank", {}).get("reads", []))
 
 
+def with_what_they_read(names: Sequence[str]) -> list[str]:
+    """Return notebooks together with those whose claims they show; unknown names stay, for :func:`plan` to refuse."""
+    known = [name for name in names if name in notebook_names()]
+    return sorted({*names}.union(*map(reads, known)))
+
+
 @contextmanager
 def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = False) -> Iterator[Path]:
     """Make a run folder ready and hold it: no second run may write into it meanwhile.
