@@ -4,10 +4,11 @@ A name means the same in every notebook, so one table serves the command line an
 """
 
 import ast
-import math
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,8 +19,6 @@ import yaml
 from lowrank_helpers.data import DATASETS, IMAGE_SIDE, N_CLASSES, N_PIXELS
 from lowrank_helpers.models import ACTIVATIONS
 from lowrank_helpers.training import DEVICES, PRECISIONS, pick_device
-
-LAYER_CHOICES = ("all", "first", "last")
 
 
 class ParameterError(ValueError):
@@ -34,159 +33,91 @@ class Rule:
     allowed: str
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # false for NaN, and defined for integers beyond any float
 
 
 def _one_of(*choices: str) -> Rule:
     return Rule(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
 
 
-def _whole(least: int) -> Rule:
-    return Rule(lambda value: _is_whole(value, least), f"a whole number, at least {least}")
+def _whole(least: int, most: int | None = None) -> Rule:
+    return Rule(
+        lambda value: (
+            isinstance(value, int) and _is_number(value) and least <= value and (most is None or value <= most)
+        ),
+        f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}",
+    )
 
 
-def _whole_between(least: int, most: int) -> Rule:
-    return Rule(lambda value: _is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
-
-
-def _list_of(rule: Rule) -> Rule:
+def _list_of(rule: Rule, *, distinct: bool = False) -> Rule:
     def accepts(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and bool(value)
-            and all(rule.accepts(item) for item in value)
-            and len(set(value)) == len(value)
-        )
+        items_allowed = isinstance(value, list) and bool(value) and all(map(rule.accepts, value))
+        return items_allowed and not (distinct and len(set(value)) < len(value))
 
-    return Rule(accepts, f"a list without repeats, each item {rule.allowed}")
+    return Rule(accepts, f"a list{' without repeats' if distinct else ''}, each item {rule.allowed}")
 
 
+COUNT = _whole(1)
+COUNTS = _list_of(COUNT, distinct=True)
 POSITIVE = Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
+NOT_NEGATIVE = Rule(lambda value: _is_number(value) and value >= 0, "a number, at least 0")
 SHARE = Rule(lambda value: _is_number(value) and 0 < value < 1, "a number between 0 and 1, both excluded")
 WIDTHS = Rule(
-    lambda value: (
-        isinstance(value, list)
-        and len(value) >= 3
-        and all(_is_whole(width, 1) for width in value)
-        and (value[0], value[-1]) == (N_PIXELS, N_CLASSES)
-    ),
+    lambda value: _list_of(COUNT).accepts(value) and len(value) >= 3 and (value[0], value[-1]) == (N_PIXELS, N_CLASSES),
     f"a list of whole numbers that starts with {N_PIXELS} pixels, ends with {N_CLASSES} classes "
     "and has at least one hidden width between",
 )
-DEEP_WIDTHS = Rule(
-    lambda value: WIDTHS.accepts(value) and len(value) >= 5 and len(set(value[1:-1])) == 1,
-    f"widths such as [{N_PIXELS}, 128, 128, 128, {N_CLASSES}]: at least three hidden ones, all equal",
-)
-SHARES = Rule(
-    lambda value: isinstance(value, list) and bool(value) and all(map(SHARE.accepts, value)) and sum(value) <= 1,
-    f"a list whose sum is at most 1, each item {SHARE.allowed}",
-)
-RANKS = Rule(
-    lambda value: isinstance(value, list) and bool(value) and all(_is_whole(rank, 1) for rank in value),
-    "a list of whole numbers, each at least 1",
-)
-RATES = Rule(
-    lambda value: isinstance(value, list) and bool(value) and all(map(POSITIVE.accepts, value)),
-    f"a list, each item {POSITIVE.allowed}",
-)
 
+# The fields of a recipe that a reader may set, and what each allows.
+RECIPE_RULES = {
+    "epochs": COUNT,
+    "batch_size": _whole(1, 2**63 - 1),  # what PyTorch can count
+    "learning_rate": POSITIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "frobenius_decay": NOT_NEGATIVE,
+    "scores_per_epoch": _whole(0),
+}
+
+# By name, or by a pattern of names in which * stands for any letters; the first that matches decides.
 RULES: dict[str, Rule] = {
     "dataset": _one_of(*DATASETS),
     "data_dir": Rule(lambda value: isinstance(value, str), "a folder, or empty for LOWRANK_DATA_DIR and data/"),
-    "seed": _whole_between(0, 2**32 - 1),  # what NumPy and scikit-learn take
+    "seed": _whole(0, 2**32 - 1),  # what NumPy and scikit-learn take
     "device": _one_of(*DEVICES),
     "precision": _one_of(*PRECISIONS),
+    "recipes": Rule(
+        lambda value: (
+            isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items())
+        ),
+        f"fields by kind of network, such as {{big: {{epochs: 3}}}}, each one of {', '.join(RECIPE_RULES)}",
+    ),
+    **{f"*{field}": rule for field, rule in RECIPE_RULES.items()},
     "activation": _one_of(*ACTIVATIONS),
-    "activations": _list_of(_one_of(*ACTIVATIONS)),
-    "widths": WIDTHS,
-    "big_widths": WIDTHS,
-    "deep_widths": DEEP_WIDTHS,
-    "epochs": _whole(1),
-    "big_epochs": _whole(1),
-    "big_batch_size": _whole_between(1, 2**63 - 1),
-    "batch_size": _whole_between(1, 2**63 - 1),  # what PyTorch can count
-    "learning_rate": POSITIVE,
-    "big_learning_rate": POSITIVE,
-    "n_seeds": _whole(1),
-    "factorized_epochs": _whole(1),
-    "tuning_epochs": _whole(1),
-    "tuning_learning_rate": POSITIVE,
-    "weight_decay": POSITIVE,
-    "frobenius_decay": POSITIVE,
-    "target_accuracy": SHARE,
-    "low_rank": _whole(1),
-    "low_epochs": _whole(1),
-    "dense_learning_rate": POSITIVE,
-    "narrow_learning_rate": POSITIVE,
-    "effective_learning_rate": POSITIVE,
-    "longer_learning_rate": POSITIVE,
-    "published_learning_rate": POSITIVE,
-    "published_batch_size": _whole_between(1, 2**63 - 1),
-    "small_learning_rate": POSITIVE,
-    "low_learning_rate": POSITIVE,
-    "spectral_learning_rate": POSITIVE,
-    "weight_decay_learning_rate": POSITIVE,
-    "frobenius_decay_learning_rate": POSITIVE,
-    "subspace_widths": _list_of(_whole(1)),
-    "subspace_dimensions": _list_of(_whole(1)),
-    "subspace_epochs": _whole(1),
-    "subspace_learning_rate": POSITIVE,
-    "all_weights_learning_rate": POSITIVE,
-    "als_sweeps": _whole(1),
-    "gradient_steps": _whole(1),
-    "rank_grid": _list_of(_whole(1)),
-    "cut_budgets": _list_of(_whole(1)),
-    "tuned_budgets": _list_of(_whole(1)),
-    "layer_shares": SHARES,
-    "adaptive_rank": _whole(1),
-    "adaptive_tolerances": _list_of(SHARE),
-    "moment_images": _whole(1),
-    "small_batch_size": _whole_between(1, 2**63 - 1),
-    "shifted_epochs": _whole(1),
-    "tuned_learning_rates": RATES,
-    "distilled_learning_rate": POSITIVE,
-    "shifted_learning_rate": POSITIVE,
-    "adaptive_learning_rate": POSITIVE,
-    "born_learning_rate": POSITIVE,
-    "pruned_learning_rate": POSITIVE,
-    "channels": RANKS,
-    "convnet_width": _whole(1),
-    "patch": Rule(lambda value: _is_whole(value, 1) and IMAGE_SIDE % value == 0, f"a divisor of {IMAGE_SIDE}"),
-    "token_width": Rule(lambda value: _is_whole(value, 1) and value % 4 == 0, "a multiple of the four heads"),
-    "n_blocks": _whole(1),
-    "few_seeds": _whole(1),
-    "few_epochs": _whole(1),
-    "convnet_learning_rate": POSITIVE,
-    "transformer_learning_rate": POSITIVE,
-    "budget_shares": _list_of(SHARE),
-    "small_share": SHARE,
-    "short_tuning_epochs": _whole(1),
-    "convnet_tuning_learning_rate": POSITIVE,
-    "transformer_tuning_learning_rate": POSITIVE,
-    "ranks": RANKS,
-    "small_ranks": RANKS,
-    "error_threshold": SHARE,
-    "accuracy_kept": SHARE,
-    "held_out_digit": _whole_between(0, N_CLASSES - 1),
-    "rank": _whole(1),
+    "activations": _list_of(_one_of(*ACTIVATIONS), distinct=True),
+    "layers": _one_of("all", "first", "last"),
+    "deep_widths": Rule(
+        lambda value: WIDTHS.accepts(value) and len(value) >= 5 and len(set(value[1:-1])) == 1,
+        f"widths such as [{N_PIXELS}, 128, 128, 128, {N_CLASSES}]: at least three hidden ones, all equal",
+    ),
+    **dict.fromkeys(("subspace_widths", "adapter_ranks", "*_dimensions", "*_grid", "*_budgets"), COUNTS),
+    "*widths": WIDTHS,
+    "patch": Rule(lambda value: COUNT.accepts(value) and IMAGE_SIDE % value == 0, f"a divisor of {IMAGE_SIDE}"),
+    "token_width": Rule(lambda value: COUNT.accepts(value) and value % 4 == 0, "a multiple of the four heads"),
+    **dict.fromkeys(("channels", "*ranks"), _list_of(COUNT)),
+    "*rates": _list_of(POSITIVE),
     "alpha": POSITIVE,
-    "layers": _one_of(*LAYER_CHOICES),
-    "rehearsal": _whole(1),
+    "layer_shares": Rule(
+        lambda value: _list_of(SHARE).accepts(value) and sum(value) <= 1,
+        f"a list whose sum is at most 1, each item {SHARE.allowed}",
+    ),
+    **dict.fromkeys(("*_shares", "*_tolerances"), _list_of(SHARE, distinct=True)),
     "rehearsal_share": POSITIVE,
-    "adapter_epochs": _whole(1),
-    "adapter_learning_rate": POSITIVE,
-    "full_learning_rate": POSITIVE,
-    "last_layer_learning_rate": POSITIVE,
-    "adapter_ranks": _list_of(_whole(1)),
-    "adapter_rates": RATES,
+    **dict.fromkeys(("*_share", "*accuracy*", "*_threshold"), SHARE),
+    "held_out_digit": _whole(0, N_CLASSES - 1),
+    **dict.fromkeys(("rehearsal", "n_*", "*rank", "*width", "*_seeds", "*_sweeps", "*_steps", "*_images"), COUNT),
 }
-
-RATES_OF = {"adapter_rates": "adapter_ranks", "tuned_learning_rates": "tuned_budgets"}  # one for each of these
 
 
 def check(parameters: Mapping[str, Any]) -> None:
@@ -199,71 +130,64 @@ def check(parameters: Mapping[str, Any]) -> None:
         on this machine.
     """
     for name, value in parameters.items():
-        if name not in RULES:
+        rule = next((rule for pattern, rule in RULES.items() if fnmatchcase(str(name), pattern)), None)
+        if rule is None:
             raise ParameterError(f"parameter {name!r} is unknown; allowed: {', '.join(RULES)}")
-        if not RULES[name].accepts(value):
-            raise ParameterError(f"parameter {name} = {value!r} is not allowed; allowed: {RULES[name].allowed}")
-    if "device" in parameters:
-        try:
-            pick_device(parameters["device"])
-        except ValueError as error:
-            raise ParameterError(str(error)) from error
-    if "big_widths" in parameters:
-        _check_ranks(parameters)
-        _check_budgets(parameters)
-    if {"widths", "rank", "layers"} <= parameters.keys():
-        _check_adapter_rank(parameters["widths"], parameters["rank"], parameters["layers"])
-    for name, of in RATES_OF.items():
-        if {name, of} <= parameters.keys() and len(parameters[name]) != len(parameters[of]):
-            raise ParameterError(
-                f"parameter {name} = {parameters[name]} must have one rate for each of {of} = {parameters[of]}"
+        if not rule.accepts(value):
+            raise ParameterError(f"parameter {name} = {value!r} is not allowed; allowed: {rule.allowed}")
+    for complaint in _complaints(parameters):
+        raise ParameterError(f"parameter {complaint}")
+    try:
+        pick_device(parameters.get("device", "auto"))
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
+
+
+def _complaints(given: Mapping[str, Any]) -> Iterator[str]:
+    """Say what is wrong inside values, or between them, that are each allowed alone."""
+    for kind, recipe in given.get("recipes", {}).items():
+        for field, value in recipe.items():
+            rule = RECIPE_RULES.get(field, Rule(lambda _: False, f"the fields {', '.join(RECIPE_RULES)}"))
+            if not rule.accepts(value):
+                entry = f"{kind}.{field} = {value!r} is not allowed; allowed: {rule.allowed}"
+                yield f"recipes = {given['recipes']}: {entry}"
+    if "big_widths" in given:
+        yield from _of_big_network(given, list(pairwise(given["big_widths"])))
+    if {"widths", "rank", "layers"} <= given.keys():
+        adapted = choose_layers(list(pairwise(given["widths"])), given["layers"])
+        if given["rank"] > (most := min(map(min, adapted))):
+            yield (
+                f"rank = {given['rank']} is above min(n, m) of a layer that layers = {given['layers']!r} adapts; "
+                f"allowed: 1 to {most}"
             )
+    for name, of in {"adapter_rates": "adapter_ranks", "tuned_learning_rates": "tuned_budgets"}.items():
+        if {name, of} <= given.keys() and len(given[name]) != len(given[of]):
+            yield f"{name} = {given[name]} must have one rate for each of {of} = {given[of]}"
 
 
-def _check_ranks(parameters: Mapping[str, Any]) -> None:
-    full = full_ranks(parameters["big_widths"])
+def _of_big_network(given: Mapping[str, Any], shapes: list[tuple[int, int]]) -> Iterator[str]:
+    """Compare ranks and budgets with the layers of ``big_widths``; the last layer is never cut."""
+    *hidden, last = shapes
+    full = [min(shape) for shape in hidden]
+    for name, item in {"ranks": "rank", "small_ranks": "rank", "layer_shares": "share"}.items():
+        if name in given and len(given[name]) != len(hidden):
+            each = f"one {item} for each of the {len(hidden)} hidden layers of big_widths"
+            yield f"{name} = {given[name]} must have {each}"
     for name in ("ranks", "small_ranks"):
-        if ranks := parameters.get(name):
-            _check_hidden_ranks(name, ranks, full)
-    if (grid := parameters.get("rank_grid")) and max(grid) > max(full):
-        raise ParameterError(f"parameter rank_grid = {grid}: the largest full rank is {max(full)}")
-
-
-def _check_budgets(parameters: Mapping[str, Any]) -> None:
-    *hidden, last = pairwise(parameters["big_widths"])
+        for i, (rank, most) in enumerate(zip(given.get(name, []), full, strict=False), start=1):
+            if rank > most:
+                yield f"{name} = {given[name]}: layer {i} allows 1 to {most}, not {rank}"
+    if max(given.get("rank_grid", [1])) > max(full):
+        yield f"rank_grid = {given['rank_grid']}: the largest full rank is {max(full)}"
     least = sum(n + m for n, m in hidden) + last[0] * last[1]  # one direction in every hidden layer
-    most = sum(n * m for n, m in [*hidden, last])
+    most = sum(n * m for n, m in shapes)
     for name in ("cut_budgets", "tuned_budgets"):
-        if wrong := [budget for budget in parameters.get(name, []) if not least <= budget <= most]:
-            raise ParameterError(
-                f"parameter {name} = {parameters[name]}: {wrong[0]:,} parameters are not between {least:,}, one "
-                f"direction in every hidden layer of big_widths, and {most:,}, the dense network"
-            )
-    if (shares := parameters.get("layer_shares")) and len(shares) != len(hidden):
-        raise ParameterError(
-            f"parameter layer_shares = {shares} must have one share for each of the {len(hidden)} hidden layers of "
-            "big_widths"
-        )
-
-
-def _check_hidden_ranks(name: str, ranks: list[int], full: list[int]) -> None:
-    if len(ranks) != len(full):
-        raise ParameterError(
-            f"parameter {name} = {ranks} must have one rank for each of the {len(full)} hidden layers of big_widths"
-        )
-    for i, (rank, most) in enumerate(zip(ranks, full, strict=True), start=1):
-        if rank > most:
-            raise ParameterError(f"parameter {name} = {ranks}: layer {i} allows 1 to {most}, not {rank}")
-
-
-def _check_adapter_rank(widths: list[int], rank: int, layers: str) -> None:
-    shapes = choose_layers(list(pairwise(widths)), layers)
-    most = min(min(shape) for shape in shapes)
-    if rank > most:
-        raise ParameterError(
-            f"parameter rank = {rank} is above min(n, m) of a layer that layers = {layers!r} adapts; "
-            f"allowed: 1 to {most}"
-        )
+        for budget in given.get(name, []):
+            if not least <= budget <= most:
+                limits = (
+                    f"{least:,}, one direction in every hidden layer of big_widths, and {most:,}, the dense network"
+                )
+                yield f"{name} = {given[name]}: {budget:,} parameters are not between {limits}"
 
 
 def choose_layers(items: list[Any], layers: str) -> list[Any]:
@@ -271,19 +195,16 @@ def choose_layers(items: list[Any], layers: str) -> list[Any]:
     return {"all": items, "first": items[:1], "last": items[-1:]}[layers]
 
 
-def full_ranks(widths: list[int]) -> list[int]:
-    """Return min(n, m) of every weight matrix but the last, whose rows are the classes."""
-    return [min(pair) for pair in pairwise(widths[:-1])]
-
-
 @cache  # for a sweep, which asks once a point
 def declared(notebook: Path) -> dict[str, Any]:
     """Return the parameters of a notebook and their defaults, from its cell tagged ``parameters``.
 
+    The cell may import, and assigns one literal a line, with a type hint or without.
+
     Raises
     ------
     ParameterError
-        The notebook has no such cell.
+        The notebook has no such cell, or the cell does something else.
     """
     import nbformat  # here, not above: its import takes two seconds, and a notebook's kernel never needs it
 
@@ -291,18 +212,53 @@ def declared(notebook: Path) -> dict[str, Any]:
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
         raise ParameterError(f"{notebook.name} has no cell tagged 'parameters'")
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(tagged[0]).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+    values: dict[str, Any] = {}
+    try:
+        for statement in ast.parse(tagged[0]).body:
+            match statement:
+                case (
+                    ast.Assign(targets=[ast.Name(name)], value=ast.expr() as value)
+                    | ast.AnnAssign(target=ast.Name(name), value=ast.expr() as value)
+                ):
+                    values[name] = ast.literal_eval(value)
+                case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant()):
+                    pass
+                case _:
+                    raise ValueError
+    except SyntaxError as error:
+        raise ParameterError(f"{notebook.name}: the cell of parameters is not Python: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        written = ast.unparse(statement).splitlines()[0]
+        raise ParameterError(
+            f"{notebook.name}: {written!r} in the cell of parameters is not a name and a literal, such as epochs = 3"
+        ) from error
+    return values
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but for one thing: 1e-3 is a number, as in YAML 1.2, though it has no dot."""
+    """YAML whose numbers are decimal and whose other words are text, as in version 1.2's JSON schema.
+
+    PyYAML's own version 1.1 reads ``010`` as 8, ``1:30`` as 90, ``off`` as false and ``1e-3`` as text.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice, of which PyYAML takes the last."""
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            raise yaml.MarkedYAMLError(problem=f"{max(keys, key=keys.count)} stands twice")
+        return mapping
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _form in {
+    "null": r"~|null|",
+    "bool": r"true|false",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_form})\Z"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def parse(text: str | bytes, source: str) -> Any:
@@ -315,5 +271,5 @@ def parse(text: str | bytes, source: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ParameterError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
