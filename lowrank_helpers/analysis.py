@@ -410,8 +410,11 @@ def of_model(model: nn.Module) -> list[Weight]:
         unwanted = weight.unwanted
         for computed in _candidates(name, len(weight.shape)):
             owner, _, part = computed.rpartition(".")
-            value = getattr(layers.get(owner), part, None) if computed not in stored else None
-            if isinstance(value, Tensor) and _place(value) not in places:
+            try:
+                value = getattr(layers.get(owner), part, None)
+            except Exception:  # a property of the user's own may raise anything
+                continue
+            if computed not in stored and isinstance(value, Tensor) and _place(value) not in places:
                 whole = Weight(computed, partial(getattr, layers[owner], part), tuple(value.shape), layers[owner])
                 n_stored = weights.get(computed, whole).n_stored or 0
                 n_stored += math.prod(weight.shape) if name in parameters else 0

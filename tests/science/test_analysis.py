@@ -393,8 +393,14 @@ def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers():
         def weight(self):
             return self.embedding.weight
 
-    names = [weight.name for weight in analysis.of_model(Tied()) if not weight.unwanted]
-    assert names == ["embedding.weight", "fc.weight", "fc.bias"]
+    class Abstract(Tied):
+        @property
+        def weight(self):
+            raise NotImplementedError
+
+    for model in (Tied(), Abstract()):
+        names = [weight.name for weight in analysis.of_model(model) if not weight.unwanted]
+        assert names == ["embedding.weight", "fc.weight", "fc.bias"]
 
 
 def test_a_stack_is_a_matrix_each_and_a_convolution_is_one(tmp_path, monkeypatch):
