@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -25,18 +26,16 @@ from torch.nn.parameter import is_lazy
 from tqdm.auto import tqdm
 
 from lowrank_helpers import rank
-from lowrank_helpers.models import FactorizedLinear
 from lowrank_helpers.rank import Array
-from lowrank_helpers.unfold import RECURRENT, Unfolded, times, unfold
+from lowrank_helpers.unfold import LAYERS, RECURRENT, Unfolded, times, unfold
 
-PYTORCH_FILES = (".pt", ".pth", ".bin")
-SAFETENSORS_FILES = (".safetensors",)
-OPTIMISER_KEY = re.compile(r"optim[^.]*\.")  # of checkpoints: {"model": …, "optimizer": …, "epoch": 3}
+SAFETENSORS_FILES, PYTORCH_FILES = (".safetensors",), (".pt", ".pth", ".bin")
+FILES = ", ".join(SAFETENSORS_FILES + PYTORCH_FILES)
 OPTIMISER = "an optimiser's state, no weight"
+# What PyTorch's optimisers call their state of a weight, as a part of a tensor's name.
+MOMENTS = re.compile(r"(^|\.)(max_exp_avg_sq|exp_avg_sq|exp_avg|exp_inf|momentum_buffer|square_avg|acc_delta)(\.|$)")
 ROUNDING = 1e-9  # by which five equal directions may measure as more than five
 HALF = ("float16", "bfloat16")
-# How weight_norm names the directions of a weight's rows, and the lengths to multiply them by.
-LENGTHS = {"weight_v": "weight_g", "parametrizations.weight.original1": "parametrizations.weight.original0"}
 BEYOND = "beyond Marchenko–Pastur"  # the column of directions beyond the edge
 
 
@@ -52,22 +51,22 @@ class Weight(NamedTuple):
     name : str
     read : callable
         Returns the tensor; only then is it in memory.
+    shape : tuple of int
+        Of the tensor; empty if it is not known before it is read.
     layer : nn.Module, optional
         Whose tensor it is, where that is known.
     unwanted : str
         Why it is not to be measured; empty if it is.
     n_stored : int, optional
-        How many numbers are kept for it, where these are not its entries: factors for their product.
-    beside : callable, optional
-        Returns the tensor whose columns are as many as the hidden units of the recurrent layer that this one is of.
+        Of a tensor that is computed from parameters, how many numbers those have: factors for their product.
     """
 
     name: str
     read: Callable[[], Tensor]
+    shape: tuple[int, ...] = ()
     layer: nn.Module | None = None
     unwanted: str = ""
     n_stored: int | None = None
-    beside: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,11 +127,12 @@ def analyze(source: str) -> Analysis:
     >>> int(found.table.loc["fc", "numerical rank"]), found.skipped
     (1, {'fc.bias': 'a vector'})
     """
-    weights = _together(_weights(source))
+    weights = _weights(source)
+    shapes = {weight.name: weight.shape for weight in weights}
     rows: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for weight in tqdm(weights, desc="measuring", unit="tensor"):
-        measured, reason = _measured(weight)
+        measured, reason = _measured(weight, shapes)
         for name, row in measured.items():
             rows[_unused(name, rows)] = row
         if reason:
@@ -148,24 +148,86 @@ def _first_reasons(skipped: Mapping[str, str]) -> str:
 
 
 @torch.no_grad()
-def _measured(weight: Weight) -> tuple[dict[str, dict[str, Any]], str]:
+def _measured(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, Any]], str]:
     """Return a row of the table for each matrix of a tensor, or why there is none."""
     if weight.unwanted:
         return {}, weight.unwanted
     try:
         tensor = weight.read()
-        hidden_size = math.prod(weight.beside().shape[1:]) if weight.beside else None
     except (SafetensorError, TypeError, KeyError, RuntimeError) as error:  # numbers that this PyTorch does not have
         return {}, f"cannot be read: {_one_line(error)}"
-    if reason := _no_matrix(tensor):
+    if reason := _no_matrix(tensor) or _elementwise(weight, tensor, shapes):
         return {}, reason
-    parts = unfold(weight.name, tensor, weight.layer, hidden_size)
+    n_stored = weight.n_stored or tensor.numel()
     try:
-        return {name: _row(part, weight.n_stored) for name, part in parts.items()}, ""
+        parts = _unfolded(weight, tensor, shapes)
+        return {name: _row(part, n_stored * part.matrix.numel() // tensor.numel()) for name, part in parts.items()}, ""
     except ValueError as error:
         return {}, str(error)
     except (RuntimeError, MemoryError) as error:  # PyTorch says "can't allocate memory" by a RuntimeError
         return {}, f"could not be measured: {_one_line(error)}"
+
+
+def _unfolded(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Unfolded]:
+    """Return the matrices of a tensor by name: of a stack, such as that of a layer's experts, a matrix each."""
+    if tensor.dim() == 2 or _is_convolution(weight, shapes):
+        return unfold(weight.name, tensor, weight.layer, _hidden_size(weight.name, shapes))
+    while tensor.dim() > 2 and len(tensor) == 1:
+        tensor = tensor[0]
+    of, stack = times(tensor.shape[-2:]), tensor.shape[:-2]
+    remark = f"of a stack of {times(stack)}" if stack else "axes of size 1 dropped"
+    indices = product(*map(range, stack))
+    short = weight.name.removesuffix(".weight")
+    return {".".join([short, *map(str, index)]): Unfolded(tensor[index], of, remark) for index in indices}
+
+
+def _is_convolution(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Say whether a tensor of three axes or more is a convolution's or bilinear layer's weight, no stack of matrices.
+
+    The layer tells. Of a tensor alone, a convolution's is called ``weight``. With three axes it has also a vector of
+    biases, where a stack has a matrix; or more filters than a filter has rows or columns.
+    """
+    if isinstance(weight.layer, nn.Bilinear) or hasattr(weight.layer, "kernel_size"):
+        return True
+    owner, _, part = weight.name.rpartition(".")
+    if part != "weight" or len(weight.shape) > 3:
+        return part == "weight"
+    has_biases = len(shapes.get(f"{owner}.bias".removeprefix("."), ())) == 1
+    return has_biases or (weight.layer is None and weight.shape[0] >= min(weight.shape[1:]))
+
+
+def _hidden_size(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the hidden size of the recurrent layer that a weight is of, as its weights from hidden units tell."""
+    if not (found := RECURRENT.search(name)):
+        return None
+    beside = [f"{name[: found.start()]}weight_{kind}{found[2] or ''}" for kind in ("hr", "hh")]
+    return next((math.prod(shapes[other][1:]) for other in beside if other in shapes), None)
+
+
+def _elementwise(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Say why a tensor with the shape of a matrix maps no vectors; nothing of one that may."""
+    owner, _, part = weight.name.rpartition(".")
+    of_weight, of_bias = (shapes.get(f"{owner}.{name}".removeprefix("."), ()) for name in ("weight", "bias"))
+    scales = part in ("weight", "bias") and of_weight == of_bias
+    if scales or isinstance(weight.layer, (nn.LayerNorm, nn.RMSNorm)):
+        return "scales or shifts entry by entry, as a normalisation's"
+    if part == "bias" and of_weight[:1] == of_bias[:1] and len(of_weight) > len(of_bias):
+        return "biases, a vector for each matrix of a stack"
+    applied = weight.layer is None or weight.n_stored or isinstance(weight.layer, LAYERS)
+    if 1 in tensor.shape and tensor.dim() == 2 and not (applied and "weight" in part):
+        return "a vector"
+    return "a mask: zero and one other value" if _is_mask(tensor) else ""
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Say whether a square tensor holds zero and one other value; one with two axes must have it in one triangle."""
+    n, lowest, highest = tensor.shape[-1], tensor.min(), tensor.max()
+    if n < 3 or tensor.shape[-2] != n or bool(lowest) == bool(highest):
+        return False
+    kept = tensor == (lowest if lowest else highest)
+    triangles = [int(triangle.sum()) for triangle in (kept.tril(-1), kept.triu(1))]
+    two_values = bool((kept | (tensor == 0)).all())
+    return two_values and (tensor.dim() > 2 or sorted(triangles) == [0, n * (n - 1) // 2])
 
 
 def _no_matrix(tensor: Tensor) -> str:
@@ -186,12 +248,11 @@ def _no_matrix(tensor: Tensor) -> str:
     return next((reason for reason, applies in reasons.items() if applies()), "")
 
 
-def _row(part: Unfolded, n_stored: int | None) -> dict[str, Any]:
+def _row(part: Unfolded, n_parameters: int) -> dict[str, Any]:
     """Measure one matrix."""
     matrix = part.matrix
     shape = (matrix.shape[0], matrix.shape[1])
     s = rank.singular_values(matrix)
-    n_parameters = n_stored or matrix.numel()
     ranks = {name: measure(s, shape, matrix.dtype) for name, measure in rank.MEASURES.items()}
     cost = math.ceil(rank.effective_rank(s) - ROUNDING) * sum(shape)
     return {
@@ -221,17 +282,13 @@ def _weights(source: str) -> list[Weight]:
     if not file.exists() and ":" in source:
         return of_model(_called(source))
     if not file.is_file():
-        raise AnalysisError(
-            f"{source} is {'a folder' if file.is_dir() else 'no file'}; give a file "
-            f"({', '.join(SAFETENSORS_FILES + PYTORCH_FILES)}) or package.module:callable"
-        )
+        kind = "a folder" if file.is_dir() else "no file"
+        raise AnalysisError(f"{source} is {kind}; give a file ({FILES}) or package.module:callable")
     if file.suffix in SAFETENSORS_FILES:
         return _of_safetensors(file)
     if file.suffix in PYTORCH_FILES:
-        return _of_mapping(_loaded(file))
-    raise AnalysisError(
-        f"{source} ends in none of {', '.join(SAFETENSORS_FILES + PYTORCH_FILES)}: its format is not known"
-    )
+        return _together(list(_listed(_loaded(file)).values()))
+    raise AnalysisError(f"{source} ends in none of {FILES}: its format is not known")
 
 
 def _of_safetensors(file: Path) -> list[Weight]:
@@ -239,9 +296,11 @@ def _of_safetensors(file: Path) -> list[Weight]:
         stored = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise AnalysisError(f"{file} cannot be read as safetensors: {_one_line(error)}") from error
-    # The format keeps no order of its own: layer 2 before layer 10.
-    names = sorted(stored.keys(), key=_natural)
-    return [Weight(_printable(name), partial(stored.get_tensor, name)) for name in names]
+    weights = []
+    for name in sorted(stored.keys(), key=_natural):  # the format keeps no order of its own: layer 2 before layer 10
+        shape, unwanted = tuple(stored.get_slice(name).get_shape()), OPTIMISER if MOMENTS.search(name) else ""
+        weights.append(Weight(_printable(name), partial(stored.get_tensor, name), shape, unwanted=unwanted))
+    return _together(weights)
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
@@ -288,104 +347,140 @@ def _unused(name: str, taken: Container[str]) -> str:
     return name
 
 
-def _of_mapping(loaded: Any) -> list[Weight]:
-    """List the tensors in nested mappings and lists, the state of an optimiser marked."""
-    named: dict[str, Tensor] = {}
-    for name, tensor in _tensors_in(loaded):
-        named[_unused(_printable(name), named)] = tensor
-    return [
-        Weight(name, partial(Tensor.detach, tensor), unwanted=OPTIMISER if OPTIMISER_KEY.match(name) else unwanted)
-        for name, tensor, unwanted in _tied(named)
-    ]
+def _listed(loaded: Any) -> dict[str, Weight]:
+    """List the tensors in nested mappings and lists, each once."""
+    weights: dict[str, Weight] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for path, tensor, unwanted in _tensors_in(loaded):
+        name = _unused(_printable(path), weights)
+        if is_lazy(tensor):
+            unwanted = "not initialised: the model must run once before it has this"
+        elif (place := _place(tensor)) and (same := first.setdefault(place, name)) != name:
+            unwanted = f"the same tensor as {same}"
+        shape = () if is_lazy(tensor) else tuple(tensor.shape)
+        weights[name] = Weight(name, partial(Tensor.detach, tensor), shape, unwanted=unwanted)
+    return weights
 
 
-def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors by dotted name, in order; a container that is met twice, as in itself, is entered once."""
-    pending: list[tuple[str, Any]] = [("", loaded)]
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Say which part of memory holds a tensor's entries; nothing of a tensor without a part of its own."""
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+        return ()
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
+
+
+def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor, str]]:
+    """Yield tensors by dotted name, in order, each with why not to measure it: an optimiser keeps it.
+
+    An optimiser's state is a mapping with PyTorch's ``state`` and ``param_groups`` or with optax's ``mu`` and ``nu``.
+    A container that is met twice, as in itself, is entered once.
+    """
+    pending: list[tuple[str, Any, str]] = [("", loaded, "")]
     entered: set[int] = set()
     while pending:
-        name, value = pending.pop()
+        name, value, unwanted = pending.pop()
         if isinstance(value, Tensor):
-            yield name or "tensor", value if is_lazy(value) else value.detach()
+            yield name or "tensor", value if is_lazy(value) else value.detach(), unwanted
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in entered:
             entered.add(id(value))
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            pending += [(f"{name}.{key}".removeprefix("."), item) for key, item in items][::-1]
+            items = value if isinstance(value, Mapping) else dict(enumerate(value))
+            if {"state", "param_groups"} <= items.keys() or {"mu", "nu"} <= items.keys() or MOMENTS.search(name):
+                unwanted = OPTIMISER
+            pending += [(f"{name}.{key}".removeprefix("."), item, unwanted) for key, item in items.items()][::-1]
 
 
 def of_model(model: nn.Module) -> list[Weight]:
     """List the tensors of a model's ``state_dict``, with what layers compute in place of what they compute it from.
 
-    A ``FactorizedLinear`` has the product of its factors, and a parametrized layer, as by ``weight_norm`` or
-    ``spectral_norm``, the weight that it works with.
+    A layer of factors has their product, an adapted one W + ΔW, and a pruned or parametrized one, as by ``weight_norm``
+    or ``spectral_norm``, the weight that it works with.
     """
+    _compute(model)
     layers = dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = _listed(model.state_dict())
+    places = {_place(weight.read()) for weight in stored.values() if weight.shape}
     weights: dict[str, Weight] = {}
-    for stored, tensor, unwanted in _tied(dict(_tensors_in(model.state_dict()))):
-        name = _computed(stored, layers)
-        owner, _, part = name.rpartition(".")
-        layer = layers.get(owner)
-        read = partial(Tensor.detach, tensor) if name == stored else partial(getattr, layer, part)
-        n_stored = None
-        if isinstance(layer, FactorizedLinear) and part == "weight":
-            n_stored = layer.B.numel() + layer.C.numel()
-        weights.setdefault(name, Weight(name, read, layer, unwanted, n_stored))
+    for name, weight in stored.items():
+        unwanted = weight.unwanted
+        for computed in _candidates(name, len(weight.shape)):
+            owner, _, part = computed.rpartition(".")
+            try:
+                value = getattr(layers.get(owner), part, None)
+            except Exception:  # a property of the user's own may raise anything
+                continue
+            if computed not in stored and isinstance(value, Tensor) and _place(value) not in places:
+                whole = Weight(computed, partial(getattr, layers[owner], part), tuple(value.shape), layers[owner])
+                n_stored = weights.get(computed, whole).n_stored or 0
+                n_stored += math.prod(weight.shape) if name in parameters else 0
+                weights[computed] = whole._replace(n_stored=n_stored)
+                unwanted = f"a part of {computed}"
+                break
+        if name not in parameters and len(weight.shape) > 1:
+            unwanted = unwanted or "a buffer, no parameter"
+        weights[name] = weight._replace(layer=layers.get(name.rpartition(".")[0]), unwanted=unwanted)
     return list(weights.values())
 
 
-def _computed(name: str, layers: Mapping[str, nn.Module]) -> str:
-    """Return the name of what a layer computes from a stored tensor, or else the tensor's own."""
-    owner, _, rest = name.partition("parametrizations.")
-    if hasattr(layers.get(owner.removesuffix(".")), "parametrizations"):
-        return owner + rest.partition(".")[0]
-    owner, _, part = name.rpartition(".")
-    factor = part in ("B", "C") and isinstance(layers.get(owner), FactorizedLinear)
-    return f"{owner}.weight".removeprefix(".") if factor else name
+def _candidates(name: str, n_axes: int) -> Iterator[str]:
+    """Yield what a layer may compute from a stored tensor: ``weight`` from ``weight_orig`` or ``base.weight``."""
+    path = name.replace("parametrizations.", "")
+    owners = [path[: dot.start()] for dot in re.finditer(r"\.", path)][::-1]
+    yield from (path.rpartition("_")[0], *owners)
+    if n_axes > 1:
+        yield from (*(f"{owner}.weight" for owner in owners), "weight")
 
 
-def _together(weights: list[Weight]) -> list[Weight]:
-    """Put together what a file keeps apart and only names connect.
-
-    These are ``weight_norm``'s lengths and directions; and of a recurrent layer the weight that tells its hidden size:
-    ``weight_hr`` of an LSTM with projections, else ``weight_hh``.
-    """
-    named = {weight.name: weight for weight in weights}
-    for name, weight in list(named.items()):
-        for directions, lengths in LENGTHS.items():
-            stem = name.removesuffix(directions)
-            if stem != name and stem + lengths in named:
-                factor = named[stem + lengths]
-                read = partial(_normed, weight.read, factor.read)
-                named[name] = weight._replace(name=f"{stem}weight", read=read)
-                named[factor.name] = factor._replace(unwanted=f"lengths of weight_norm's, multiplied into {stem}weight")
-        if found := RECURRENT.search(name):
-            layer, number = name[: found.start()], found[2] or ""
-            telling = [named.get(f"{layer}weight_{kind}{number}") for kind in ("hr", "hh")]
-            named[name] = weight._replace(beside=next((other.read for other in telling if other), None))
-    return list(named.values())
+@torch.no_grad()
+def _compute(model: nn.Module) -> None:
+    """Bring up to date what ``torch.nn.utils`` computes only before a layer's pass, such as a pruned weight."""
+    for layer in model.modules():
+        for hook in layer._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                hook(layer, ())
 
 
-def _normed(read_directions: Callable[[], Tensor], read_lengths: Callable[[], Tensor]) -> Tensor:
+def _normed(directions: Tensor, lengths: Tensor) -> Tensor:
     """Return the weight that ``weight_norm`` would (Salimans & Kingma 2016, arXiv 1602.07868, equation 2)."""
-    directions, lengths = read_directions(), read_lengths()
-    if lengths.numel() != max(lengths.shape, default=0) or lengths.dim() != directions.dim():
-        raise TypeError(f"lengths of shape {times(lengths.shape)} are not those of weight_norm")
     across = [axis for axis, size in enumerate(lengths.shape) if size == 1]
+    if lengths.dim() != directions.dim() or len(across) < lengths.dim() - 1:
+        raise TypeError(f"lengths of shape {times(lengths.shape)} are not those of weight_norm")
     return directions * (lengths / directions.norm(dim=across, keepdim=True))
 
 
-def _tied(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield tensors, each with why not to measure it: it has no entries yet, or one before it has the same."""
-    first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in named.items():
-        reason = ""
-        if is_lazy(tensor):
-            reason = "not initialised: the model must run once before it has this"
-        elif tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel())
-            same = first.setdefault(place, name)
-            reason = "" if same == name else f"the same tensor as {same}"
-        yield name, tensor, reason
+# How a file keeps a weight in several tensors: how their names end, how that of the whole does, and what it is.
+JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
+    (("_v", "_g"), "", _normed),
+    ((".original1", ".original0"), "", _normed),
+    (("_orig", "_mask"), "", torch.mul),
+    ((".B", ".C"), ".weight", torch.matmul),  # FactorizedLinear
+    ((".U", ".S", ".V"), ".weight", lambda U, S, V: U @ S @ V.T),  # DLRTLinear
+    ((".lora_B", ".lora_A"), ".lora", torch.matmul),
+    ((".lora_B.weight", ".lora_A.weight"), ".lora", torch.matmul),  # PEFT's
+]
+
+
+def _together(weights: list[Weight]) -> list[Weight]:
+    """Put together what a file keeps apart and only names and shapes connect."""
+    named = {f".{weight.name}": weight for weight in weights if not weight.unwanted}
+    together = {weight.name: [weight] for weight in weights}
+    for endings, name, apply in JOINED:
+        for stem in [first.removesuffix(endings[0]) for first in named if first.endswith(endings[0])]:
+            parts = [named[stem + ending] for ending in endings if stem + ending in named]
+            try:
+                shape = tuple(apply(*(torch.empty(part.shape, device="meta") for part in parts)).shape)
+            except (RuntimeError, TypeError):  # a part is missing, or the shapes do not fit
+                continue
+            whole = (stem.replace(".parametrizations.", ".") + name).removeprefix(".")
+            n_stored = sum(math.prod(part.shape) for part in parts if not part.name.endswith("_mask"))
+            for part in parts:
+                together[part.name] = [part._replace(unwanted=f"a part of {whole}")]
+            together[parts[0].name].insert(0, Weight(whole, partial(_applied, apply, parts), shape, n_stored=n_stored))
+    return [weight for several in together.values() for weight in several]
+
+
+def _applied(apply: Callable[..., Tensor], parts: list[Weight]) -> Tensor:
+    return apply(*(part.read() for part in parts))
 
 
 def _called(source: str) -> nn.Module:

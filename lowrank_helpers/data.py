@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +27,6 @@ DATASETS = ("auto", *TORCHVISION_SETS, "digits")
 SPLITS = ("train", "validation", "test")
 PROJECT = Path(__file__).resolve().parent.parent
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
-MIXED_AT_ONCE = 2**22  # words, so that what is computed of them takes a few dozen megabytes
 
 # The files of each of torchvision's sets: train images, train labels, test images, test labels.
 IDX_FILES = (
@@ -142,16 +140,12 @@ class Dataset:
         return {split: (images, labels) for split, (images, labels) in pairs.items() if len(labels)}
 
     def fingerprint(self) -> str:
-        """Return a hash (128 bits) of all images and labels as they are now, however they came to be so.
+        """Return the SHA-256 of all images and labels as they are now, however they came to be so.
 
-        On the CPU it is XXH3, as SHA-256 would take ten times as long, and before every training. Elsewhere it is
-        computed where the data are: to fetch them would take longer than many a training.
+        It is computed anew each time, 0.2 s for MNIST's 220 MB: NumPy changes a tensor without PyTorch's knowledge, so
+        that nothing cheaper tells whether an earlier hash still holds.
         """
-        digest = xxhash.xxh3_128()
-        for name, tensor in self._tensors().items():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data if tensor.device.type == "cpu" else mixed(tensor))
-        return digest.hexdigest()
+        return checksum(self._tensors())
 
     def _with(self, tensors: Mapping[str, Tensor]) -> "Dataset":
         return replace(self, **tensors)  # type: ignore[arg-type]  # the names are those of tensors
@@ -327,33 +321,13 @@ def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test
     )
 
 
-def mixed(tensor: Tensor) -> bytes:
-    """Return 128 bits that depend on every bit of a tensor and its place, computed on the tensor's device.
-
-    Each 32-bit word is mixed with its place as by SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom
-    number generators", figure 17), from two starts, and the results are summed. Against accidents, not against attacks.
-    """
-    words = tensor.contiguous().flatten().view(torch.int32)
-    sums = torch.zeros(2, dtype=torch.int64, device=words.device)
-    for first in range(0, len(words), MIXED_AT_ONCE):
-        some = words[first : first + MIXED_AT_ONCE].long()
-        places = torch.arange(first, first + len(some), device=words.device)
-        for start in (1, 2):
-            mix = (2 * places + start) * (0x9E3779B97F4A7C15 - 2**64) + some
-            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 2**64 + 1)):
-                shifted = (mix >> shift) & (2 ** (64 - shift) - 1)  # PyTorch's own shift repeats the sign
-                mix = (mix ^ shifted) * (factor - 2**64)
-            sums[start - 1] += mix.sum()
-    return sums.cpu().numpy().tobytes()
-
-
 def checksum(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of tensors, such as a ``state_dict``: their names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # As bytes, since NumPy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

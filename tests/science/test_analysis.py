@@ -5,18 +5,29 @@ import json
 import os
 import pickle
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models import VisionTransformer, resnet18
 
 from lowrank_helpers import analysis, rank
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
+from lowrank_helpers.dlrt import rank_adaptive
 from lowrank_helpers.factorization import factorize
+from lowrank_helpers.lora import adapt
 from lowrank_helpers.models import mlp
+
+OPTIMISERS = {
+    "Adam": torch.optim.Adam,
+    "Adagrad": torch.optim.Adagrad,
+    "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "Rprop": torch.optim.Rprop,
+}
 
 
 def _of_rank(k, shape=(40, 30), seed=0):
@@ -117,16 +128,28 @@ def test_what_is_no_matrix_is_listed_with_its_reason(tmp_path):
         assert part in found.skipped[name], name
 
 
-def test_a_checkpoint_is_walked_and_its_optimiser_left_out(tmp_path):
+@pytest.mark.parametrize("kept", [*OPTIMISERS])
+@pytest.mark.parametrize("place", ["optimizer", "last_optimizer_state", "g_optim", "opt", "a.b"])
+def test_an_optimisers_state_is_left_out_wherever_it_lies(tmp_path, kept, place):
     model = mlp([8, 6, 4], seed=0)
-    optimizer = torch.optim.Adam(model.parameters())
+    optimiser = OPTIMISERS[kept](model.parameters())
     model(torch.ones(1, 8)).sum().backward()
-    optimizer.step()
-    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "old": [torch.eye(2)]}
+    optimiser.step()
+    saved = {"model": model.state_dict(), place: [optimiser.state_dict()], "epoch": 3, "old": [torch.eye(2)]}
     saved["itself"] = saved
     found = analyze(_written(tmp_path, saved, "checkpoint.pt"))
     assert list(found.table.index) == ["model.fc1", "model.fc2", "old.0"]
-    assert found.skipped["optimizer.state.0.exp_avg"] == "an optimiser's state, no weight"
+    assert {name.partition(".")[0] for name in found.skipped} == {place.partition(".")[0]}
+    assert set(found.skipped.values()) == {"an optimiser's state, no weight"}
+
+
+def test_moments_are_known_without_pytorchs_mapping_and_other_names_do_not_matter(tmp_path):
+    moments = {"exp_avg": {"0": torch.eye(3)}, "tree": {"mu": {"fc": torch.eye(3)}, "nu": {"fc": torch.eye(3)}}}
+    found = analyze(_written(tmp_path, {"opt": moments, "optimal_head": {"optim.weight": torch.eye(4)}}, "net.pt"))
+    assert list(found.table.index) == ["optimal_head.optim"] and len(found.skipped) == 3
+    tensors = {"state.0.momentum_buffer": torch.eye(3), "optimizer_net.weight": torch.eye(4)}
+    found = analyze(_written(tmp_path, tensors))
+    assert list(found.table.index) == ["optimizer_net"] and found.skipped.keys() == {"state.0.momentum_buffer"}
 
 
 def test_tied_tensors_are_measured_once(tmp_path, monkeypatch):
@@ -260,13 +283,13 @@ def test_what_weight_norm_keeps_apart_is_measured_together(tmp_path, norm):
     for i, layer in enumerate(model):
         s = np.linalg.svd(layer.weight.detach().flatten(1).numpy(), compute_uv=False)
         assert found.table.loc[str(i), "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
-    assert sum("weight_norm's, multiplied into 0.weight" in reason for reason in found.skipped.values()) == 1
+    assert sum(reason == "a part of 0.weight" for reason in found.skipped.values()) == 2
 
 
-def test_two_tensors_that_are_not_weight_norms_are_listed(tmp_path):
-    tensors = {"a.weight_v": torch.randn(4, 3), "a.weight_g": torch.randn(4, 4), "b": torch.eye(2)}
-    found = analyze(_written(tmp_path, tensors, "net.pt"))
-    assert "not those of weight_norm" in found.skipped["a.weight"]
+def test_two_tensors_that_do_not_fit_each_other_are_measured_apart(tmp_path):
+    shapes = {"a.weight_v": (4, 3), "a.weight_g": (4, 4), "b.B": (4, 3), "b.C": (4, 3), "c.weight_orig": (4, 4)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    assert set(analyze(_written(tmp_path, tensors)).table.index) == shapes.keys()
 
 
 def test_a_models_layers_are_measured_as_they_work(monkeypatch, tmp_path):
@@ -281,7 +304,7 @@ def test_a_models_layers_are_measured_as_they_work(monkeypatch, tmp_path):
     found = analyze("normed_layers:build")
     assert list(found.table["unfolded"].items()) == [("0", "5×6"), ("1", "4×5")]
     assert "not initialised" in found.skipped["2.weight"]
-    assert not any("parametrizations" in name for name in found.skipped)
+    assert found.skipped["1.parametrizations.weight.original"] == "a part of 1.weight"
 
 
 def test_equal_entries_have_one_direction_by_every_measure(tmp_path):
@@ -289,12 +312,170 @@ def test_equal_entries_have_one_direction_by_every_measure(tmp_path):
     assert (row["numerical rank"], row[BEYOND], row["energy rank 99 %"]) == (1, 1, 1)
 
 
-def test_factors_are_measured_as_their_product_and_counted_as_themselves(tmp_path, monkeypatch):
-    model = factorize(mlp([30, 20, 10], seed=0), {"fc1": 4})
+class _OwnFactors(nn.Module):
+    """A stranger's layer of factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(12, 3, bias=False), nn.Linear(3, 10)
+
+    @property
+    def weight(self):
+        return self.up.weight @ self.down.weight
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+def _pruned(layer, *names):
+    for name in names:
+        prune.random_unstructured(layer, name, 0.5)
+    with torch.no_grad():  # what prune has computed at first is out of date from here on
+        getattr(layer, f"{names[0]}_orig").mul_(torch.arange(1.0, 1 + getattr(layer, names[0]).shape[-1]))
+    return layer
+
+
+COMPUTED = {  # a layer; the numbers in its weight's parts, or None where a file does not tell what the layer computes
+    "factors": (lambda: factorize(mlp([30, 20], seed=0), {"fc1": 4}).fc1, 4 * (20 + 30)),
+    "dlrt": (lambda: rank_adaptive(factorize(mlp([30, 20], seed=0), {"fc1": 4}), 0.1).fc1, 4 * (20 + 30 + 4)),
+    "lora": (lambda: adapt(mlp([30, 20], seed=0), {"fc1": 4}, alpha=2, seed=0).fc1, None),
+    "own": (_OwnFactors, None),
+    "pruned": (lambda: _pruned(nn.Linear(6, 5), "weight", "bias"), 30),
+    "pruned convolution": (lambda: _pruned(nn.Conv1d(4, 5, 3), "weight"), 60),
+    "spectral": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), None),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_what_a_layer_computes_is_measured_once_and_in_place_of_its_parts(tmp_path, kind):
+    make, n_stored = COMPUTED[kind]
+    model = nn.Sequential(make(), nn.Linear(20, 1))
+    model.register_module("alias", model[1])
     weights = {weight.name: weight for weight in analysis.of_model(model)}
-    assert list(weights) == ["fc1.weight", "fc2.weight"]
-    assert weights["fc1.weight"].n_stored == 4 * (20 + 30)
-    assert torch.equal(weights["fc1.weight"].read(), model.fc1.weight)
+    measured = [name for name, weight in weights.items() if not weight.unwanted and len(weight.shape) > 1]
+    assert measured == ["0.weight", "1.weight"]
+    assert model[0].training
+    weight = weights["0.weight"].read().clone()
+    if weight.dim() == 2:  # a layer's own pass says what it applies
+        layer, inputs = model[0].eval(), torch.eye(weight.shape[1])
+        applied = layer(inputs) - layer(torch.zeros_like(inputs))
+        torch.testing.assert_close(weight.T, applied, rtol=1e-4, atol=1e-5)
+    if n_stored:
+        found = analyze(_written(tmp_path, model.state_dict(), "net.pt"))
+        s = rank.singular_values(model[0].weight.detach().flatten(1))
+        assert found.table.loc["0", "effective rank"] == pytest.approx(rank.effective_rank(s), rel=1e-4)
+        assert found.table.loc["0", "parameters"] == n_stored == weights["0.weight"].n_stored
+        assert list(found.table.index) == ["0", "1"]
+
+
+def test_gates_of_a_pruned_layer_are_split_and_share_its_parameters(tmp_path):
+    layer = _pruned(nn.LSTM(6, 5), "weight_hh_l0")
+    table = analyze(_written(tmp_path, layer.state_dict())).table
+    assert list(table["parameters"]) == 4 * [25] + 4 * [30]
+    assert list(table.index)[:4] == [f"weight_hh_l0.{gate}" for gate in "ifgo"]
+
+
+def test_adapters_in_a_file_are_their_product(tmp_path):
+    tensors = {f"model.fc.lora_{k}.weight": torch.randn(shape) for k, shape in {"A": (4, 32), "B": (48, 4)}.items()}
+    table = analyze(_written(tmp_path, tensors)).table
+    assert table.loc["model.fc.lora", ["numerical rank", "rows", "columns", "parameters"]].tolist() == [4, 48, 32, 320]
+    own = adapt(mlp([30, 20], seed=0), {"fc1": 4}, alpha=2, seed=0).state_dict()
+    assert sorted(analyze(_written(tmp_path, own)).table.index) == ["fc1.base", "fc1.lora"]
+
+
+def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        @property
+        def weight(self):
+            return self.embedding.weight
+
+    class Abstract(Tied):
+        @property
+        def weight(self):
+            raise NotImplementedError
+
+    for model in (Tied(), Abstract()):
+        names = [weight.name for weight in analysis.of_model(model) if not weight.unwanted]
+        assert names == ["embedding.weight", "fc.weight", "fc.bias"]
+
+
+def test_a_stack_is_a_matrix_each_and_a_convolution_is_one(tmp_path, monkeypatch):
+    tensors = {
+        "experts.gate_up_proj": torch.randn(4, 32, 16),
+        "mlp.weight": torch.randn(3, 16, 8),
+        "mlp.bias": torch.randn(3, 16),
+        "grid": torch.randn(1, 2, 8, 8),
+        "position": torch.randn(1, 1, 9, 8),
+        "conv1.weight": torch.randn(16, 3, 5),
+        "conv2.weight": torch.randn(4, 64, 9),
+        "conv2.bias": torch.randn(4),
+        "conv3.weight": torch.randn(3, 4, 5, 6, 7),
+    }
+    found = analyze(_written(tmp_path, tensors))
+    rows = dict(found.table["unfolded"])
+    assert rows == {
+        **{f"experts.gate_up_proj.{i}": "32×16" for i in range(4)},
+        **{f"mlp.{i}": "16×8" for i in range(3)},
+        **{"grid.0": "8×8", "grid.1": "8×8", "position": "9×8"},
+        **{"conv1": "16×3·5", "conv2": "4×64·9", "conv3": "3×4·5·6·7"},
+    }
+    assert found.skipped["mlp.bias"] == "biases, a vector for each matrix of a stack"
+    assert found.table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
+    s = np.linalg.svd(tensors["mlp.weight"][2].numpy(), compute_uv=False)
+    assert found.table.loc["mlp.2", "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
+
+
+def test_a_models_own_stacks_and_convolutions_are_told_by_their_layer():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(32, 4, 8))  # more experts than rows
+
+    model = nn.ModuleDict({"experts": Experts(), "conv": nn.Conv1d(64, 4, 9, bias=False), "both": nn.Bilinear(4, 5, 3)})
+    assert [len(found) for found in _found(model)] == [32, 1, 1]
+
+
+def _found(model):
+    """Return the rows of each of a model's tensors that has any."""
+    weights = analysis.of_model(model)
+    shapes = {weight.name: weight.shape for weight in weights}
+    return [rows for rows, _ in (analysis._measured(weight, shapes) for weight in weights) if rows]
+
+
+def test_what_works_entry_by_entry_is_left_out_by_name(tmp_path):
+    tensors = {f"norm.{name}": torch.randn(1, 264) for name in ("weight", "bias")}
+    tensors |= {f"norm2.{name}": torch.randn(6, 8) for name in ("weight", "bias")}
+    tensors |= {"scale": torch.randn(1, 8), "head.weight": torch.randn(1, 8), "head.bias": torch.randn(1)}
+    found = analyze(_written(tmp_path, tensors))
+    assert list(found.table.index) == ["head"]
+    normalised = {name for name, reason in found.skipped.items() if "normalisation" in reason}
+    assert normalised == {"norm.weight", "norm.bias", "norm2.weight", "norm2.bias"}
+    assert found.skipped["scale"] == "a vector"
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm([6, 8], bias=False), nn.RMSNorm([6, 8]))
+    model.register_buffer("codes", torch.randn(4, 4))
+    assert [list(rows) for rows in _found(model)] == [["0"]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "is_one"),
+    [
+        (torch.tril(torch.ones(1, 1, 8, 8)), True),
+        (torch.triu(torch.full((8, 8), -1e9), 1), True),
+        (torch.triu(torch.full((8, 8), -torch.inf), 1), True),
+        (torch.tril(torch.ones(1, 1, 8, 8)) - torch.tril(torch.ones(8, 8), -3), True),  # of local attention
+        (torch.eye(8), False),
+        (torch.tril(torch.ones(8, 8)) + torch.eye(8), False),
+        (torch.randn(8, 8).sign(), False),  # a binary weight
+        (torch.randn(1, 1, 8, 8), False),
+    ],
+)
+def test_masks_are_left_out_by_name(tmp_path, mask, is_one):
+    found = analyze(_written(tmp_path, {"h.attn.bias": mask.contiguous(), "fc": torch.eye(3)}))
+    assert ("mask" in found.skipped.get("h.attn.bias", "")) == is_one
 
 
 class _Command:

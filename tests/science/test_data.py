@@ -7,7 +7,6 @@ import socket
 import time
 import urllib.request
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -220,31 +219,18 @@ def test_whatever_a_student_does_to_the_data_changes_its_fingerprint(change):
     assert change(data_set).fingerprint() != before
 
 
-@given(st.lists(st.floats(width=32), max_size=20), st.integers(1, 20))
-def test_mixed_is_the_sum_of_splitmix64_over_places_however_many_at_once(values, at_once):
-    tensor = torch.tensor(values, dtype=torch.float32)
-    with mock.patch.object(data, "MIXED_AT_ONCE", at_once):
-        mixed = data.mixed(tensor)
-    assert mixed == b"".join(_splitmix64_sum(tensor, start).to_bytes(8, "little") for start in (1, 2))
-
-
-def _splitmix64_sum(tensor, start):
-    total, most = 0, 2**64 - 1
-    for place, word in enumerate(tensor.numpy().view(np.int32).tolist()):
-        mix = ((2 * place + start) * 0x9E3779B97F4A7C15 + word) & most
-        mix = ((mix ^ (mix >> 30)) * 0xBF58476D1CE4E5B9) & most
-        mix = ((mix ^ (mix >> 27)) * 0x94D049BB133111EB) & most
-        total += mix ^ (mix >> 31)
-    return total & most
-
-
 @given(st.permutations(range(6)), st.integers(0, 5))
-def test_mixed_sees_the_order_and_each_value(order, place):
+def test_a_checksum_sees_names_types_shapes_the_order_and_each_value(order, place):
     labels = torch.arange(6)
-    assert (data.mixed(labels[list(order)]) == data.mixed(labels)) == (order == sorted(order))
+    of_labels = data.checksum({"labels": labels})
+    assert (data.checksum({"labels": labels[list(order)]}) == of_labels) == (order == sorted(order))
     changed = labels.clone()
     changed[place] += 1
-    assert data.mixed(changed) != data.mixed(labels)
+    others = {"values": {"labels": changed}, "names": {"label": labels}, "shapes": {"labels": labels.reshape(2, 3)}}
+    others["types"] = {"labels": labels.view(torch.float64)}
+    assert of_labels not in {data.checksum(other) for other in others.values()}
+    strided = torch.stack([labels, labels], dim=1)[:, 0]
+    assert data.checksum({"labels": strided}) == of_labels
 
 
 def test_validation_images_are_training_images_set_aside(digits):
