@@ -73,19 +73,20 @@ EXERCISES: dict[str, list[dict | list[Change]]] = {
         {"batch_size": 32, "learning_rate": 1e-3},
     ],
     "03_rank": [
-        {"epochs": 12},
+        {"recipes": {"small": {"epochs": 12}}},
         {"deep_widths": [784, *[64] * 10, 10]},
         [
             Change(
-                "train-activations",
-                "networks = ",
-                "def small(network): [W.data.mul_(0.1) for W in network.parameters()]; return network\nnetworks = ",
-            ),
-            Change("train-activations", "mlp(widths, name, seed=s)", "small(mlp(widths, name, seed=s))"),
+                "setup",
+                "",
+                "\nmake = mlp"
+                "\ndef mlp(*args, **options): network = make(*args, **options); "
+                "[W.data.mul_(0.1) for W in network.parameters()]; return network",
+            )
         ],
     ],
     "04_overfit": [
-        {"big_batch_size": 512, "big_epochs": 15},
+        {"recipes": {"big": {"epochs": 5, "batch_size": 512}}},
         {"activation": "tanh"},
         [Change("setup", "", "\nrun.data.train_labels[:] = run.data.train_labels.flip(0)")],
     ],
