@@ -23,8 +23,7 @@ from tqdm import tqdm
 from lowrank_helpers import data, dlrt, factorization, lora
 from lowrank_helpers.compression import compress, pruned
 from lowrank_helpers.data import PROJECT, Dataset
-from lowrank_helpers.models import linear_layers, mlp
-from lowrank_helpers.networks import VisionTransformer, convnet
+from lowrank_helpers.models import VisionTransformer, convnet, linear_layers, mlp
 from lowrank_helpers.selection import by_shares, layers_of, narrow_widths
 from lowrank_helpers.series.execution import notebook_path
 from lowrank_helpers.series.parameters import declared

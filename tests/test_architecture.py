@@ -19,9 +19,10 @@ ROOMS = {
     "cli": {"science", "series", "report", "checking"},
 }
 SCIENCE = [
-    {"data", "models", "quiet", "statistics"},
-    {"networks", "training", "unfold"},
-    {"rank", "factorization", "subspace"},
+    {"data", "quiet", "statistics"},
+    {"models", "subspace"},
+    {"training", "unfold"},
+    {"rank", "factorization"},
     {"analysis", "dlrt", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]

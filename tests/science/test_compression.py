@@ -15,8 +15,7 @@ from lowrank_helpers import compression
 from lowrank_helpers.compression import candidates, compress, pruned, replaced
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.factorization import SVD, fitted_factors
-from lowrank_helpers.models import mlp, n_parameters
-from lowrank_helpers.networks import VisionTransformer, convnet
+from lowrank_helpers.models import VisionTransformer, convnet, mlp, n_parameters
 from lowrank_helpers.selection import BY_WEIGHTS, WAYS
 from lowrank_helpers.training import Recipe, evaluate, fit
 

@@ -263,6 +263,19 @@ def test_what_is_not_done_here_is_refused_by_name(edit, config, named):
         lora.load_adapter(mlp(WIDTHS, seed=0), edit(**config))
 
 
+def test_what_says_nothing_of_the_computation_is_taken_as_it_is_and_may_be_missing(folder, edit):
+    edit(
+        **dict.fromkeys(["auto_mapping", "base_model_name_or_path", "exclude_modules", "layers_pattern"], "some"),
+        **dict.fromkeys(["megatron_core", "peft_version", "revision", "task_type"], "some"),
+        **{"layers_to_transform": [0], "qalora_group_size": 16, "lora_dropout": 0.1},
+    )
+    config = json.loads((folder / CONFIG).read_text())
+    del config["rank_pattern"], config["alpha_pattern"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    x = torch.randn(5, 784)
+    assert torch.equal(lora.load_adapter(mlp(WIDTHS, seed=0), folder)(x), adapted()(x))
+
+
 def test_dora_of_pefts_is_refused(tmp_path):
     from_peft(mlp(WIDTHS, seed=0), tmp_path, r=2, use_dora=True)
     with pytest.raises(AdapterError, match="use_dora"):
@@ -299,6 +312,7 @@ def test_a_network_of_another_shape_is_refused(folder, widths, message):
         ({"r": None}, "impossible ranks"),
         ({"lora_alpha": "much"}, "impossible ranks"),
         ({"lora_alpha": -1}, "impossible ranks"),
+        ({"lora_alpha": 0}, "impossible ranks"),
         ({"lora_alpha": float("inf")}, "impossible ranks"),
         ({"alpha_pattern": {"fc1": -1}}, "impossible ranks"),
         ({"rank_pattern": ["fc1"]}, "impossible ranks"),

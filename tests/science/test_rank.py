@@ -54,13 +54,18 @@ def test_a_view_that_steps_backwards_or_is_read_only_is_taken():
         np.testing.assert_allclose(rank.singular_values(view), np.linalg.svd(matrix, compute_uv=False))
 
 
-@pytest.mark.parametrize("shape", [(5000, 40), (40, 5000), (200, 40), (170, 40)])
+@pytest.mark.parametrize("shape", [(5000, 40), (40, 5000), (200, 40), (199, 40), (150, 70)])
 @pytest.mark.parametrize("phase", [0, 1j])
 def test_thin_matrices_are_decomposed_block_by_block(shape, phase, monkeypatch):
-    monkeypatch.setattr(rank, "IN_BLOCKS_FROM", 0)
+    monkeypatch.setattr(rank, "IN_BLOCKS_FROM", 200 * 40)
+    blocks, triangle = [], rank._triangle
+    monkeypatch.setattr(rank, "_triangle", lambda tall: blocks.append(tall.shape) or triangle(tall))
     matrix = _random(shape) * np.geomspace(1, 1e-12, shape[1]) * np.exp(phase * _random(shape, seed=1))
     expected = np.linalg.svd(matrix, compute_uv=False)
     np.testing.assert_allclose(rank.singular_values(matrix), expected, rtol=1e-10, atol=1e-14 * expected[0])
+    assert blocks == ([(max(shape), 40)] if max(shape) >= 200 else []), (
+        "neither the small ones nor those that are not thin"
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,6 +265,10 @@ def test_the_table_has_every_layer_dense_or_factorised():
     model = mlp([784, 20, 15, 10], seed=0)
     table = rank.rank_table(rank.weight_matrices(factorize(model, {"fc2": 4})))
     assert list(table.index) == ["fc1", "fc2", "fc3"] and table.index.name == "layer"
+    assert list(table) == [
+        *("rows", "columns", "numerical rank", "effective rank", "stable rank"),
+        *("energy rank 90 %", "energy rank 95 %", "energy rank 99 %", "Gavish–Donoho rank"),
+    ]
     assert list(table["rows"]) == [20, 15, 10] and list(table["columns"]) == [784, 20, 15]
     assert list(table["numerical rank"]) == [20, 4, 10]
     assert table["numerical rank"].dtype == np.int64

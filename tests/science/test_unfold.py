@@ -51,6 +51,8 @@ def test_a_transposed_convolutions_row_makes_its_output_channel():
         ("h.0.attn.c_attn.weight", (4, 12), {"h.0.attn.c_attn.q": (4, 4)}),  # stored as (in, out), as GPT-2's
         ("blocks.0.attn.qkv.weight", (12, 4), {"blocks.0.attn.qkv.v": (4, 4)}),
         ("in_proj_weight", (12, 4), {"k": (4, 4)}),
+        ("layers.0.qkv_proj.weight", (12, 4), {"layers.0.qkv_proj.k": (4, 4)}),
+        ("layers.0.Wqkv.weight", (12, 4), {"layers.0.Wqkv.q": (4, 4)}),
         ("layers.0.qkv_proj.weight", (8, 4), {"layers.0.qkv_proj": (8, 4)}),  # grouped queries: not three equal parts
         ("gpt_neox.layers.0.attention.query_key_value.weight", (12, 4), {}),  # q, k and v alternate head by head
     ],
@@ -61,6 +63,38 @@ def test_packed_projections_are_split_where_their_parts_are_known(name, shape, p
     assert parts.items() <= {key: tuple(part.matrix.shape) for key, part in unfolded.items()}.items()
     assert len(unfolded) == (3 if 12 in shape and "query_key_value" not in name else 1)
     assert sum(part.matrix.numel() for part in unfolded.values()) == weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("weight", "layer", "shape", "remark"),
+    [
+        (torch.randn(3, 4), None, "3×4", ""),
+        (torch.randn(1, 5, 4), None, "5×4", "first axis, of size 1, dropped"),
+        (torch.randn(1, 5, 4), nn.Conv1d(5, 1, 4), "1×5·4", ""),
+        (torch.randn(2, 5, 4), None, "2×5·4", ""),
+        (torch.randn(8, 3, 3, 3), nn.Conv2d(6, 8, 3, groups=2), "8×3·3·3", "2 groups, below each other"),
+        (torch.randn(6, 4, 3), nn.ConvTranspose1d(6, 4, 3), "4×6·3", "transposed"),
+    ],
+)
+def test_how_a_tensor_became_a_matrix_is_told(weight, layer, shape, remark):
+    ((name, unfolded),) = unfold("it.weight", weight, layer).items()
+    assert (name, unfolded.shape, unfolded.remark) == ("it", shape, remark)
+    rows, *columns = (int(n) for n in shape.replace("·", "×").split("×"))
+    assert unfolded.matrix.shape == (rows, np.prod(columns))
+    np.testing.assert_allclose(unfolded.matrix.norm(), weight.norm(), rtol=1e-6)
+
+
+def test_gates_are_split_where_their_number_is_known_by_name_and_hidden_size():
+    weight = torch.randn(12, 5)
+    assert list(unfold("rnn.weight_ih_l0", weight, hidden_size=3)) == [f"rnn.weight_ih_l0.{gate}" for gate in "ifgo"]
+    assert unfold("rnn.weight_ih_l0", weight, hidden_size=4)["rnn.weight_ih_l0.n"].remark == (
+        "packed gates r, z, n, split by rows"
+    )
+    for unsplit in (unfold("rnn.weight_ih_l0", weight), unfold("fc.weight", weight, hidden_size=3)):
+        assert len(unsplit) == 1
+    assert unfold("c_attn.weight", weight.T.reshape(4, 15)[:, :12])["c_attn.q"].remark == (
+        "packed q, k, v, split by columns"
+    )
 
 
 def test_shared_weights_appear_once_and_computed_ones_each_time():
