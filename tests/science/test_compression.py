@@ -1,13 +1,16 @@
 """Compressing any network: factors against NumPy and PyTorch, budgets kept, and models that need care."""
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
@@ -18,6 +21,12 @@ from lowrank_helpers.factorization import SVD, fitted_factors
 from lowrank_helpers.models import VisionTransformer, convnet, mlp, n_parameters
 from lowrank_helpers.selection import BY_WEIGHTS, WAYS
 from lowrank_helpers.training import Recipe, evaluate, fit
+
+
+class _Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def _draw(*shape, seed=0):
@@ -139,7 +148,9 @@ def test_by_answers_factors_lose_less_of_the_logits_than_by_outputs(trained, dig
         logits = replaced(trained, {name: found.svds[name].factors(rank) for name, rank in ranks.items()})(images)
         return (logits - wanted - (logits - wanted).mean(dim=1, keepdim=True)).square().mean().item()
 
-    assert lost(candidates(trained, images, by_answers=True, task="classification")) < 0.9 * lost(candidates(trained, images))
+    assert lost(candidates(trained, images, by_answers=True, task="classification")) < 0.9 * lost(
+        candidates(trained, images)
+    )
 
 
 def test_a_budget_of_flops_is_kept_as_pytorch_counts_them(trained, digits_held_out):
@@ -233,6 +244,192 @@ def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, 
 def test_an_impossible_budget_is_refused_with_what_is_possible(data, budget, options, named):
     with pytest.raises(ValueError, match=named):
         compress(mlp([784, 40, 10], seed=0), data, budget, **options)
+
+
+@pytest.mark.parametrize("budget", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.int64(16_000)])
+def test_budgets_of_numpy_and_pytorch_are_numbers(data, budget):
+    model = mlp([784, 40, 10], seed=0)
+    assert compress(model, data, budget)[1].ranks == compress(model, data, budget.item())[1].ranks
+
+
+def _changed(small, model, x):
+    return ((small.eval()(x) - model.eval()(x)).norm() / model(x).norm()).item()
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "tanh": nn.Tanh(),
+    "round": _Function(torch.round),
+    "sign": _Function(torch.sign),
+    "detach": _Function(torch.Tensor.detach),
+    "without gradient": _Function(torch.no_grad()(lambda x: x.clone())),
+}
+
+
+@st.composite
+def _networks(draw):
+    """A small network, of linear layers or convolutions, whose last layers may hold or hide next to nothing."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    widths = draw(st.lists(st.integers(4, 24), min_size=2, max_size=4))
+    kernel = draw(st.sampled_from([0, 1, 3]))
+    layers = []
+    for n, m in pairwise(widths):
+        layers += [nn.Conv2d(n, m, kernel, padding="same") if kernel else nn.Linear(n, m)]
+        layers += [ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]]
+    end = [nn.Flatten(), nn.Linear(widths[-1] * (9 if kernel else 1), draw(st.integers(1, 12)))]
+    nn.init.normal_(end[1].weight, std=draw(st.sampled_from([0.0, 1e-6, 1.0])))
+    shape = (120, widths[0], 3, 3) if kernel else (120, widths[0])
+    return nn.Sequential(*layers, *end), torch.randn(shape)
+
+
+@settings(max_examples=25)
+@given(_networks(), st.floats(0.4, 0.9), st.sampled_from([None, "classification"]))
+def test_no_layer_is_lost_and_no_change_is_much_larger_than_that_of_the_plain_svd(network, budget, task):
+    model, x = network
+    try:
+        small, report = compress(model, (x, torch.zeros(len(x))), budget, task=task)
+    except ValueError as error:
+        assert "too small" in str(error)
+        return
+    for name in report.ranks:
+        first, second = small.get_submodule(name)
+        assert first.weight.any() or second.weight.any()
+    held_out = x[compression._order(120)[:20]]
+    plain = replaced(
+        model, {n: SVD.of(model.get_submodule(n).weight.flatten(1)).factors(r) for n, r in report.ranks.items()}
+    )
+    wanted, ours, theirs = (compression._outputs(m, held_out, task) for m in (model, small, plain))
+    assert (ours - wanted).norm() <= 1.01 * max((theirs - wanted).norm(), 2 * max(report.error, 0.05) * wanted.norm())
+    assert report.measured_error == pytest.approx(
+        ((ours - wanted).norm() / wanted.norm()).nan_to_num().item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("model", [nn.Linear(784, 40), nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 9, 5))])
+def test_a_model_may_be_one_layer(model, data):
+    convolution = isinstance(model, nn.Sequential)
+    model, x = (model[1], data[0].view(-1, 1, 28, 28)) if convolution else (model, data[0])
+    small, report = compress(model, (x, data[1]), 0.7)
+    assert report.ranks.keys() == {"0"} and report.parameters.share <= 0.7
+    assert small(x).shape == model(x).shape
+
+
+def test_a_layer_may_be_called_without_a_batch(data):
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Parameter(_draw(32))
+            self.condition, self.out = nn.Linear(32, 784), nn.Linear(784, 10)
+
+        def forward(self, x):
+            return self.out((x + self.condition(self.query)).relu())
+
+    _, report = compress(Conditioned(), data, 0.3)
+    assert report.ranks["condition"] == 1 and report.measured_error < 0.5
+
+
+@pytest.mark.parametrize("compiled", ["whole", "part", "in place"])
+def test_of_a_compiled_model_the_original_is_cut(data, compiled):
+    model = mlp([784, 40, 30, 10], seed=0)
+    wanted = compress(model, data, 0.5)[0](data[0])
+    if compiled == "whole":
+        model = torch.compile(model, backend="eager")
+    elif compiled == "part":
+        model.fc2 = torch.compile(model.fc2, backend="eager")
+    else:
+        model.fc1.compile(backend="eager")
+    small, report = compress(model, data, 0.5)
+    assert not report.left_alone
+    torch.testing.assert_close(small(data[0]), wanted)
+
+
+def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_refused(data):
+    dropout = _Answers(lambda x: F.dropout(x, training=True))
+    assert compress(dropout, data, 0.5)[1].ranks.keys() == {"fc"}
+    with pytest.raises(ValueError, match="_Answers gives other outputs for the same images each time"):
+        compress(_Answers(lambda x: x * np.random.default_rng().random()), data, 0.5)
+
+
+def test_a_pruned_layer_is_left_alone_as_such(data):
+    with pytest.raises(ValueError, match=r"'fc1': 'pruned: torch.nn.utils.prune.remove makes"):
+        compress(pruned(mlp([784, 40, 10], seed=0), 1000), data, 0.5)
+
+
+def test_a_head_of_many_rows_is_measured_in_as_many_dimensions_as_it_has_columns():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 30_000))  # its outputs' moment has 7 GB
+    _, report = compress(model, (_draw(48, 64), torch.zeros(48)), 0.8)
+    assert "2" in report.ranks
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [Tensor.int, Tensor.double, lambda y: y[:, None], lambda y: F.one_hot(y, 10), lambda y: F.one_hot(y).float()],
+)
+def test_labels_may_be_spelt_in_many_ways(data, spelt):
+    model = mlp([784, 40, 10], seed=0)
+    labels = model(data[0]).argmax(dim=1)
+    labels[:10] = torch.arange(10)
+    wanted = compress(model, (data[0], labels), 0.5, of="accuracy")[1]
+    assert compress(model, (data[0], spelt(labels)), 0.5, of="accuracy")[1].accuracy == wanted.accuracy
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda y: y + 20, r"whole numbers from 0 to 9, .* given: 10, 2\d to 29"),
+        (lambda y: -1 - y, r"given: 10, -\d+ to -\d"),
+        (lambda y: y + 0.5, r"given: 10, \d.5 to"),
+        (lambda y: y[:, None].repeat(1, 3), "given: 10×3"),
+    ],
+)
+def test_labels_that_name_no_class_are_refused(data, change, named):
+    with pytest.raises(ValueError, match=named):
+        compress(mlp([784, 40, 10], seed=0), (data[0], change(data[1])), 0.01, of="accuracy")
+
+
+def _steps(x):
+    """Return steps in half of the numbers, whose derivative is next to nothing, and next to nothing in the others."""
+    hard, easy = x.chunk(2, dim=1)
+    return torch.cat([(3 * hard).round() + 1e-4 * hard, 1e-2 * easy], dim=1)
+
+
+def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(60, 40), _Function(_steps)), _draw(600, 60) * torch.logspace(-1, 1, 60)
+    data = x, torch.zeros(600)
+    _, report = compress(model, data, 0.5)
+    monkeypatch.setattr(compression, "FAR", np.inf)
+    _, before = compress(model, data, 0.5)
+    assert before.measured_error > 2 * before.error and not before.fallbacks
+    assert report.measured_error < 0.9 * before.measured_error
+    assert report.fallbacks == {"0": "its own outputs"}
+    assert f"0: rank {report.ranks['0']}, fitted to its own outputs" in str(report)
+    assert f"predicted {report.error:.3g}, measured {report.measured_error:.3g} on images" in str(report)
+
+
+def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_allows():
+    class TwoWays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.easy, self.hard = nn.Linear(40, 80), nn.Linear(40, 30)
+
+        def forward(self, x):
+            hard = self.hard(x)
+            return torch.cat([self.easy(x) * 1e-2, (1e3 * hard).sin().sign() + 1e-4 * hard], dim=1)
+
+    torch.manual_seed(0)
+    _, report = compress(TwoWays(), (_draw(300, 40), torch.zeros(300)), 0.6)
+    assert "with it cut, the outputs changed by" in report.left_alone["hard"]
+    assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
+
+
+def test_a_head_that_is_zero_leaves_factors_that_can_be_tuned(data):
+    model = mlp([784, 40, 10], seed=0)
+    nn.init.zeros_(model.fc2.weight)
+    small, _ = compress(model, data, 0.3)
+    hidden, wanted = small.fc1(data[0]), model.fc1(data[0])
+    assert (hidden - wanted).norm() < 0.8 * wanted.norm()
+    assert all(any(parameter.any() for parameter in layer.parameters()) for layer in (small.fc1, small.fc2))
 
 
 def test_without_validation_images_accuracy_is_refused(digits):
