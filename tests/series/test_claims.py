@@ -1,0 +1,88 @@
+"""Claims say what their numbers say: how they stand, what is shown, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_helpers.series import claims, counts
+from lowrank_helpers.series.claims import Claim, Comparison
+
+
+@given(st.booleans(), st.lists(st.booleans(), min_size=1, max_size=40))
+def test_a_counted_claim_is_settled_by_nineteen_of_twenty(here, holds):
+    standing = claims.standing(Claim("3.1", "So.", here), holds, {})
+    assert standing.settled == (20 * sum(holds) >= 19 * len(holds))
+    assert f"olds in {sum(holds)} of {len(holds)} recorded runs" in standing.text
+    assert ("**not** in this one" in standing.text) == (not here)
+    assert ("**Not settled:**" in standing.text) == standing.short.startswith("not settled") == (not standing.settled)
+
+
+MISTAKES = {"tuned": [90, 92, 91, 89], "dense": [150, 152, 149, 151], "other": [151, 150, 150, 151]}
+
+
+@pytest.mark.parametrize(
+    ("first", "relation", "second", "settled"),
+    [
+        ("tuned", "smaller", "dense", True),
+        ("dense", "larger", "tuned", True),
+        ("dense", "alike", "other", True),
+        ("tuned", "larger", "dense", False),
+        ("dense", "larger", "other", False),
+        ("tuned", "alike", "dense", False),
+    ],
+)
+def test_the_recorded_runs_decide_what_holds_on_average(first, relation, second, settled):
+    compared = Comparison("mistakes", first, second, relation, counts.MISTAKES)
+    standing = claims.standing(Claim("6.3", "So.", None, [compared]), [], {"mistakes": MISTAKES})
+    assert standing.settled is settled
+    assert ("**Not settled**" in standing.text) is not settled
+    assert f"Mistakes, {first} against {second}:" in standing.text and "4 recorded runs" in standing.text
+
+
+def test_a_claim_on_train_and_test_needs_both():
+    both = [Comparison(name, "tuned", "dense", "smaller", counts.MISTAKES) for name in ("train", "test")]
+    agreeing = {"train": MISTAKES, "test": MISTAKES}
+    claim = Claim("6.3", "So.", None, both)
+    assert claims.standing(claim, [], agreeing).settled
+    assert not claims.standing(claim, [], agreeing | {"train": MISTAKES | {"tuned": MISTAKES["dense"]}}).settled
+
+
+@pytest.mark.parametrize(
+    "claim", [Claim("3.1", "So.", True), Claim("3.1", "So.", None, [Comparison(*"abc", "larger", 0.1)])]
+)
+def test_without_recorded_runs_nothing_is_settled(claim):
+    standing = claims.standing(claim, [], {})
+    assert standing.settled is None and "recorded" in standing.text
+
+
+def test_a_table_shows_this_run_beside_the_mean_the_spread_and_the_extremes():
+    claim = Claim("3.1", "So.", True, measured=claims.quantities({"rank": {"fc1": 3.0}, "layers": 2}))
+    recorded = {"rank": {"fc1": [1.0, 2.0, 3.0, None]}, "layers": {"": [2, 2, 2, 2]}}
+    rows = claims.table(claim, recorded).splitlines()
+    assert rows[2:] == ["| rank: fc1 | 3.000 | 2.000 ± 1.000 (1.000 to 3.000) |", "| layers | 2 | 2.000 in all |"]
+    assert claims.table(claim, {}).splitlines()[0] == "| | this run |", "nothing is quoted of other runs"
+    assert claims.table(Claim("3.1", "So.", True), recorded) == ""
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.one_of(st.floats(), st.integers(), st.dictionaries(st.text(), st.floats())))
+)
+def test_a_claim_survives_json(measured):
+    claim = Claim("3.1", "So.", None, [Comparison(*"abc", "larger", 0.1)], claims.quantities(measured))
+    assert Claim.from_json(json.loads(json.dumps(claim.to_json()))) == claim
+
+
+def test_quantities_are_plain_numbers_and_what_is_not_finite_is_none():
+    given = {"a": np.float32(0.5), "b": torch.tensor(3), "c": {"x": np.nan, 2: float("inf")}, "d": np.bool_(True)}
+    assert claims.quantities(given) == {"a": {"": 0.5}, "b": {"": 3}, "c": {"x": None, "2": None}, "d": {"": True}}
+
+
+@pytest.mark.parametrize("value", ["3", [1, 2], None, np.ones(2)])
+def test_what_is_no_number_is_refused_by_name(value):
+    with pytest.raises((TypeError, ValueError)) as error:
+        claims.quantities({"rank": value})
+    assert not isinstance(error.value, TypeError) or "'rank'" in str(error.value)

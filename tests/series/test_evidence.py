@@ -1,0 +1,200 @@
+"""Evidence: what is joined and what is left out, its file, how often it raises a false alarm, and what it notices."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lowrank_helpers import cli
+from lowrank_helpers.series import evidence, parameters, results
+from lowrank_helpers.series.claims import Claim, Comparison, quantities
+from lowrank_helpers.series.evidence import Evidence, gather, limits, unlike
+
+NAME = "02_train"
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path / "evidence")
+    return tmp_path
+
+
+def ran(folder, seed, *, whole=True, changes=None, rank=3.0, **environment):
+    """File what a run of a seed claims, as a kernel does, and return its folder."""
+    claims = [
+        Claim("2.1", "So.", rank > 2, measured=quantities({"rank": {"fc1": rank}, "layers": 3})),
+        Claim(
+            "2.1/b", "So.", None, [Comparison(*"abc", "larger", 0.1)], series=quantities({"loss": {f"{seed}": 1 / 3}})
+        ),
+    ]
+    declared = parameters.declared(evidence._source(NAME))
+    made = {"dataset": "digits", "precision": "float32", "started": f"2026-01-{seed:02}", "revision": f"r{seed}"}
+    results.file_claims(
+        folder / str(seed),
+        {
+            "notebook": NAME,
+            "parameters": declared | {"seed": seed, "dataset": "digits"} | (changes or {}),
+            "environment": made | {"versions": {}} | evidence._code(NAME) | environment,
+            "claims": {claim.id: claim.to_json() for claim in claims},
+        },
+    )
+    if whole:
+        (folder / str(seed) / f"{NAME}.ipynb").touch()
+    return folder / str(seed)
+
+
+def test_runs_are_joined_by_seed_and_further_ones_are_added(folder):
+    runs = [ran(folder, seed, rank=1.0 + seed) for seed in (2, 1)]
+    found = gather(runs, NAME)
+    assert [run["seed"] for run in found.runs] == [1, 2]
+    assert found.of("2.1") == ([False, True], {"rank": {"fc1": [2.0, 3.0]}, "layers": {"": [3, 3]}})
+    assert found.of("2.1/b") == ([], {"loss": {"1": [0.33333, None], "2": [None, 0.33333]}})
+    assert found.n_values == 4 and found.made_by["revision"] == "r2"
+    assert len(gather([*runs, ran(folder, 3)], NAME).runs) == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"whole": False}, {"changes": {"widths": [784, 8, 10]}}, {"source": "of old"}, {"package": "of old"}],
+)
+def test_runs_of_another_kind_are_left_out(folder, other):
+    assert gather([ran(folder, 1, **other)], NAME) is None
+    assert len(gather([folder / "1", ran(folder, 2)], NAME).runs) == 1
+
+
+def test_a_run_with_other_parameters_quotes_no_evidence(folder):
+    evidence.write(gather([ran(folder, seed) for seed in (1, 2)], NAME))
+    declared = parameters.declared(evidence._source(NAME))
+    assert evidence.quoted(NAME, "digits", declared | {"seed": 9, "precision": "bfloat16"})
+    assert evidence.quoted(NAME, "digits", declared | {"activation": "tanh"}) is None
+    assert evidence.quoted(NAME, "mnist", declared) is None
+
+
+VALUES = st.lists(st.one_of(st.none(), st.integers(), st.floats(-1e9, 1e9), st.booleans()), min_size=2, max_size=2)
+TEXT = st.text(max_size=9)
+
+
+@given(st.dictionaries(TEXT, st.dictionaries(TEXT, st.dictionaries(TEXT, VALUES))))
+def test_a_file_holds_what_was_written_a_quantity_in_a_line(measured):
+    written = Evidence(
+        NAME, "digits", {"widths": [784, 10], "x": ["a [b  c]"]}, {}, [{"seed": 1}], {"2.1": [True]}, measured
+    )
+    file = evidence.write(written)
+    assert evidence.read(NAME, "digits") == written
+    n_values = sum(len(of) for quantities in measured.values() for of in quantities.values())
+    assert len(file.read_text().splitlines()) <= 25 + 3 * n_values + 3 * sum(map(len, measured.values())) + 3 * len(
+        measured
+    )
+
+
+def test_what_changed_since_is_named(folder):
+    found = gather([ran(folder, 1), ran(folder, 2)], NAME)
+    assert evidence.changed(found) == []
+    found.made_by["source"] = "of old"
+    assert evidence.changed(found) == ["the notebook"]
+
+
+DRAWS = {
+    "normal": lambda rng, shape: rng.normal(100, 1, shape),
+    "small beside their spread": lambda rng, shape: rng.normal(0, 1, shape),
+    "skewed": lambda rng, shape: rng.lognormal(0, 0.5, shape),
+    "whole": lambda rng, shape: rng.poisson(150, shape),
+    "shares near 1": lambda rng, shape: rng.binomial(10_000, 0.985, shape) / 100,
+}
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_a_whole_check_raises_a_false_alarm_in_at_most_one_of_a_hundred(kind):
+    n_numbers, n_values, n_runs = 2000, 10, 20
+    draws = DRAWS[kind](np.random.default_rng(0), (n_numbers, n_runs + 1)).tolist()
+    held = [(limits(known, n_values), new) for *known, new in draws]
+    alarms = sum(not low <= new <= high for (low, high), new in held)
+    assert alarms <= stats.binom.ppf(0.999, n_numbers, evidence.FALSE_ALARMS / n_values)
+
+
+@pytest.mark.parametrize(
+    ("known", "inside", "outside"),
+    [
+        ([512] * 20, [511, 513], [510]),  # a rank that is full in all runs
+        ([100.0] * 20, [99.95], [99.5]),  # an accuracy
+        ([0.0] * 20, [0.0], [0.1]),
+        ([26, 27, 26, 27] * 5, [25, 28], [22, 31]),
+        ([98.0, 98.1, 98.2, 98.1] * 5, [97.8], [97.0]),
+    ],
+)
+def test_limits_of_known_numbers(known, inside, outside):
+    low, high = limits(known, 2000)
+    assert all(low <= value <= high for value in inside)
+    assert not any(low <= value <= high for value in outside)
+
+
+def claim(holds=True, rank=3.0, name="rank"):
+    return {
+        "2.1": Claim("2.1", "Ranks fall.", holds, measured=quantities({name: {"fc1": rank}}), timings={"s": {"": 99.0}})
+    }
+
+
+@pytest.mark.parametrize(
+    ("claims", "said"),
+    [
+        (claim(), []),
+        (claim(rank=30.0), ["2.1: rank: fc1 is 30; expected"]),
+        (claim(rank=float("nan")), ["2.1: rank: fc1 has no value"]),
+        (claim(holds=False), ["2.1 does not hold, and held in all 4 recorded runs: Ranks fall."]),
+        (claim(name="other"), []),
+        ({"2.2": Claim("2.2", "So.", True)}, ["2.2 is not in the evidence"]),
+    ],
+)
+def test_what_is_unlike_the_recorded_runs_is_named(claims, said):
+    known = {"2.1": {"rank": {"fc1": [3.0, 3.1, 2.9, 3.05]}, "s": {"": [1.0, 1.1, 1.0, 1.1]}}}
+    found = unlike(Evidence(NAME, "digits", {}, {}, [{}] * 4, {"2.1": [True] * 4}, known), claims, 100)
+    assert len(found) == len(said) and all(line.startswith(start) for line, start in zip(found, said, strict=True))
+
+
+def test_a_claim_that_fails_in_some_recorded_runs_may_fail():
+    known = Evidence(NAME, "digits", {}, {}, [{}] * 4, {"2.1": [True, True, True, False]}, {"2.1": {}})
+    assert unlike(known, claim(holds=False), 100) == []
+
+
+def test_evidence_is_of_both_precisions_unless_one_is_given():
+    given = [
+        [point.planned[NAME] for point in evidence.points([NAME], [1, 2], of)] for of in ({}, {"precision": "float32"})
+    ]
+    assert given[0] == [{"precision": "float32", "seed": 1}, {"precision": "bfloat16", "seed": 2}]
+    assert {one["precision"] for one in given[1]} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-p", "widths", "[784, 8, 10]"], ["'widths'", "precision"]),
+        (["-p", "seed", "3"], ["'seed'"]),
+        (["--seeds", "3..1"], ["seeds are missing"]),
+        (["--seeds", "one"], ["seed = 'one'", "whole number"]),
+        (["99_nothing"], ["'99_nothing'", "02_train"]),
+    ],
+)
+def test_what_makes_no_evidence_is_refused_before_anything_starts(arguments, named, monkeypatch):
+    monkeypatch.setattr(cli, "_sweep", lambda *_: pytest.fail("it ran"))
+    result = CliRunner().invoke(cli.main, ["evidence", "-p", "dataset", "digits", *arguments])
+    assert result.exit_code == 2, result.output
+    assert all(part in result.output for part in named)
+
+
+def test_the_files_stay_small(folder):
+    rng = np.random.default_rng(0)
+    known = {
+        f"{i}.1": {
+            "share of the start's rank (%)": {
+                f"fc{k}": [evidence._rounded(x) for x in rng.normal(50, 9, 20)] for k in range(10)
+            }
+        }
+        for i in range(300)
+    }
+    file = evidence.write(Evidence(NAME, "digits", {}, {}, [], {}, known))
+    assert file.stat().st_size < 700_000, "3,000 numbers of 20 runs, which is what a whole series has on one dataset"
+    assert json.loads(file.read_text())["measured"] == known
