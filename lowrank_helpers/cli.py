@@ -150,7 +150,6 @@ def run(
 @click.option("--tls-cert", type=CERTIFICATE, help="This client's certificate, for tls://.")
 @click.option("--tls-key", type=CERTIFICATE, help="This client's key, for tls://.")
 @click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
-@click.option("--record", "recorded", is_flag=True, help="Copy table and page to reports/reference/sweeps/.")
 def sweep(
     notebooks: tuple[str, ...],
     axes: tuple[str, ...],
@@ -163,7 +162,6 @@ def sweep(
     tls_cert: Path | None,
     tls_key: Path | None,
     resume: bool,
-    recorded: bool,
 ) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
@@ -188,14 +186,8 @@ def sweep(
         points = sweeps.points(definition)
     except ParameterError as error:
         _fail(str(error))
-    name = file.stem if file else "sweep"
-    output = output or PROJECT / "reports" / "sweeps" / name
+    output = output or PROJECT / "reports" / "sweeps" / (file.stem if file else "sweep")
     _sweep(definition, points, output, resume, cluster.connected(scheduler, workers=workers, tls=tls))
-    if recorded:
-        from lowrank_helpers.report import sweep_pages
-
-        sweep_pages.publish(output, PROJECT / "reports" / "reference" / "sweeps" / name)
-        click.echo(f"Recorded in reports/reference/sweeps/{name}/.")
 
 
 @main.command()
