@@ -3,7 +3,6 @@
 import base64
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from lowrank_helpers.statistics import interval
 
 COLUMNS = ("point", "notebook", "claim", "kind", "quantity", "label", "value", "dataset", "device", "precision")
 REPLICATES = "seed"  # the axis that intervals are over
-DECADE = 10  # a numeric axis that spans more is logarithmic
 PANEL = (6.4, 3.4)  # inches
 
 
@@ -85,9 +83,9 @@ def table(gathered: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
                 for quantity, values in claim[kind].items()
                 for label, value in values.items()
             ]
-    names = dict.fromkeys(itertools.chain(COLUMNS, *rows))
-    frame = pd.DataFrame(rows, columns=list(names)).map(lambda x: as_text(x) if isinstance(x, (list, dict)) else x)
-    return frame.convert_dtypes().astype({"label": "string", "value": float})
+    frame = pd.DataFrame(rows, columns=list(dict.fromkeys(itertools.chain(COLUMNS, *rows))))
+    texts = frame.map(lambda x: as_text(x) if isinstance(x, (list, dict)) else x)
+    return texts.convert_dtypes().astype({"label": "string", "value": float})
 
 
 def _chapters(numbers: pd.DataFrame, gathered: Mapping[str, Any], sweep: Sweep) -> dict[str, dict[str, Any]]:
@@ -99,8 +97,11 @@ def _chapters(numbers: pd.DataFrame, gathered: Mapping[str, Any], sweep: Sweep) 
         if shown.claim not in chapters:
             claims = [each["claims"][shown.claim] for each in gathered.values() if shown.claim in each["claims"]]
             holds = [claim["holds"] for claim in claims if claim["holds"] is not None]
-            counted = f"It holds at {sum(holds)} of {len(holds)} points." if holds else ""
-            chapters[shown.claim] = {"claim": next(iter(claims), {}), "holds": counted, "sections": []}
+            chapters[shown.claim] = {
+                "sentence": claims[0]["sentence"] if claims else "",
+                "holds": holds,
+                "sections": [],
+            }
         chapters[shown.claim]["sections"].append(_section(numbers, shown, sweep))
     return chapters
 
@@ -112,11 +113,12 @@ def _section(numbers: pd.DataFrame, shown: Shown, sweep: Sweep) -> dict[str, Any
     values = values[values["label"].eq(shown.label)] if shown.label else values
     if values.empty:
         return {"title": title}
-    values = values.dropna(axis="columns", how="all")  # such as parameters of other notebooks
     labels = pd.to_numeric(values["label"], errors="coerce")
     values = values if labels.isna().any() else values.assign(label=labels)
-    labelled = ["label"] if len(set(values["label"])) > 1 else []
-    x, *others = [name for name in sweep.grid if name in values and name != REPLICATES] + labelled or ["dataset"]
+    known = values.dropna(axis="columns", how="all")  # without parameters of other notebooks
+    axes = [name for name in sweep.grid if name in known and name != REPLICATES]
+    axes += ["label"] if len(set(values["label"])) > 1 else []
+    x, *others = axes or ["dataset"]
     colours = values[others].astype(str).agg(", ".join, axis="columns") if others else None
     with plots.style():
         png, width, height = plots.drawn(_figure(values[x], values["value"], colours, title))
@@ -135,7 +137,7 @@ def _figure(x: pd.Series, values: pd.Series, colours: pd.Series | None, title: s
     figure, ax = plots.panels(panel=PANEL)
     style = {"linestyle": "-", "native_scale": True} if numeric else {"linestyle": "none", "dodge": colours is not None}
     sns.pointplot(x=x, y=values, hue=colours, errorbar=_limits, markersize=4, linewidth=1.5, ax=ax, **style)
-    if numeric and 0 < DECADE * x.min() < x.max():
+    if numeric and 0 < 10 * x.min() < x.max():  # more than a decade
         ax.set_xscale("log")
     ax.set(xlabel=_words(str(x.name)), ylabel=title)
     if colours is not None:
@@ -144,9 +146,8 @@ def _figure(x: pd.Series, values: pd.Series, colours: pd.Series | None, title: s
 
 
 def _limits(values: pd.Series) -> tuple[float, float]:
-    """Return the limits of Student's interval as seaborn draws them: none for one value."""
     found = interval(values)
-    return (found.low, found.high) if found.n > 1 else (math.nan, math.nan)
+    return found.low, found.high  # of one value they are infinite, and not drawn
 
 
 def _words(column: str) -> str:
