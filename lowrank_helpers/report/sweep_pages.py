@@ -97,11 +97,8 @@ def _chapters(numbers: pd.DataFrame, gathered: Mapping[str, Any], sweep: Sweep) 
         if shown.claim not in chapters:
             claims = [each["claims"][shown.claim] for each in gathered.values() if shown.claim in each["claims"]]
             holds = [claim["holds"] for claim in claims if claim["holds"] is not None]
-            chapters[shown.claim] = {
-                "sentence": claims[0]["sentence"] if claims else "",
-                "holds": holds,
-                "sections": [],
-            }
+            sentence = claims[0]["sentence"] if claims else ""
+            chapters[shown.claim] = {"sentence": sentence, "holds": holds, "sections": []}
         chapters[shown.claim]["sections"].append(_section(numbers, shown, sweep))
     return chapters
 
@@ -115,8 +112,7 @@ def _section(numbers: pd.DataFrame, shown: Shown, sweep: Sweep) -> dict[str, Any
         return {"title": title}
     labels = pd.to_numeric(values["label"], errors="coerce")
     values = values if labels.isna().any() else values.assign(label=labels)
-    known = values.dropna(axis="columns", how="all")  # without parameters of other notebooks
-    axes = [name for name in sweep.grid if name in known and name != REPLICATES]
+    axes = [name for name in sweep.grid if name != REPLICATES and name in values and values[name].notna().any()]
     axes += ["label"] if len(set(values["label"])) > 1 else []
     x, *others = axes or ["dataset"]
     colours = values[others].astype(str).agg(", ".join, axis="columns") if others else None
