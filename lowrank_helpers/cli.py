@@ -176,7 +176,6 @@ def run(
     help="The sweep's folder, reports/sweeps/ and the file's name if not given: table, page, a run folder a point.",
 )
 @RESUME
-@click.option("--record", "record", is_flag=True, help="Copy table and page to reports/reference/sweeps/.")
 @_on_a_cluster
 def sweep(
     notebooks: tuple[str, ...],
@@ -185,7 +184,6 @@ def sweep(
     file: Path | None,
     output: Path | None,
     resume: bool,
-    record: bool,
     connection: AbstractContextManager["Client"],
 ) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
@@ -205,17 +203,13 @@ def sweep(
         points = sweeps.points(definition)
     except ParameterError as error:
         _fail(str(error))
-    name = file.stem if file else "sweep"
-    output = output or PROJECT / "reports" / "sweeps" / name
+    output = output or PROJECT / "reports" / "sweeps" / (file.stem if file else "sweep")
 
     def gather(folder: Path, failed: dict[str, str]) -> str:
         from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import
 
         sweep_pages.write(folder, definition, points, failed)
-        if not record:
-            return f"Open {os.path.relpath(output / 'index.html')}"
-        sweep_pages.publish(folder, PROJECT / "reports" / "reference" / "sweeps" / name)
-        return f"Recorded in reports/reference/sweeps/{name}/."
+        return f"Open {os.path.relpath(output / 'index.html')}"
 
     _sweep(points, output, resume, connection, gather)
 

@@ -5,8 +5,9 @@ apart. Importing this module changes no setting of Matplotlib's: a notebook's :c
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from itertools import cycle
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,19 @@ from lowrank_helpers.training import SCORED_EACH_TIME, History
 
 # Light blue before its turn: what is sixth otherwise looks like the second.
 PALETTE: tuple[str, ...] = tuple(sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 9, 5, 6, 7, 8))
+# One colour a kind of network in the whole series. Orange is low rank from the start.
+COLOURS = {
+    "dense": PALETTE[0],
+    "all weights": PALETTE[0],
+    "sufficient": PALETTE[1],
+    "from scratch": PALETTE[1],
+    "LoRA": PALETTE[1],
+    "published": PALETTE[2],
+    "narrow": PALETTE[3],
+    "tuned": PALETTE[4],
+    "distilled": PALETTE[5],
+    "pruned": PALETTE[6],
+}
 LINE_STYLES: dict[str, Any] = {"train": "--", "test": "-"}
 SPLIT_COLOURS = {"train": PALETTE[5], "test": PALETTE[0]}  # for bars, which have no line style
 PANEL = (4.2, 3.1)  # inches, width and height of one panel
@@ -51,6 +65,14 @@ def use_style() -> None:
 def style() -> AbstractContextManager:
     """Return a context in which figures have the series' style."""
     return plt.rc_context(STYLE)
+
+
+def colours(labels: Iterable[str]) -> dict[str, str]:
+    """Return a colour a label: that of its kind of network in ``COLOURS``, else the palette's next one that is free."""
+    labels = list(labels)
+    taken = {COLOURS[label] for label in labels if label in COLOURS}
+    free = cycle(colour for colour in PALETTE if colour not in taken)
+    return {label: COLOURS.get(label) or next(free) for label in labels}
 
 
 def panels(
@@ -97,26 +119,27 @@ def learning_curves(histories: Mapping[str, History], *, against: str = "epoch",
     Parameters
     ----------
     histories : mapping of str to History
-        By label; each has one colour.
+        By label; each has one colour, as :func:`colours` gives it.
     against : {"epoch", "seconds"}
         The horizontal axis: epochs, or seconds of training without evaluation.
     log_loss : bool
         Logarithmic loss axis, where the training loss gets tiny.
     """
     figure, axes = panels(2)
-    for colour, history in zip(PALETTE, histories.values(), strict=False):
+    colour = colours(histories)
+    for label, history in histories.items():
         shown = slice(0 if len(history.epochs) == 2 else 1, None)
         x = (history.epochs if against == "epoch" else history.seconds)[shown]
         for split, style in LINE_STYLES.items():
-            axes[0].plot(x, history.loss[split][shown], style, color=colour)
-            axes[1].plot(x, [100 * share for share in history.accuracy[split][shown]], style, color=colour)
+            axes[0].plot(x, history.loss[split][shown], style, color=colour[label])
+            axes[1].plot(x, [100 * share for share in history.accuracy[split][shown]], style, color=colour[label])
     for ax, title in zip(axes, ("Loss", "Accuracy"), strict=True):
         ax.set(xlabel="epoch" if against == "epoch" else "training time (s)", title=title)
         if against == "epoch":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(ylabel="cross-entropy (nats)", yscale="log" if log_loss else "linear")
     axes[1].set(ylabel="accuracy (%)")
-    lines = [plt.Line2D([], [], color=colour) for colour, _ in zip(PALETTE, histories, strict=False)]
+    lines = [plt.Line2D([], [], color=colour[label]) for label in histories]
     styles = [plt.Line2D([], [], color="black", linestyle=line) for line in LINE_STYLES.values()]
     sampled = any("train" in history.whole for history in histories.values())
     train = f"train\n({SCORED_EACH_TIME:,} images)" if sampled else "train"

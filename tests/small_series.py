@@ -10,13 +10,13 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, results
 
-PARAMETERS = 'dataset = "digits"\nseed = 3'
+PARAMETERS = 'dataset = "digits"\ndata_dir = ""\nseed = 3\ndevice = "cpu"\nprecision = "float32"\nrecipes = {}'
 SETUP = (
     "import pandas as pd\n"
     "from lowrank_helpers import models, plots\n"
     "from lowrank_helpers.report import panel\n"
     "from lowrank_helpers.series.run import Run\n"
-    'run = Run("{name}", dataset=dataset, data_dir="", seed=seed, device="cpu", precision="float32")'
+    'run = Run("{name}", globals())'
 )
 THEORY = r"""## Theory
 
@@ -35,11 +35,13 @@ Next: [overfitting](04_overfit.ipynb).
 TABLE = 'pd.DataFrame({f"a long column name {i}": [i, 2 * i] for i in range(12)})'
 FIGURE = 'figure, axes = plots.panels()\naxes.plot([3, 2, 1])\nplots.show(figure, alt="A line that <falls>", key="3.1")'
 PANEL = "panel.explore(models.mlp([784, 32, 16, 10], seed=seed), run.data.splits())"
-FINDING = (
-    'run.finding("3.1", "The average rank is **{average_numerical_rank:.1f}**, $r<n$.", met=True,'
-    " average_numerical_rank=19.0, average_full_rank=21.0)"
-)
-PART = 'run.finding("3.1/spread", "Over seeds it varies by {spread:.0%}.", met=False, spread=0.25)'
+CLAIM = """run.claim(
+    "3.1",
+    "The average rank is full, $r<n$.",
+    holds=True,
+    measured={"rank, averaged over the layers": {"full": 21.0, "numerical": 19.0}},
+)"""
+PART = 'run.claim("3.1/spread", "Seeds do not matter.", holds=False, measured={"spread (%)": 25})'
 
 
 def rank_notebook() -> NotebookNode:
@@ -51,7 +53,7 @@ def rank_notebook() -> NotebookNode:
         new_code_cell(FIGURE),
         new_code_cell("for line in range(60):\n    print(line)"),
         new_markdown_cell("## Answers"),
-        new_code_cell(FINDING),
+        new_code_cell(CLAIM),
         new_code_cell(PART),
         new_code_cell(PANEL),
     )

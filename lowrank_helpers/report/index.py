@@ -3,7 +3,7 @@
 import base64
 import io
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,21 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from lowrank_helpers.series import evidence
-from lowrank_helpers.series.claims import Claim, standing, table
+from lowrank_helpers.series.claims import Claim, Standing, standing, table
 from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
 THUMBNAIL = (840, 720)  # pixels at most; shown at half that, so crisp at 200 %
 THUMBNAIL_COLOURS = 128
 
-Figure = dict[str, Any]
+CONDITIONS = {  # what the index says of a run's environment, by label
+    "Dataset": "dataset",
+    "Device": "device",
+    "Matrix products in": "precision",
+    "Threads": "threads",
+    "Git revision": "revision",
+    "Python": "python",
+}
 
 
 def render(folder: Path, results: Mapping[str, Any]) -> None:
@@ -35,9 +42,7 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
     results : mapping
         What :func:`lowrank_helpers.series.results.gather` returned for this folder.
     """
-    from lowrank_helpers.report import (
-        pages,  # here: nbconvert takes seconds to import, which a refusal need not wait for
-    )
+    from lowrank_helpers.report import pages  # here: nbconvert takes seconds to import, too long for a refusal
 
     notebooks = _executed(folder, results["notebooks"])
     for name, notebook in notebooks.items():
@@ -64,26 +69,24 @@ def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:
 def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template of the index shows."""
     runs = results["notebooks"]
-    claims = {id: _shown(id, filed, runs) for id, filed in results["claims"].items()}
+    claims = {id: _shown(id, filed, runs[filed["notebook"]]) for id, filed in results["claims"].items()}
+    figures = {item: figure for notebook in notebooks.values() for item, figure in _key_figures(notebook).items()}
     assignment = _assignment()
-    figures: dict[str, Figure] = {}
-    for notebook in notebooks.values():
-        figures |= _key_figures(notebook)
-
-    def chapters(items: Iterable[Mapping[str, str]]) -> dict[str, list[dict[str, Any]]]:
-        by_notebook: dict[str, list[dict[str, Any]]] = {}
-        for item in items:
-            by_notebook.setdefault(item["notebook"], []).append({**item, **_answer(item, claims, runs, figures)})
-        return by_notebook
-
-    conditions = _conditions(runs) | _duration(results)
+    items, beyond = (
+        [item | _answer(item, claims, runs) | {"figure": figures.get(item["id"])} for item in assignment[part]]
+        for part in ("items", "beyond")
+    )
+    took = {"The run took": f"{results['seconds']:.0f} s"} if results["seconds"] else {}
+    ran_on = conditions(filed(runs)) | took
     return {
-        "chapters": chapters(assignment["items"]),
-        "beyond": chapters(assignment["beyond"]),
-        "conditions": conditions,
+        "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
+        "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
         "headline": [number | _headline(number, results["claims"]) for number in assignment["headline"]],
-        "rules": [rule | {"kept": rule["kept"].format(device=conditions["Device"])} for rule in assignment["rules"]],
-        "pages": list(notebooks),
+        "items": items,
+        "beyond": beyond,
+        "rules": [rule | {"kept": rule["kept"].format(device=ran_on["Device"])} for rule in assignment["rules"]],
+        "conditions": ran_on,
+        "names": list(notebooks),
         "notebooks": runs,
         "time": _time(runs),
         "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
@@ -92,65 +95,60 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
 
 
 @cache
-def _assignment() -> dict[str, list[dict[str, str]]]:
+def _assignment() -> dict[str, Any]:
     return yaml.safe_load(ASSIGNMENT.read_text())
 
 
-def _shown(id: str, filed: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the index shows of a claim: its sentence, how it stands, its numbers, and where its evidence is."""
-    run = runs[filed["notebook"]]
     claim = Claim.from_json({name: value for name, value in filed.items() if name != "notebook"})
     recorded = evidence.quoted(filed["notebook"], run["environment"]["dataset"], run["parameters"])
     holds, measured = recorded.of(id) if recorded else ([], {})
     stands = standing(claim, holds, measured)
-    href = f"{filed['notebook']}.html#claim-{id}"
     return {
-        "id": id,
+        "claim": id,
         "sentence": claim.sentence,
-        "holds": claim.holds,
-        "settled": stands.settled,
+        "badge": _badge(claim, stands),
         "stands": stands.text,
         "table": table(claim, measured),
-        "href": href,
+        "href": f"{filed['notebook']}.html#claim-{id}",
     }
 
 
-def _answer(
-    item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[str, Any], figures: Mapping[str, Figure]
-) -> dict[str, Any]:
-    """Return an item's claim with its parts and its figure, or why there is none."""
+def _badge(claim: Claim, stands: Standing) -> str:
+    """Say in few words how a claim stands. What the recorded runs leave open comes before what this run says."""
+    if stands.settled is False:
+        return "not settled"
+    if claim.holds is False:
+        return "does not hold"
+    return "settled" if stands.settled else "this run alone"
+
+
+def _answer(item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an item's claim with its parts, or why there is none."""
     parts = [claim for id, claim in claims.items() if id.startswith(f"{item['id']}/")]
-    if item["id"] not in claims:
-        status = runs.get(item["notebook"], {}).get("status", "not run")
-        reason = {"failed": "its notebook failed", "not run": "its notebook was not run"}
-        return {"parts": parts, "absence": f"No answer: {reason.get(status, 'its notebook filed none')}."}
-    return claims[item["id"]] | {"parts": parts, "figure": figures.get(item["id"])}
+    status = runs.get(item["notebook"], {}).get("status", "not run")
+    reason = {"failed": "its notebook failed", "not run": "its notebook was not run"}
+    absent = {"absence": f"No answer: {reason.get(status, 'its notebook filed none')}."}
+    return claims.get(item["id"], absent) | {"parts": parts}
 
 
 def _headline(number: Mapping[str, str], claims: Mapping[str, Any]) -> dict[str, str]:
     """Return a number of the strip as text, and where it was measured; a dash where it was not."""
-    claim = claims.get(number["claim"])
-    value = claim and (claim["measured"] | claim["timings"]).get(number["quantity"], {}).get(number.get("of", ""))
+    claim = claims.get(number["claim"], {"measured": {}, "timings": {}})
+    value = (claim["measured"] | claim["timings"]).get(number["quantity"], {}).get(number.get("of", ""))
     if value is None:
         return {"text": "–"}
     return {"text": number["format"].format(value), "href": f"{claim['notebook']}.html#claim-{number['claim']}"}
 
 
-def _conditions(runs: Mapping[str, Any]) -> dict[str, str]:
-    """Say what the results were made on; where notebooks differ, all that there is."""
-    those = filed(runs)
-    versions = (f"{library} {number}" for run in those for library, number in run["environment"]["versions"].items())
-    return {
-        "Dataset": environment(those, "dataset"),
-        "Seed": together(run["parameters"]["seed"] for run in those),
-        "Device": environment(those, "device"),
-        "Matrix products in": environment(those, "precision"),
-        "Threads": environment(those, "threads"),
-        "Started": min((run["environment"]["started"] for run in those), default="–").replace("T", " "),
-        "Git revision": environment(those, "revision"),
-        "Python": environment(those, "python"),
-        "Versions": together(versions),
-    }
+def conditions(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Say what runs were made on; where they differ, all that there is, and a dash where there is nothing."""
+    values = {label: [run["environment"][name] for run in runs] for label, name in CONDITIONS.items()}
+    values["Seed"] = [run["parameters"]["seed"] for run in runs]
+    values["Started"] = sorted(run["environment"]["started"].replace("T", " ") for run in runs)[:1]
+    values["Versions"] = [" ".join(each) for run in runs for each in run["environment"]["versions"].items()]
+    return {label: ", ".join(dict.fromkeys(map(str, each))) or "–" for label, each in values.items()}
 
 
 def filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -161,16 +159,6 @@ def filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
 def stand_in(runs: Iterable[Mapping[str, Any]]) -> bool:
     """Say whether digits stand in for MNIST, which could not be had."""
     return any(run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in runs)
-
-
-def environment(runs: Iterable[Mapping[str, Any]], name: str) -> str:
-    """Say what runs were made on; where they differ, all that there is."""
-    return together(run["environment"][name] for run in runs)
-
-
-def together(values: Iterable[Any]) -> str:
-    """Write each of some values once; a dash where there are none."""
-    return ", ".join(dict.fromkeys(map(str, values))) or "–"
 
 
 def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,18 +172,14 @@ def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _duration(results: Mapping[str, Any]) -> dict[str, str]:
-    return {} if results["seconds"] is None else {"The run took": f"{results['seconds']:.0f} s"}
-
-
-def _key_figures(notebook: NotebookNode) -> dict[str, Figure]:
+def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:
     """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     marked = [(output.get("metadata", {}).get("lowrank", {}).get("figure"), output) for output in outputs]
     return {item: _thumbnail(output) for item, output in marked if item}
 
 
-def _thumbnail(output: NotebookNode) -> Figure:
+def _thumbnail(output: NotebookNode) -> dict[str, Any]:
     image = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
     image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

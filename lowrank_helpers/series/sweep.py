@@ -40,16 +40,11 @@ class PointError(Exception):
 
 @dataclass(frozen=True)
 class Shown:
-    """What a figure draws: a number of a finding, or its share of another number of the same finding.
+    """What a figure draws: a quantity of a claim, at one label or, where none is named, at all of them."""
 
-    Where the number is one of a mapping, ``keys`` says in a word what its keys are.
-    """
-
-    finding: str
+    claim: str
     quantity: str
     label: str = ""
-    per: str = ""
-    keys: str = ""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def test_formulas_take_the_room_that_they_need(browser, small_report):
 def test_a_link_of_the_index_reaches_its_cell(browser, small_report):
     with opened(browser, small_report / "index.html") as page:
         page.get_by_role("link", name="Evidence for 3.1", exact=True).click()
-        cell = page.locator("[id='finding-3.1']")
+        cell = page.locator("[id='claim-3.1']")
         expect(cell).to_be_in_viewport()
         expect(cell).to_contain_text("The average rank is")
         assert page.evaluate("scrollY") > 0

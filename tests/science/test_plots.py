@@ -1,6 +1,7 @@
-"""What learning curves show of a training."""
+"""What learning curves show of a training, and which colours networks have."""
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from lowrank_helpers import plots
@@ -13,18 +14,40 @@ def history(*accuracies):
     return History(epochs=list(range(len(accuracies))), loss=scores, accuracy=scores, seconds=[0.0] * len(accuracies))
 
 
-def first_line(*accuracies):
-    """Return the accuracies drawn of one training, in percent."""
-    figure = plots.learning_curves({"network": [history(*accuracies)]})
-    try:
-        return list(figure.axes[1].lines[0].get_ydata())
-    finally:
-        plt.close(figure)
+@pytest.fixture
+def curves():
+    yield plots.learning_curves
+    plt.close("all")
 
 
-def test_curves_begin_after_the_start():
-    assert first_line(0.1, 0.9, 0.95) == pytest.approx([90, 95])
+@pytest.mark.parametrize(
+    ("accuracies", "drawn"),
+    [((0.1, 0.9, 0.95), [90, 95]), ((0.8, 0.9), [80, 90])],
+    ids=["from the first epoch on", "one epoch from its start on"],
+)
+def test_accuracy_is_drawn_in_percent(curves, accuracies, drawn):
+    axes = curves({"network": history(*accuracies)}).axes
+    assert list(axes[1].lines[0].get_ydata()) == pytest.approx(drawn)
 
 
-def test_a_training_of_one_epoch_is_a_line_from_its_start():
-    assert first_line(0.8, 0.9) == pytest.approx([80, 90])
+def test_a_kind_of_network_has_one_colour_in_every_figure(curves):
+    figure = curves({"MLP": history(0.1, 0.9, 0.95), "dense": history(0.1, 0.8, 0.9)})
+    train, test, *_ = lines = figure.axes[0].lines
+    assert [line.get_color() for line in lines[2:]] == [plots.COLOURS["dense"]] * 2
+    assert train.get_color() == test.get_color() != plots.COLOURS["dense"]
+    assert (train.get_linestyle(), test.get_linestyle()) == ("--", "-")
+
+
+def test_labels_that_are_no_kind_of_network_have_colours_of_their_own():
+    given = plots.colours(["published", *map(str, range(9))])
+    assert len(set(given.values())) == 10
+    assert len(plots.colours(map(str, range(20)))) == 20
+
+
+def test_band_reaches_from_the_least_to_the_most_that_recorded_runs_measured(curves):
+    _, ax = plt.subplots()
+    plots.band(ax, pd.DataFrame(), "red")
+    assert not ax.collections, "nothing is recorded"
+    plots.band(ax, pd.DataFrame({1.0: [3, 5], 2.0: [4, 9]}), "red")
+    points = ax.collections[0].get_paths()[0].vertices
+    assert {tuple(map(float, point)) for point in points} == {(1, 3), (1, 5), (2, 4), (2, 9)}

@@ -1,14 +1,15 @@
 """Sweeps without a cluster: what a grid means and what is refused, the table, the intervals and the page."""
 
 import json
-import math
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 from click.testing import CliRunner
+from matplotlib import pyplot as plt
 from scipy import stats
 
 from lowrank_helpers import cli
@@ -44,13 +45,13 @@ def test_grid_values(text, values):
 
 def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares():
     grid = {"activation": ["relu", "tanh"], "seed": [0, 1, 2]}
-    points = sweep.points(Sweep(["02_train", "05_approximate"], grid, {"epochs": 1}))
+    points = sweep.points(Sweep(["01_data", "02_train"], grid, {"device": "cpu"}))
     assert [point.setting for point in points] == [
         {"activation": activation, "seed": seed} for activation in ("relu", "tanh") for seed in range(3)
     ]
     assert points[4].planned == {
-        "02_train": {"activation": "tanh", "seed": 1, "epochs": 1},
-        "05_approximate": {"activation": "tanh", "seed": 1},
+        "01_data": {"seed": 1, "device": "cpu"},
+        "02_train": {"activation": "tanh", "seed": 1, "device": "cpu"},
     }
 
 
@@ -76,12 +77,12 @@ def test_point_names_can_be_read_told_apart_and_used_as_folders(tmp_path):
 def test_command_line_goes_over_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
-        "notebooks: [03_rank]\ngrid: {seed: 0..2, activation: [relu]}\nparameters: {epochs: 1, n_seeds: 1}\n"
+        "notebooks: [03_rank]\ngrid: {seed: 0..2, activation: [relu]}\nparameters: {epochs: 1, device: cpu}\n"
     )
     read = sweep.read(file)
     assert read.grid == {"seed": [0, 1, 2], "activation": ["relu"]}
     over = read.over(["02_train"], {"epochs": [1, 2]}, {"seed": 5})
-    assert over == Sweep(["02_train"], {"activation": ["relu"], "epochs": [1, 2]}, {"n_seeds": 1, "seed": 5})
+    assert over == Sweep(["02_train"], {"activation": ["relu"], "epochs": [1, 2]}, {"device": "cpu", "seed": 5})
     assert read.over([], {}, {}) == read
 
 
@@ -97,7 +98,7 @@ def test_command_line_goes_over_file(tmp_path):
         (["-g", "seed=1,2,1"], ["seed", "1 more than once"]),
         (["-g", "sed=0..3"], ["'sed'", "seed"]),
         (["-g", "activation=relu,swish"], ["'swish'", "relu, tanh"]),
-        (["-g", "seed=0..3", "-p", "epochs", "0"], ["epochs", "at least 1"]),
+        (["-g", "seed=0..3", "-p", "device", "gpu"], ["device", "one of auto, cpu, cuda, mps"]),
         (["-g", "seed=0..3", "-p", "seed", "1"], ["seed", "both fixed and in the grid"]),
         (["-g", "seed=[1"], ["not YAML"]),
         (["99_nothing", "-g", "seed=0..3"], ["'99_nothing'", "02_train"]),
@@ -122,8 +123,8 @@ def test_a_bad_sweep_is_refused_before_anything_starts(arguments, named, tmp_pat
         "grid: {seed: 3}",
         "grid: {seed: null}",
         "colour: red",
-        "show: [{finding: '3.1'}]",
-        "show: [{finding: '3.1', quantity: stable, colour: red}]",
+        "show: [{claim: '3.1'}]",
+        "show: [{claim: '3.1', quantity: stable, colour: red}]",
         "grid: {seed: 0..1}\nparameters: {seed: 3}",
         "grid: [",
     ],
@@ -146,28 +147,27 @@ def test_shipped_sweeps_are_allowed_and_show_what_their_notebooks_file(file):
         (PROJECT / "notebooks" / f"{name}.ipynb").read_text() for name in definition.notebooks or notebook_names()
     )
     for shown in definition.show:
-        assert f'\\"{shown.finding}\\",' in sources
-        assert f"{shown.quantity}=" in sources
+        assert f'\\"{shown.claim}\\",' in sources
+        assert f'\\"{shown.quantity}\\"' in sources
 
 
 def _gathered(seed, activation, scale=1.0):
     """Return what a point's ``results.json`` holds."""
-    environment = {"dataset": "digits", "device": "cpu", "precision": "float32", "threads": 1, "revision": "abc"}
+    environment = {
+        "dataset": "digits", "device": "cpu", "precision": "float32", "threads": 1, "revision": "abc",
+        "started": "2026-01-01T00:00:00", "python": "3", "versions": {},
+    }  # fmt: skip
     given = {"dataset": "auto", "data_dir": "/data", "seed": seed, "activation": activation, "widths": [784, 16, 10]}
-    values = {
-        "rank": 10.0 * scale + seed,
-        "of": 100,
-        "share": {"relu": 0.5, "tanh": None},
-        "curve": [1, 2],
-        "word": "high",
-        "all": True,
+    numbers = {
+        "measured": {"rank": {"": 10.0 * scale + seed}, "share": {"relu": 0.5, "tanh": None}},
+        "series": {"error": {"1": 0.9, "2": 0.5}},
+        "timings": {"seconds": {"": 0.5}},
     }
+    claim = {"notebook": "03_rank", "sentence": "Ranks are <low>.", "holds": seed < 10}
+    part = {"measured": {"hidden": {"": 1}}, "series": {}, "timings": {}}
     return {
         "notebooks": {"03_rank": {"parameters": given, "environment": environment}},
-        "findings": {
-            "3.1": {"notebook": "03_rank", "met": True, "values": values, "timings": {"seconds": 0.5, "when": "now"}},
-            "3.1/part": {"notebook": "03_rank", "met": None, "values": {"hidden": 1}, "timings": {}},
-        },
+        "claims": {"3.1": claim | numbers, "3.1/part": claim | {"holds": None} | part},
     }
 
 
@@ -185,19 +185,15 @@ def swept(tmp_path):
 
 def test_table_has_a_row_a_number_and_parameters_as_columns():
     table = sweep_pages.table({"one": _gathered(0, "relu"), "two": _gathered(1, "tanh")})
-    first = table[table["point"] == "one"]
-    found = first[first["finding"] == "3.1"].set_index("quantity")
-    assert dict(found["value"]) == {
-        "met": 1.0,
-        "rank": 10.0,
-        "of": 100.0,
-        "share.relu": 0.5,
-        "curve.0": 1.0,
-        "curve.1": 2.0,
-        "all": 1.0,
-        "seconds": 0.5,
+    found = table[table["point"].eq("one") & table["claim"].eq("3.1")].fillna({"label": ""})
+    found = found.set_index(["kind", "quantity", "label"])["value"]
+    assert found.dropna().to_dict() == {
+        ("measured", "rank", ""): 10.0,
+        ("measured", "share", "relu"): 0.5,
+        ("series", "error", "1"): 0.9,
+        ("series", "error", "2"): 0.5,
+        ("timings", "seconds", ""): 0.5,
     }
-    assert list(found.index[found["timed"]]) == ["seconds"]
     assert set(table["seed"]) == {0, 1} and pd.api.types.is_integer_dtype(table["seed"])
     assert set(table["widths"]) == {"784-16-10"}
     assert set(table["dataset"]) == {"digits"}, "what auto stood for"
@@ -206,25 +202,15 @@ def test_table_has_a_row_a_number_and_parameters_as_columns():
 
 def test_files_agree_and_are_the_same_each_time(swept):
     folder, definition, points = swept
-    sweep_pages.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
-    files = {name: (folder / name).read_bytes() for name in sweep_pages.FILES}
+    written = []
+    for _ in range(2):
+        sweep_pages.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
+        written.append({name: (folder / name).read_bytes() for name in ("index.html", "table.csv", "table.parquet")})
+    assert written[0] == written[1]
     parquet = pd.read_parquet(folder / "table.parquet")
     csv = pd.read_csv(folder / "table.csv").astype(parquet.dtypes.to_dict())
     pd.testing.assert_frame_equal(csv, parquet)
     assert list(parquet["point"].unique()) == [point.name for point in points[:-1]], "in the grid's order"
-    sweep_pages.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
-    assert {name: (folder / name).read_bytes() for name in sweep_pages.FILES} == files
-
-
-def test_interval_is_students():
-    values = pd.DataFrame({"x": ["a", "a", "a", "b"], "value": [1.0, 2.0, 6.0, 5.0]})
-    a, b = sweep_pages.intervals(values, ["x"]).to_dict("records")
-    assert (a["mean"], a["n"]) == (3, 3)
-    by_hand = 4.302653 * math.sqrt(7) / math.sqrt(3)  # t of 2 degrees of freedom, from a printed table
-    assert a["margin"] == pytest.approx(by_hand, rel=1e-6)
-    low, high = stats.t.interval(0.95, 2, loc=3, scale=stats.sem([1, 2, 6]))
-    assert (a["mean"] - a["margin"], a["mean"] + a["margin"]) == pytest.approx((low, high))
-    assert (b["mean"], b["n"]) == (5, 1) and math.isnan(b["margin"])
 
 
 def _page(swept, **changes):
@@ -238,36 +224,52 @@ def _rows(page, heading):
     return [[cell.text for cell in row.find_all(["th", "td"])] for row in section.find_next("tbody").find_all("tr")]
 
 
-def test_page_shows_every_number_of_items_with_intervals_and_says_what_failed(swept):
+def test_page_shows_what_items_measured_with_students_interval_and_says_what_failed(swept):
     page = _page(swept)
-    assert [heading.text for heading in page.find_all("h3")] == ["met", "rank", "of", "share", "curve", "all"]
-    margin = stats.t.ppf(0.975, 2) * stats.tstd([0, 1, 10]) / math.sqrt(3)
-    assert _rows(page, "rank")[0] == ["relu", f"{10 + 11 / 3:.5g}", f"± {margin:.2g}", "3"]
-    assert _rows(page, "rank")[1][0::3] == ["tanh", "2"], "of the third seed nothing is left"
-    assert _rows(page, "curve")[1][:3] == ["relu", "1", "2"], "a list's indices are series beside the grid's axis"
+    assert [heading.text for heading in page.find_all("h3")] == ["rank", "share"], "no part, no curve and no time"
+    low, high = stats.t.interval(0.95, 2, loc=10 + 11 / 3, scale=stats.sem([0, 1, 10]))
+    assert _rows(page, "rank")[0] == ["relu", f"{10 + 11 / 3:.5g}", f"{low:.5g} to {high:.5g}", "3"]
+    assert _rows(page, "rank")[1][::3] == ["tanh", "2"], "of the third seed nothing is left"
+    claim = page.select_one(".claim").text
+    assert "Ranks are" in claim and "It holds at 4 of 5 points." in claim
     assert "activation=tanh,seed=10 (03_rank: no <luck>)" in page.text
     assert "6, 1 failed" in page.text and "Not MNIST" in page.text
     for image in page.find_all("img"):
         assert image["src"].startswith("data:image/png;base64,") and image["alt"]
-    for cell in page.find_all("th"):
-        assert cell["scope"] in ("col", "row")
 
 
-def test_page_shows_what_the_sweep_says_and_a_share_of_another_number(swept):
-    shown = [Shown("3.1", "rank", "share of full", per="of"), Shown("3.1", "nothing")]
+def test_page_shows_what_the_sweep_says(swept):
+    shown = [Shown("3.1", "error", "2"), Shown("3.1", "error"), Shown("3.1", "nothing")]
     page = _page(swept, show=shown)
-    assert [heading.text for heading in page.find_all("h3")] == ["share of full", "nothing"]
-    assert _rows(page, "share of full")[0][1] == f"{(10 + 11 / 3) / 100:.5g}"
+    assert [heading.text for heading in page.find_all("h3")] == ["error: 2", "error", "nothing"]
+    assert [row[0] for row in _rows(page, "error: 2")] == ["relu", "tanh"]
+    assert [row[:2] for row in _rows(page, "error")][:2] == [["relu", "1"], ["relu", "2"]], (
+        "labels beside the grid's axis"
+    )
     assert "No point found a number of this name" in page.text
 
 
-def test_page_without_another_axis_than_the_seed_takes_the_quantitys_keys(swept):
+def test_page_without_another_axis_than_the_seed_takes_the_quantitys_labels(swept):
     folder, definition, points = swept
-    page = _page((folder, definition, points[:3]), grid={"seed": [0, 1, 10]}, show=[Shown("3.1", "curve")])
-    assert [row[0] for row in _rows(page, "curve")] == ["0", "1"]
+    page = _page((folder, definition, points[:3]), grid={"seed": [0, 1, 10]}, show=[Shown("3.1", "error")])
+    assert [row[0] for row in _rows(page, "error")] == ["1", "2"]
     page = _page((folder, definition, points[:1]), grid={"seed": [0]}, show=[Shown("3.1", "rank")])
     assert _rows(page, "rank") == [["digits", "10", "–", "1"]]
-    assert "there is no interval" in page.text
+
+
+def test_numbers_lie_along_a_scale_and_one_value_has_no_interval(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sweep_pages.plots, "panels", lambda **_: drawn.append(plt.subplots()) or drawn[-1])
+    x, values = pd.Series([1, 1, 100], name="rank_of"), pd.Series([1.0, 3.0, 5.0], name="value")
+    sweep_pages._figure(x, values, None, "error")
+    (figure, ax), *_ = drawn
+    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "rank of", "error")
+    means, interval, alone = ax.lines
+    assert (list(means.get_xdata()), list(means.get_ydata())) == ([1, 100], [2, 5])
+    assert tuple(interval.get_ydata()) == pytest.approx(stats.t.interval(0.95, 1, loc=2, scale=1))
+    assert not np.isfinite(alone.get_ydata()).any()
+    assert ax.get_ylim()[1] < 20
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("show", [[], [Shown("3.1", "rank")]])
@@ -276,10 +278,3 @@ def test_sweep_that_found_nothing_has_a_page_that_says_why(swept, show):
     page = _page((folder, definition, points[-1:]), show=show)
     assert "1, 1 failed" in page.text and "no <luck>" in page.text
     assert list(pd.read_csv(folder / "table.csv").columns) == list(sweep_pages.COLUMNS)
-
-
-def test_publish_takes_page_and_table_alone(swept, tmp_path):
-    folder, definition, points = swept
-    sweep_pages.write(folder, definition, points, {})
-    sweep_pages.publish(folder, tmp_path / "reference" / "mine")
-    assert {file.name for file in (tmp_path / "reference" / "mine").iterdir()} == set(sweep_pages.FILES)

@@ -160,7 +160,7 @@ def untimed(out: Path) -> pd.DataFrame:
     parquet = pd.read_parquet(out / "table.parquet")
     csv = pd.read_csv(out / "table.csv").astype(parquet.dtypes.to_dict())
     pd.testing.assert_frame_equal(csv, parquet)
-    return parquet[~parquet["timed"]].reset_index(drop=True)
+    return parquet[parquet["kind"].ne("timings")].reset_index(drop=True)
 
 
 @pytest.fixture(scope="module")
