@@ -202,11 +202,12 @@ def sweep(
 def record() -> None:
     """Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/."""
     try:
+        planned = execution.plan((), {})
         data.resolve("mnist")  # not digits in its place, which a run would take
-    except DatasetError as error:
+    except (ParameterError, DatasetError) as error:
         _fail(str(error), code=1)
     latest = PROJECT / "reports" / "latest"
-    _run(execution.plan((), {}), latest)
+    _run(planned, latest)
     execution.record(latest)
     index.publish(latest, PROJECT / "reports" / "reference")
     click.echo("Recorded in notebooks/ and reports/reference/.")
