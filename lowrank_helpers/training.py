@@ -254,6 +254,9 @@ def fit(
 ) -> History:
     """Train a network in place on ``data``'s training set, with its scores before, meanwhile and after.
 
+    All its layers are in training mode for the steps and in evaluation mode for the scores, and at the end each is in
+    the mode that it was given in.
+
     Parameters
     ----------
     model : nn.Module
@@ -291,7 +294,9 @@ def fit(
     pauses = {round((i + 1) * n_steps / n_scores) for i in range(n_scores)}
     history = History()
     steps = _steps_of(model, images, labels, recipe)
-    with tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden()) as bar:
+    shown = list(data.splits())[-1]  # "test" where there is one
+    bar = tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden())
+    with bar, _in_mode(model, training=True):
         _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
         clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         start, processor_start, processor_seconds = clock(), time.thread_time(), 0.0
@@ -309,7 +314,7 @@ def fit(
                     seconds = history.seconds[-1] + clock() - start
                     processor_seconds += time.thread_time() - processor_start
                     _record(history, model, scored, recipe.precision, epochs=step / steps_per_epoch, seconds=seconds)
-                    bar.set_postfix(test_accuracy=f"{history.accuracy['test'][-1]:.2%}")
+                    bar.set_postfix({f"{shown}_accuracy": f"{history.accuracy[shown][-1]:.2%}"})
                     start, processor_start = clock(), time.thread_time()
         _record_whole(
             history, model, {k: pair for k, pair in splits.items() if pair is not scored[k]}, recipe.precision
@@ -376,13 +381,29 @@ def _n_workers(device: torch.device) -> int:
 
 
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
-    """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share."""
+    """Return float32 logits (n, n_classes) for images (n, …), in batches; on the CPU each worker has its share.
+
+    The network answers in evaluation mode, and is left in the mode that it was given in.
+    """
     batches = images.split(EVALUATION_BATCH if images.device.type == "cpu" else EVALUATION_BATCH_GPU)
-    models = _copies(model, min(_n_workers(images.device), len(batches)))
-    size = math.ceil(len(batches) / len(models))
-    shares = [batches[first : first + size] for first in range(0, len(batches), size)]
-    works = [partial(_predict, own, share, precision) for own, share in zip(models, shares, strict=False)]
-    return torch.cat(side_by_side(works, images.device))
+    with _in_mode(model, training=False):
+        models = _copies(model, min(_n_workers(images.device), len(batches)))
+        size = math.ceil(len(batches) / len(models))
+        shares = [batches[first : first + size] for first in range(0, len(batches), size)]
+        works = [partial(_predict, own, share, precision) for own, share in zip(models, shares, strict=False)]
+        return torch.cat(side_by_side(works, images.device))
+
+
+@contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put all layers of a network into training or evaluation mode, and each back into its own at the end."""
+    modes = {layer: layer.training for layer in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
 
 
 def _copies(model: nn.Module, n: int) -> list[nn.Module]:
@@ -405,7 +426,7 @@ def _answers(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Score:
-    """Score a network on images (n, …) and labels: classes (n,), or their probabilities (n, n_classes).
+    """Score a network, in evaluation mode, on images (n, …) and labels: classes (n,) or probabilities (n, n_classes).
 
     Of probabilities, such as another network's answers, the likeliest class is the correct one.
     """

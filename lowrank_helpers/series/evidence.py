@@ -166,7 +166,7 @@ def _source(notebook: str) -> Path:
 
 def _code(notebook: str) -> dict[str, str]:
     """Return the digests of today's code under the names that claims are filed with."""
-    return {"source": digest.notebook(_source(notebook)), "package": digest.package()}
+    return {"source": digest.of_notebook(_source(notebook)), "package": digest.of_science()}
 
 
 def _code_of(environment: Mapping[str, Any]) -> dict[str, str]:

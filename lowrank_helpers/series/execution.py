@@ -20,7 +20,7 @@ from traitlets.config import Config
 
 from lowrank_helpers import data
 from lowrank_helpers.data import PROJECT
-from lowrank_helpers.series import kernels, parameters
+from lowrank_helpers.series import digest, kernels, parameters
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome, claims_file, read_claims, software
 from lowrank_helpers.series.settings import Settings
@@ -64,9 +64,14 @@ def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, 
     Raises
     ------
     ParameterError
-        A notebook is unknown, no chosen notebook declares a parameter, or a value is not allowed.
+        There are no notebooks, one is unknown, no chosen notebook declares a parameter, or a value is not allowed.
     """
     known = notebook_names()
+    if not known:
+        raise ParameterError(
+            f"there are no notebooks in {NOTEBOOK_FOLDER}, as an installed package has none: "
+            "run this in a clone of the project, where `pip install -e .` has installed it"
+        )
     if unknown := [name for name in names if name not in known]:
         raise ParameterError(f"notebook {unknown[0]!r} is unknown; allowed: {', '.join(known)}")
     chosen = [name for name in known if name in names or not names]
@@ -352,15 +357,13 @@ def _checksum(notebook: nbformat.NotebookNode) -> str:
 
 
 def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
-    """Hash what determines an executed notebook: its source and parameters, the package, and the libraries."""
-    cells = nbformat.read(notebook_path(name), as_version=4).cells
-    package = sorted((PROJECT / "lowrank_helpers").rglob("*.py"))
-    parts = [cell.source for cell in cells] + [path.read_text() for path in package]
-    made_with = [parts, dict(given), Settings.inherited().auto_dataset, software()["versions"]]
-    return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:32]
+    """Hash what determines an executed notebook: its text, which it shows, parameters, package and libraries."""
+    text = [cell.source for cell in nbformat.read(notebook_path(name), as_version=4).cells]
+    parts = [text, digest.of_package(), dict(given), Settings.inherited().auto_dataset, software()["versions"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def record(folder: Path) -> None:
+ef record(folder: Path) -> None:
     """Write the outputs of a run of the whole series back into ``notebooks/``."""
     for name in notebook_names():
         recorded = nbformat.read(notebook_path(name), as_version=4)

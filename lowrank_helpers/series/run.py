@@ -304,8 +304,8 @@ class Run:
                 "device": _device_name(self.device),
                 "precision": self.precision,
                 "threads": n_side_by_side(),
-                "source": digest.notebook(self._source),
-                "package": digest.package(),
+                "source": digest.of_notebook(self._source),
+                "package": digest.of_science(),
             }
             | software(),
             "seconds_by_kind": self._seconds_by_kind(),

@@ -4,32 +4,34 @@ One safetensors file a network: its weights, and in the file's header its histor
 checksum. Nothing is ever unpickled.
 """
 
-import ast
+import copy
 import hashlib
-import inspect
 import json
 import os
-import sys
+import random
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from threading import Event
-from types import ModuleType
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lowrank_helpers import data, models, training
 from lowrank_helpers.data import Dataset, checksum
-from lowrank_helpers.training import History, Recipe, fit
+from lowrank_helpers.series import digest
+from lowrank_helpers.series.digest import UnknownError
+from lowrank_helpers.training import History, Recipe, fit, products_in
 
 FORMAT = "1"
+PROBED = 8  # images to which a network answers for its key
 TEMPORARY = ".tmp"  # ending of files being written; a killed process leaves them behind
 
 
@@ -60,9 +62,10 @@ class Store:
 
         Where another process is at the same training, its end is waited for.
 
-        The key is made of the network's structure and weights before training, the data, the recipe, the code
-        that trains, PyTorch's version and the kind of device. So whatever start a network was given (random,
-        spectral, another network's factors), the same training happens once.
+        The key is made of all that decides it: the network's weights before training, its attributes, hooks and code
+        wherever that is defined, its first answers and gradients, the data, the recipe, the code that trains, PyTorch's
+        version and the kind of device. Where something cannot be known, such as an attribute that cannot be pickled, or
+        where training changes more of the network than its ``state_dict``, it is trained and not kept, with a warning.
 
         Returns
         -------
@@ -74,7 +77,11 @@ class Store:
         BusyError
             Another process is at the same training, and ``wait`` is false.
         """
-        key = _key(model, data, recipe, others or {})
+        try:
+            key, rest = _key(model, data, recipe, others or {}), _rest(model)
+        except UnknownError as error:
+            _warn(f"{label}: the network is trained and not kept, as {error}")
+            return fit(model, data, recipe, others=others, label=label, stop=stop)
         file = self.folder / f"{key}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / f".{key}.lock{TEMPORARY}"
@@ -83,7 +90,10 @@ class Store:
                 history = _stored(file, key, model)
                 if not history:
                     history = fit(model, data, recipe, others=others, label=label, stop=stop)
-                    _save(file, key, model, history)
+                    if _has_still(model, rest):
+                        _save(file, key, model, history)
+                    else:
+                        _warn(f"{label}: the network is not kept, as training changed more of it than its state_dict")
                 lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
                 return history
         except Timeout as error:
@@ -99,46 +109,73 @@ class UnusableError(Exception):
 
 
 def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, Dataset]) -> str:
-    digest = hashlib.sha256()
+    """Return the key of a training.
+
+    Raises
+    ------
+    UnknownError
+        It depends on something that cannot be known.
+    """
+    answers = _first_answers(model, data, recipe)
+    if answers != _first_answers(model, data, recipe):
+        raise UnknownError("it answers differently each time")
     parts = {
-        "structure": repr(model),
-        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "answers": answers,
+        "network": digest.of_objects(model),  # after its answers, as these may import something
         "data": data.fingerprint(),
         "others": {name: other.fingerprint() for name, other in others.items()},
         "recipe": asdict(recipe),
-        "code": _code_version(model),
+        "code": digest.of_objects(fit),
         "torch": torch.__version__,
+        "numbers": str(torch.get_default_dtype()),
         "device": data.train_images.device.type,
     }
-    digest.update(json.dumps(parts, sort_keys=True).encode())
-    digest.update(checksum(model.state_dict()).encode())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _code_version(model: nn.Module) -> str:
-    """Hash the code that decides what a training gives; PyTorch's layers are covered by its version.
+def _rest(model: nn.Module) -> str:
+    """Return a digest of all that a network is, but for the numbers that the store keeps of it."""
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UnknownError(f"{name} in its state_dict is no tensor")
+    return digest.of_objects(model, apart_from=state.values())
 
-    Of the module ``data`` that is the order of the samples: the data themselves are hashed.
+
+def _has_still(model: nn.Module, rest: str) -> bool:
+    with suppress(UnknownError):
+        return _rest(model) == rest
+    return False
+
+
+def _first_answers(model: nn.Module, data: Dataset, recipe: Recipe) -> str:
+    """Return a digest of what a network in training mode answers to a few images, and of the gradients.
+
+    They tell of much that neither its code nor its attributes do, such as random numbers that it draws. All is done to
+    a copy, and generators of random numbers are left as they were.
     """
-    defining = {type(layer).__module__ for layer in model.modules()}
-    ours = {name for name in defining if name.startswith("lowrank_helpers.")}
-    modules = [sys.modules[name] for name in sorted(ours | {models.__name__, training.__name__})]
-    sources = map(_source, [data.batches, data.epoch_generator, *modules])
-    return hashlib.sha256("".join(sources).encode()).hexdigest()
-
-
-@cache  # what was imported, even if the file changes under a running kernel
-def _source(code: Callable | ModuleType) -> str:
-    """Return what code does, without what it says: better words make no other network."""
-    tree = ast.parse(inspect.getsource(code))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+    # Tensors that a module has computed, as torch.nn.utils.prune's do, cannot be copied with the rest.
+    computed = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, Tensor)]
+    device = data.train_images.device
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (a network may draw from it)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), products_in(recipe.precision, device):
+            probed = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).train()
+            answers = probed(data.train_images[:PROBED].to(getattr(torch, recipe.precision), copy=True))
+            loss = F.cross_entropy(answers.float(), data.train_labels[:PROBED])
+            trained = [weight for weight in probed.parameters() if weight.requires_grad]
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)  # none is left on a weight
+        return checksum({str(i): value for i, value in enumerate([answers, *gradients]) if value is not None})
+    except Exception as error:
+        raise UnknownError(f"a copy of it does not answer ({type(error).__name__}: {error})") from error
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _save(file: Path, key: str, model: nn.Module, history: History) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Copies, as the format has no way to say that two names share a tensor.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     header = {"format": FORMAT, "key": key, "history": json.dumps(asdict(history))}
     write_atomically(file, save(tensors, metadata=header | {"seal": _seal(header, tensors)}))
 
@@ -156,8 +193,12 @@ def _stored(file: Path, key: str, model: nn.Module) -> History | None:
     try:
         return _load(file, key, model)
     except UnusableError as error:
-        warnings.warn(f"{file.name} in the store of networks {error}; trained again", stacklevel=4)
+        _warn(f"{file.name} in the store of networks {error}; trained again")
         return None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _load(file: Path, key: str, model: nn.Module) -> History:

@@ -4,7 +4,6 @@ A worker runs one point at a time, and the kernel that it starts takes as many t
 ``OMP_NUM_THREADS`` says.
 """
 
-import hashlib
 import math
 import os
 import platform
@@ -22,8 +21,7 @@ from urllib.parse import quote
 
 from distributed import Client, Future
 
-from lowrank_helpers.data import PROJECT
-from lowrank_helpers.series import execution, parameters, results
+from lowrank_helpers.series import digest, execution, parameters, results
 from lowrank_helpers.series.cluster import ClusterError, ended_of
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import software
@@ -314,11 +312,8 @@ class Ground:
 @cache
 def _installed() -> dict[str, str]:
     """Return the versions of all that decides what a point finds."""
-    files = [
-        *sorted((PROJECT / "lowrank_helpers").rglob("*.py")),
-        *map(execution.notebook_path, execution.notebook_names()),
-    ]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    notebooks = [digest.of_notebook(execution.notebook_path(name)) for name in execution.notebook_names()]
+    code = f"{digest.of_package()[:12]} {digest.of_cells(notebooks)[:12]}"
     return {"code and notebooks": code, "python": software()["python"], **software()["versions"]}
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,23 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from lowrank_helpers import quiet as quiet_module
 from lowrank_helpers import training
 from lowrank_helpers.data import epoch_generator
 from lowrank_helpers.dlrt import rank_adaptive
 from lowrank_helpers.factorization import factorize
 from lowrank_helpers.models import mlp
-from lowrank_helpers.training import History, Recipe, evaluate, fit, pick_device, pick_precision, predict, side_by_side
+from lowrank_helpers.training import (
+    History,
+    Recipe,
+    Score,
+    evaluate,
+    fit,
+    pick_device,
+    pick_precision,
+    predict,
+    side_by_side,
+)
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -202,6 +213,80 @@ def test_a_network_that_cannot_be_copied_is_scored_in_one_thread(digits, monkeyp
 def test_validation_is_scored_where_the_data_has_it(digits):
     assert "validation" not in fit(_model(), digits, Recipe(1, 500, 1e-3)).loss
     assert len(fit(_model(), digits.hold_out(), Recipe(1, 500, 1e-3)).loss["validation"]) == 2
+
+
+def test_data_without_a_test_set_can_be_trained_on(digits, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    nothing = torch.arange(0)
+    history = fit(_model(), digits.select(test=nothing), Recipe(1, 500, 1e-3))
+    assert set(history.accuracy) == {"train"} and len(history.accuracy["train"]) == 2
+    assert "validation" in fit(_model(), digits.hold_out().select(test=nothing), Recipe(1, 500, 1e-3)).accuracy
+
+
+def _normalised():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(_model(), torch.nn.BatchNorm1d(10))
+
+
+def test_steps_are_in_training_mode_and_scores_in_evaluation_mode(digits):
+    ours, theirs = _normalised().eval(), _normalised()
+    ours[0].train()  # a mode of its own, which it must come back in
+    recipe = Recipe(2, 100, 1e-3, scores_per_epoch=5)
+    history = fit(ours, digits, recipe)
+    _textbook(theirs.train(), digits, recipe, _no_penalty)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=2e-5)
+    assert [ours.training, ours[0].training, ours[1].training] == [False, True, False]
+    expected = theirs.eval()(digits.test_images).argmax(dim=1)
+    assert history.final("test").accuracy == pytest.approx((expected == digits.test_labels).float().mean().item())
+
+
+def test_scoring_moves_nothing_and_does_not_depend_on_the_mode(digits):
+    model = _normalised()
+    model[1].running_mean += 1
+    before = copy.deepcopy(model.state_dict())
+    scores = [evaluate(model.train(mode), digits.test_images, digits.test_labels) for mode in (True, False)]
+    assert scores[0] == scores[1]
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    model.train()
+    predict(model, digits.test_images)
+    assert all(layer.training for layer in model.modules())
+
+
+@pytest.mark.skipif(quiet_module.fcntl is None, reason="without flock nobody waits")
+def test_a_training_pauses_while_another_process_or_thread_times(digits, monkeypatch):
+    steps, stop = [], Event()
+    take = training._Steps.take
+    monkeypatch.setattr(training._Steps, "take", lambda *given, **rate: steps.append(1) or take(*given, **rate))
+    recipe = Recipe(10_000, 32, 1e-3, scores_per_epoch=0)
+    with ThreadPoolExecutor() as pool:
+        trained = pool.submit(fit, _model(), digits, recipe, stop=stop)
+        try:
+            while not steps:
+                time.sleep(0.01)
+            with quiet_module.quiet():
+                at_first = len(steps)
+                time.sleep(0.3)
+                assert len(steps) - at_first <= 1
+            time.sleep(0.01)
+        finally:
+            stop.set()
+        with pytest.raises(CancelledError):
+            trained.result()
+
+
+def test_time_spent_scoring_is_no_time_spent_training(digits, monkeypatch):
+    def slowly(*given):
+        end = time.thread_time() + 0.1
+        while time.thread_time() < end:
+            pass
+        return Score(0.0, 0.0)
+
+    monkeypatch.setattr(training, "evaluate", slowly)
+    before = training.spent["training"]
+    few = digits.select(train=torch.arange(100))
+    history = fit(_model(), few, Recipe(1, 10, 1e-3, scores_per_epoch=10))
+    assert history.evaluation_seconds > 2
+    assert history.seconds[-1] < 1 and training.spent["training"] - before < 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from scipy import stats
 from lowrank_helpers import cli
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.report import sweep_pages
-from lowrank_helpers.series import sweep
+from lowrank_helpers.series import execution, sweep
 from lowrank_helpers.series.execution import notebook_names
 from lowrank_helpers.series.parameters import declared
 from lowrank_helpers.series.sweep import Shown, Sweep
@@ -113,6 +113,17 @@ def test_a_bad_sweep_is_refused_before_anything_starts(arguments, named, tmp_pat
         assert part in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["run", "02_train"], ["sweep", "-g", "seed=0..1"], ["check"], ["record"]], ids=" ".join
+)
+def test_without_notebooks_a_command_says_what_is_missing_and_what_to_do(command, tmp_path, monkeypatch):
+    """As where the package is installed from a wheel."""
+    monkeypatch.setattr(execution, "NOTEBOOK_FOLDER", tmp_path / "notebooks")
+    result = CliRunner().invoke(cli.main, command)
+    assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit)
+    assert f"no notebooks in {tmp_path}" in result.output and "clone of the project" in result.output
 
 
 @pytest.mark.parametrize(

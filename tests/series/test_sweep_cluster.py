@@ -223,7 +223,7 @@ def test_failing_points_are_tried_twice_reported_once_and_stop_no_other(project,
 def test_worker_with_other_code_is_refused_by_name(project, cluster, tmp_path):
     other = Project(tmp_path / "other")
     with (other.folder / "lowrank_helpers" / "rank.py").open("a") as module:
-        module.write("# changed\n")
+        module.write("CHANGED = True\n")
     shown = finish(other.sweep("-g", "seed=0..1", "--scheduler", cluster.address, "-o", tmp_path / "out"), 1)
     assert "code and notebooks" in shown
     assert any(f"process {worker.pid} on " in shown for worker in cluster.workers)
