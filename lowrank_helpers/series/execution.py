@@ -363,7 +363,7 @@ def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-ef record(folder: Path) -> None:
+def record(folder: Path) -> None:
     """Write the outputs of a run of the whole series back into ``notebooks/``."""
     for name in notebook_names():
         recorded = nbformat.read(notebook_path(name), as_version=4)
