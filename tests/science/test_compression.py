@@ -257,7 +257,14 @@ def _changed(small, model, x):
     return ((small.eval()(x) - model.eval()(x)).norm() / model(x).norm()).item()
 
 
+def _steps(x):
+    """Return steps in half of the numbers, whose derivative is next to nothing, and next to nothing in the others."""
+    hard, easy = x.chunk(2, dim=1)
+    return torch.cat([(3 * hard).round() + 1e-4 * hard, 1e-2 * easy], dim=1)
+
+
 ACTIVATIONS = {
+    "steps": _Function(_steps),
     "relu": nn.ReLU(),
     "tanh": nn.Tanh(),
     "round": _Function(torch.round),
@@ -386,12 +393,6 @@ def test_labels_may_be_spelt_in_many_ways(data, spelt):
 def test_labels_that_name_no_class_are_refused(data, change, named):
     with pytest.raises(ValueError, match=named):
         compress(mlp([784, 40, 10], seed=0), (data[0], change(data[1])), 0.01, of="accuracy")
-
-
-def _steps(x):
-    """Return steps in half of the numbers, whose derivative is next to nothing, and next to nothing in the others."""
-    hard, easy = x.chunk(2, dim=1)
-    return torch.cat([(3 * hard).round() + 1e-4 * hard, 1e-2 * easy], dim=1)
 
 
 def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
