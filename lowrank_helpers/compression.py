@@ -45,6 +45,7 @@ LARGE_BATCH = 128 * 3 * 224**2  # numbers of images at a time: large ones of lar
 HELD_OUT_PART = 6  # of images without validation images, one in so many fits nothing: as Dataset.hold_out
 FAR = 2.0  # times its prediction: a larger change of the outputs is far from it
 SMALL = 0.05  # relative change of the outputs that is never far
+OWN_OUTPUTS = "its own outputs"
 
 Split = tuple[Tensor, Tensor]
 Replaceable = nn.Linear | nn.Conv2d
@@ -78,7 +79,8 @@ class Report:
     left_alone : dict of str to str
         The model's other matrices, with the reason why they cannot be replaced.
     fallbacks : dict of str to str
-        What the factors of a layer fit, where those of the strategy changed the outputs far more than predicted.
+        What the factors of a layer fit where the model's outputs have no derivative by it, or where the factors of
+        the strategy changed them far more than predicted.
     error : float
         The relative change of the outputs that was predicted to first order: √(E‖change‖² / E‖outputs‖²). Layers that
         are fitted to their own outputs count with the relative change of those.
@@ -129,16 +131,19 @@ class Candidates:
         How many rows of outputs one input gives: 1 for a layer of an MLP, the positions of a convolution.
     left_alone : dict of str to str
         The model's other matrices, with the reason.
+    flat : frozenset of str
+        Layers by which the model's outputs have no derivative, where one was asked for.
     """
 
     svds: Mapping[str, ActivationAwareSVD]
     rows: dict[str, float]
     left_alone: dict[str, str]
+    flat: frozenset[str]
 
     def without(self, name: str, reason: str) -> "Candidates":
         """Return those but one layer, which is left alone."""
         svds = {other: svd for other, svd in self.svds.items() if other != name}
-        return Candidates(svds, self.rows, self.left_alone | {name: reason})
+        return replace(self, svds=svds, left_alone=self.left_alone | {name: reason})
 
     def predicted(self, ranks: Mapping[str, int]) -> float:
         """Return the relative change of the outputs to first order: of independent layers, squares add."""
@@ -256,11 +261,12 @@ class _Bench:
         """Return the model within a budget and what was done, as :func:`compress` does."""
         choice, measured = self._choice(budget, of, way)
         factors, predicted = self.factors(choice.ranks), self.found.predicted(choice.ranks)
-        fallbacks: dict[str, str] = {}
+        fallbacks = {name: OWN_OUTPUTS for name in choice.ranks if name in self.found.flat}
         error = self.change(factors)
         far = of != "accuracy" and _far(error, predicted)
         if far:
-            factors, fallbacks, error = self.refitted(factors)
+            factors, refitted, error = self.refitted(factors)
+            fallbacks |= refitted
         small = replaced(self.model, factors)
         if of != "latency":
             measured["seconds"] = self.seconds(small)
@@ -289,7 +295,7 @@ class _Bench:
         svds = {name: self.found.svds[name] for name in default}
         kinds = {
             "": default,
-            "its own outputs": {n: svd.unweighted().factors(len(default[n].C)) for n, svd in svds.items()},
+            OWN_OUTPUTS: {n: svd.unweighted().factors(len(default[n].C)) for n, svd in svds.items()},
             "its weight": {n: SVD.of(svd.A).factors(len(default[n].C)) for n, svd in svds.items()},
         }
 
@@ -441,7 +447,7 @@ def candidates(model: nn.Module, images: Tensor, *, by_answers: bool = False, ta
             fewer = max(1, batch_size // GRADIENT_SHARE)
             try:
                 found = sensitivities(model, images, moments.keys(), task=task, bases=bases, batch_size=fewer)
-                sensitive = {name: G / square for name, G in found.items() if square > 0}
+                sensitive = {name: G / square for name, G in found.items() if G.any() and square > 0}
             except ValueError:  # without a derivative, all factors fit their layers' outputs
                 pass
         svds = {}
@@ -454,7 +460,8 @@ def candidates(model: nn.Module, images: Tensor, *, by_answers: bool = False, ta
                 svds[name] = _decomposed(layer, moments[name], sensitive.get(name), bases[name])
     if not svds:
         raise ValueError(f"{type(model).__name__} has no layer that can be replaced: {left_alone}")
-    return Candidates(svds, rows, left_alone)
+    flat = svds.keys() - sensitive.keys() if by_answers else ()
+    return Candidates(svds, rows, left_alone, frozenset(flat))
 
 
 def _basis(layer: Replaceable) -> Tensor | None:
@@ -565,7 +572,7 @@ def _decomposed(
     """Decompose a layer's outputs, given their moment; a convolution's weight is unfolded to (out, in·kh·kw)."""
     weight = layer.weight.detach().flatten(1)
     weight = weight.to(precise(weight))
-    if sensitivity is None or not sensitivity.any():
+    if sensitivity is None:
         return ActivationAwareSVD.of_outputs(weight, moment, basis=basis).relative()
     return ActivationAwareSVD.of_outputs(weight, moment, sensitivity, basis)
 

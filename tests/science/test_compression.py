@@ -256,7 +256,14 @@ def _changed(small, model, x):
     return ((small.eval()(x) - model.eval()(x)).norm() / model(x).norm()).item()
 
 
+def _steps(x):
+    """Return steps in half of the numbers, whose derivative is next to nothing, and next to nothing in the others."""
+    hard, easy = x.chunk(2, dim=1)
+    return torch.cat([(3 * hard).round() + 1e-4 * hard, 1e-2 * easy], dim=1)
+
+
 ACTIVATIONS = {
+    "steps": _Function(_steps),
     "relu": nn.ReLU(),
     "tanh": nn.Tanh(),
     "round": _Function(torch.round),
@@ -387,12 +394,6 @@ def test_labels_that_name_no_class_are_refused(data, change, named):
         compress(mlp([784, 40, 10], seed=0), (data[0], change(data[1])), 0.01, of="accuracy")
 
 
-def _steps(x):
-    """Return steps in half of the numbers, whose derivative is next to nothing, and next to nothing in the others."""
-    hard, easy = x.chunk(2, dim=1)
-    return torch.cat([(3 * hard).round() + 1e-4 * hard, 1e-2 * easy], dim=1)
-
-
 def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(60, 40), _Function(_steps)), _draw(600, 60) * torch.logspace(-1, 1, 60)
@@ -426,7 +427,8 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
 def test_a_head_that_is_zero_leaves_factors_that_can_be_tuned(data):
     model = mlp([784, 40, 10], seed=0)
     nn.init.zeros_(model.fc2.weight)
-    small, _ = compress(model, data, 0.3)
+    small, report = compress(model, data, 0.3)
+    assert report.fallbacks["fc1"] == "its own outputs"
     hidden, wanted = small.fc1(data[0]), model.fc1(data[0])
     assert (hidden - wanted).norm() < 0.8 * wanted.norm()
     assert all(any(parameter.any() for parameter in layer.parameters()) for layer in (small.fc1, small.fc2))
