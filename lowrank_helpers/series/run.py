@@ -259,6 +259,9 @@ class Run:
             for quantity, (first, second) in pairs.items()
         ]
         parts = [claims.quantities(values or {}) for values in (measured, series, timings)]
+        names = [name for part in parts for name in part]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"claim {id} has the quantity {min(twice)!r} more than once")
         claim = Claim(id, sentence, None if holds is None else bool(holds), comparisons, *parts)
         self._claims[id] = claim
         self._file_claims()
