@@ -29,20 +29,17 @@ if TYPE_CHECKING:
 
     from lowrank_helpers.series.sweep import Ended, Point
 
+    Connection = AbstractContextManager[Client]
+
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
+Names = tuple[str, ...]
+Pairs = tuple[tuple[str, str], ...]
 A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 A_FOLDER = click.Path(file_okay=False, path_type=Path)
 
-GIVEN = click.option(
-    "-p",
-    "--parameter",
-    "pairs",
-    nargs=2,
-    multiple=True,
-    metavar="NAME VALUE",
-    help="Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'.",
-)
+SET = "Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'."
+GIVEN = click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help=SET)
 WORKERS = click.option(
     "--workers", type=click.IntRange(min=1), help="Processes to start here; one a core if not given."
 )
@@ -62,7 +59,7 @@ def main() -> None:
     """  # noqa: D301 (\b is click's sign not to wrap)
 
 
-def _parameters_from(pairs: tuple[tuple[str, str], ...], file: Path | None) -> dict[str, Any]:
+def _parameters_from(pairs: Pairs, file: Path | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if file:
         content = parameters.parse(file.read_bytes(), str(file))
@@ -88,17 +85,10 @@ def _on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--tls-cert", type=A_FILE, help="This client's certificate, for tls://.")
     @click.option("--tls-key", type=A_FILE, help="This client's key, for tls://.")
     @functools.wraps(command)
-    def connecting(
-        workers: int | None,
-        scheduler: str | None,
-        tls_ca_file: Path | None,
-        tls_cert: Path | None,
-        tls_key: Path | None,
-        **given: Any,
-    ) -> None:
+    def connecting(workers: int | None, scheduler: str | None, **given: Any) -> None:
         from lowrank_helpers.series import cluster  # here: other commands need not wait for the import of Dask
 
-        tls = [part for part in (tls_ca_file, tls_cert, tls_key) if part]
+        tls = list(filter(None, [given.pop(name) for name in ("tls_ca_file", "tls_cert", "tls_key")]))
         if tls and not (scheduler and len(tls) == 3):
             _fail("--tls-ca-file, --tls-cert and --tls-key go together, and with --scheduler")
         if workers and scheduler:
@@ -111,12 +101,7 @@ def _on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
 @main.command(epilog=_choices())
 @click.argument("notebooks", nargs=-1)
 @GIVEN
-@click.option(
-    "-f",
-    "--file",
-    type=A_FILE,
-    help="Read parameters from a YAML file, one 'name: value' a line; -p goes over it.",
-)
+@click.option("-f", "--file", type=A_FILE, help="Read parameters from a YAML file, one 'name: value' a line.")
 @click.option(
     "-o",
     "--output",
@@ -126,14 +111,7 @@ def _on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
 )
 @WORKERS
 @RESUME
-def run(
-    notebooks: tuple[str, ...],
-    pairs: tuple[tuple[str, str], ...],
-    file: Path | None,
-    output: Path,
-    workers: int | None,
-    resume: bool,
-) -> None:
+def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers: int | None, resume: bool) -> None:
     """Execute NOTEBOOKS (all, if none is named) side by side, then render pages, index.html and results.json.
 
     \b
@@ -178,13 +156,13 @@ def run(
 @RESUME
 @_on_a_cluster
 def sweep(
-    notebooks: tuple[str, ...],
-    axes: tuple[str, ...],
-    pairs: tuple[tuple[str, str], ...],
+    notebooks: Names,
+    axes: Names,
+    pairs: Pairs,
     file: Path | None,
     output: Path | None,
     resume: bool,
-    connection: AbstractContextManager["Client"],
+    connection: "Connection",
 ) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
@@ -221,15 +199,10 @@ def sweep(
     "--seeds",
     default=f"{recorded.SEEDS[0]}..{recorded.SEEDS[-1]}",
     show_default=True,
-    help="One run each: 1..20, or 3,5. Odd seeds run in float32, even ones in bfloat16, unless -p precision is given.",
+    help="One run each: 1..20, or 3,5. Odd seeds run in float32, even ones in what is fastest; -p precision overrides.",
 )
 @_on_a_cluster
-def evidence(
-    notebooks: tuple[str, ...],
-    pairs: tuple[tuple[str, str], ...],
-    seeds: str,
-    connection: AbstractContextManager["Client"],
-) -> None:
+def evidence(notebooks: Names, pairs: Pairs, seeds: str, connection: "Connection") -> None:
     """Run NOTEBOOKS (all, if none is named) from many seeds, and write what they measure into evidence/.
 
     Notebooks that these read are run too. The runs lie in reports/sweeps/evidence-DATASET/, a folder a seed. Runs that
@@ -262,7 +235,7 @@ def evidence(
 @main.command()
 @click.argument("notebooks", nargs=-1)
 @GIVEN
-def check(notebooks: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> None:
+def check(notebooks: Names, pairs: Pairs) -> None:
     """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones.
 
     \b
@@ -371,7 +344,7 @@ def _sweep(
     points: list["Point"],
     output: Path,
     resume: bool,
-    connection: AbstractContextManager["Client"],
+    connection: "Connection",
     gather: Callable[[Path, dict[str, str]], str],
 ) -> None:
     """Run points on a cluster and gather what they found, which returns a last word; exit with 1 if a point failed."""

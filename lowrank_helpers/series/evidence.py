@@ -107,7 +107,8 @@ def write(evidence: Evidence) -> Path:
 def points(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> "list[Point]":
     """Return the runs that make evidence of notebooks and of those that they read, one a seed.
 
-    Odd seeds multiply in float32 and even ones in bfloat16, unless a precision is given: evidence is of both.
+    Odd seeds multiply in float32, and even ones in what is fastest here, unless a precision is given: where bfloat16
+    is, evidence is of both.
 
     Raises
     ------
@@ -124,7 +125,7 @@ def points(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any])
     for seed in seeds:
         parameters.check({"seed": seed})
     names = execution.with_what_they_read(names)
-    by_seed = {seed: {"precision": "float32" if seed % 2 else "bfloat16", **given} for seed in seeds}
+    by_seed = {seed: {"precision": "float32" if seed % 2 else "auto", **given} for seed in seeds}
     return [sweep.points(sweep.Sweep(names, {"seed": [seed]}, given))[0] for seed, given in by_seed.items()]
 
 
@@ -136,8 +137,10 @@ def gather(folders: Iterable[Path], notebook: str) -> Evidence | None:
     """
     whole = [folder for folder in folders if (folder / f"{notebook}.ipynb").exists()]
     filed = [found for folder in whole if (found := read_claims(folder).get(notebook))]
-    today = _plain(parameters.declared(_source(notebook))), _code(notebook)
-    runs = [run for run in filed if (_plain(run["parameters"]), _code_of(run["environment"])) == today]
+    declared, code = _plain(parameters.declared(source_of(notebook))), code_of(notebook)
+    runs = [
+        run for run in filed if _plain(run["parameters"]) == declared and code.items() <= run["environment"].items()
+    ]
     if not runs:
         return None
     runs.sort(key=lambda run: run["parameters"]["seed"])
@@ -146,7 +149,7 @@ def gather(folders: Iterable[Path], notebook: str) -> Evidence | None:
     return Evidence(
         notebook,
         newest["dataset"],
-        today[0],
+        declared,
         {name: newest[name] for name in ("revision", "versions", *CODE)},
         [{"seed": run["parameters"]["seed"], "precision": run["environment"]["precision"]} for run in runs],
         {id: [bool(run[id].holds) for run in claims] for id, claim in claims[0].items() if claim.holds is not None},
@@ -156,21 +159,18 @@ def gather(folders: Iterable[Path], notebook: str) -> Evidence | None:
 
 def changed(evidence: Evidence) -> list[str]:
     """Name what has changed since evidence was recorded: ``the notebook``, ``the package``, both or nothing."""
-    code = _code(evidence.notebook)
+    code = code_of(evidence.notebook)
     return [CODE[name] for name in CODE if evidence.made_by[name] != code[name]]
 
 
-def _source(notebook: str) -> Path:
+def source_of(notebook: str) -> Path:
+    """Return where a notebook of the series lies."""
     return PROJECT / "notebooks" / f"{notebook}.ipynb"
 
 
-def _code(notebook: str) -> dict[str, str]:
-    """Return the digests of today's code under the names that claims are filed with."""
-    return {"source": digest.of_notebook(_source(notebook)), "package": digest.of_science()}
-
-
-def _code_of(environment: Mapping[str, Any]) -> dict[str, str]:
-    return {name: environment[name] for name in CODE}
+def code_of(notebook: str) -> dict[str, str]:
+    """Return the digests of today's code that claims are filed with: a notebook's ``source`` and the ``package``."""
+    return {"source": digest.of_notebook(source_of(notebook)), "package": digest.of_science()}
 
 
 def _joined(claims: Sequence[Claim]) -> dict[str, dict[str, list[float | None]]]:

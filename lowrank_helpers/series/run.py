@@ -18,7 +18,7 @@ from torch import nn
 
 from lowrank_helpers import data, plots
 from lowrank_helpers.data import PROJECT, Dataset
-from lowrank_helpers.series import claims, digest, evidence, parameters
+from lowrank_helpers.series import claims, evidence, parameters
 from lowrank_helpers.series.claims import Claim, Comparison
 from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
@@ -81,8 +81,7 @@ class Run:
 
     def __init__(self, notebook: str, variables: Mapping[str, Any]) -> None:
         self._seconds_to_start = time.process_time()
-        self._source = PROJECT / "notebooks" / f"{notebook}.ipynb"
-        declared = parameters.declared(self._source)
+        declared = parameters.declared(evidence.source_of(notebook))
         self.parameters = {name: variables[name] for name in declared if name in variables}
         parameters.check(self.parameters)
         settings = Settings.inherited()
@@ -100,6 +99,7 @@ class Run:
         self._store = Store(settings.networks_folder or self.folder / "networks")
         self._claims: dict[str, Claim] = {}
         self._evidence = evidence.quoted(notebook, self.data.name, self.parameters)
+        self._code = evidence.code_of(notebook)
         self._started = datetime.now(UTC)
         display(Markdown(self._header()))
 
@@ -259,6 +259,9 @@ class Run:
             for quantity, (first, second) in pairs.items()
         ]
         parts = [claims.quantities(values or {}) for values in (measured, series, timings)]
+        names = [name for part in parts for name in part]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"claim {id} has the quantity {min(twice)!r} more than once")
         claim = Claim(id, sentence, None if holds is None else bool(holds), comparisons, *parts)
         self._claims[id] = claim
         self._file_claims()
@@ -304,9 +307,8 @@ class Run:
                 "device": _device_name(self.device),
                 "precision": self.precision,
                 "threads": n_side_by_side(),
-                "source": digest.of_notebook(self._source),
-                "package": digest.of_science(),
             }
+            | self._code
             | software(),
             "seconds_by_kind": self._seconds_by_kind(),
             "claims": {id: claim.to_json() for id, claim in self._claims.items()},

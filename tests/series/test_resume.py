@@ -22,7 +22,6 @@ from processes import heed_interrupts, kernels
 
 from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.execution import run_folder
-from lowrank_helpers.series.results import apart_from_time
 
 pytestmark = pytest.mark.slow
 
@@ -32,25 +31,24 @@ data_dir = ""
 seed = 0
 device = "cpu"
 precision = "float32"
-epochs = 2
 """
 SETUP = """
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series.run import Run
-run = Run("{name}", dataset=dataset, data_dir=data_dir, seed=seed, device=device, precision=precision, epochs=epochs)
+from lowrank_helpers.training import Recipe
+run = Run("{name}", globals())
 """
 TRAIN = """
 import time
 start = time.perf_counter()
-model, history = run.train(mlp([784, 64, 10], seed=seed), run.recipe(epochs, 64, 1e-3))
+model, history = run.train(mlp([784, 64, 10], seed=seed), Recipe(epochs=2, batch_size=64, learning_rate=1e-3))
 accuracy = history.final("test").accuracy
-run.finding("{id}", "{{accuracy:.2%}} right.", accuracy=accuracy)
-run.finding("{id}/took", "It took {{seconds:.3f}} s.", timings={{"seconds": time.perf_counter() - start}})
+run.claim("{id}", "Most are right.", holds=accuracy > 0.5, measured={{"accuracy": accuracy}})
+run.claim("{id}/took", "It takes time.", holds=True, timings={{"seconds": time.perf_counter() - start}})
 """
 CONCLUDE = """
-for id, finding in run.findings().items():
-    if not finding["timings"]:
-        print(id, finding["answer"])
+for id, claim in run.claims().items():
+    print(id, claim.measured)
 """
 NOTEBOOKS = {"01_first": TRAIN.format(id="2.1"), "02_same": TRAIN.format(id="2.2"), "03_conclusions": CONCLUDE}
 
@@ -60,7 +58,7 @@ READ = ["01_first", "02_same"]  # by the last
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    """A project whose series has run, undisturbed: two notebooks use the same network, the third reads findings."""
+    """A project whose series has run, undisturbed: two notebooks use the same network, the third reads claims."""
     folder = tmp_path_factory.mktemp("done") / "project"
     shutil.copytree(
         PROJECT / "lowrank_helpers", folder / "lowrank_helpers", ignore=shutil.ignore_patterns("__pycache__")
@@ -127,6 +125,17 @@ def found(project: Path) -> dict[str, Any]:
     return apart_from_time(json.loads((project / "out" / "results.json").read_text()))
 
 
+def apart_from_time(results: dict[str, Any]) -> dict[str, Any]:
+    """Drop dates, durations, and what a resumed run says of notebooks that it kept."""
+    results["seconds"] = None
+    for notebook in results["notebooks"].values():
+        notebook |= {"status": notebook["status"].replace("kept", "done"), "seconds": None, "seconds_by_kind": None}
+        notebook.get("environment", {}).pop("started", None)
+    for claim in results["claims"].values():
+        claim["timings"] = None
+    return results
+
+
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen) -> Any:
     end = time.monotonic() + 120
     while not (value := condition()):
@@ -138,8 +147,8 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen) -> Any:
 
 def test_reference_holds_what_was_asked(reference):
     assert set(reference["notebooks"]) == set(NOTEBOOKS)
-    assert set(reference["findings"]) == {"2.1", "2.1/took", "2.2", "2.2/took"}
-    assert reference["findings"]["2.1"]["values"]["accuracy"] > 0.8
+    assert set(reference["claims"]) == {"2.1", "2.1/took", "2.2", "2.2/took"}
+    assert reference["claims"]["2.1"]["measured"]["accuracy"][""] > 0.8
 
 
 def test_order_and_repetition_change_nothing(fresh, reference):
@@ -238,9 +247,9 @@ def test_notebook_that_raises_fails_alone_and_resume_goes_on_from_it(project, re
     assert "01_first         failed" in shown
     assert "ValueError: no such luck" in shown
     assert "02_same          kept" in shown
-    assert "03_conclusions   done" in shown, "it reads what 01_first found"
+    assert "03_conclusions   done" in shown, "it reads what 01_first claims"
     assert "no such luck" in (project / "out" / "01_first.html").read_text()
-    assert set(found(project)["findings"]) == {"2.2", "2.2/took"}, "no finding of an earlier run is left"
+    assert set(found(project)["claims"]) == {"2.2", "2.2/took"}, "no claim of an earlier run is left"
     write_notebook(project, "01_first", NOTEBOOKS["01_first"])
     assert "02_same          kept" in finish(project, "--resume")
     assert found(project) == reference
@@ -249,7 +258,7 @@ def test_notebook_that_raises_fails_alone_and_resume_goes_on_from_it(project, re
 def test_damaged_run_folder_resumes_to_the_same_results(project, reference):
     network = next((project / "out" / "networks").iterdir())
     network.write_bytes(network.read_bytes()[:-1])
-    filed = project / "out" / "findings" / "01_first.json"
+    filed = project / "out" / "claims" / "01_first.json"
     filed.write_text(filed.read_text().replace("right", "wrong"))
     truncated, altered = (project / "out" / f"{name}.ipynb" for name in ("02_same", "03_conclusions"))
     truncated.write_text(truncated.read_text()[:1000])
@@ -296,4 +305,4 @@ def test_full_or_protected_disk_is_a_clear_error_and_resumes(fresh, reference, s
     assert "exit 1" in done.stdout
     assert "Traceback" not in done.stdout
     resumed = apart_from_time(json.loads((fresh / "saved.json").read_text()))
-    assert resumed["findings"]["2.1"] == reference["findings"]["2.1"]
+    assert resumed["claims"]["2.1"] == reference["claims"]["2.1"]

@@ -1,0 +1,113 @@
+"""What would the check notice? Break an experiment, run it, and hold what it claims against the evidence.
+
+``python scripts/power.py 02_train -p dataset digits`` runs a notebook unbroken and with each fault, from seeds that the
+evidence has not seen, and prints in how many runs the check notices, and by what. The last line says how many of the
+recorded runs are unlike the others: the false alarms.
+"""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import nbformat
+
+from lowrank_helpers.cli import GIVEN
+from lowrank_helpers.series import evidence, execution, parameters
+from lowrank_helpers.series.claims import Claim
+from lowrank_helpers.series.evidence import Evidence
+from lowrank_helpers.series.results import read_claims
+
+SEEDS = (101, 102, 103)
+NOTEBOOKS = execution.NOTEBOOK_FOLDER
+START = """import torch
+from dataclasses import replace
+from lowrank_helpers import data, factorization, rank
+from lowrank_helpers.series import run
+load, recipes, measured = data.load, run.recipes(), rank.numerical_rank
+decompositions = [of for of in vars(factorization).values() if isinstance(of, type) and hasattr(of, "of")]
+"""
+FAULTS = {  # what a first cell of the notebook does
+    "none": "",
+    "learning rates × 2": """
+doubled = {kind: of | {"learning_rate": 2 * of["learning_rate"]} for kind, of in recipes.items()}
+run.recipes = lambda: doubled""",
+    "5 % of the training labels shuffled": """
+def data_load(*given):
+    labels = (found := load(*given)).train_labels
+    some = torch.randperm(len(labels))[: len(labels) // 20]
+    labels[some] = labels[some.roll(1)]
+    return found
+data.load = data_load""",
+    "tested on training images": """
+def data_load(*given):
+    n = len((found := load(*given)).test_labels)
+    return replace(found, test_images=found.train_images[-n:], test_labels=found.train_labels[-n:])
+data.load = data_load""",
+    "ranks two lower": """
+rank.numerical_rank = lambda *given: measured(*given) - 2
+for of in decompositions:
+    of.factors = lambda self, rank, old=of.factors: old(self, max(1, rank - 2))""",
+    "factors B transposed in memory": """
+def transposed(factors):
+    return replace(factors, B=factors.B.T.reshape(factors.B.shape))
+for of in decompositions:
+    of.factors = lambda self, rank, old=of.factors: transposed(old(self, rank))""",
+}
+
+
+def claims_of(name: str, given: dict[str, Any], fault: str) -> dict[str, Claim]:
+    """Run a notebook, and those that it reads, with a first cell that breaks something; return what it claims."""
+    planned = execution.plan(execution.with_what_they_read([name]), given)
+    with tempfile.TemporaryDirectory() as made, execution.run_folder(Path(made)) as folder:
+        execution.NOTEBOOK_FOLDER = folder / "notebooks"
+        execution.NOTEBOOK_FOLDER.mkdir()
+        for other in planned:
+            notebook = nbformat.read(NOTEBOOKS / f"{other}.ipynb", as_version=4)
+            notebook.cells.insert(0, nbformat.v4.new_code_cell(START + fault))
+            nbformat.write(notebook, execution.notebook_path(other))
+        ended = list(execution.execute(planned, folder, progress=False))
+        execution.NOTEBOOK_FOLDER = NOTEBOOKS
+        click.echo("".join(f"  {each.notebook} failed: {each.error}\n" for each in ended if each.error), nl=False)
+        return {id: Claim.from_json(filed) for id, filed in read_claims(folder)[name]["claims"].items()}
+
+
+def recorded_claims(known: Evidence, like: dict[str, Claim], i: int) -> tuple[Evidence, dict[str, Claim]]:
+    """Return evidence without one of its runs, and what this run claimed, as far as it is of no time."""
+
+    def but(values: list[Any]) -> list[Any]:
+        return values[:i] + values[i + 1 :]
+
+    without = {id: {q: {x: but(v) for x, v in of.items()} for q, of in qs.items()} for id, qs in known.measured.items()}
+    rest = replace(known, runs=but(known.runs), holds={id: but(of) for id, of in known.holds.items()}, measured=without)
+    claims = {}
+    for id, quantities in known.measured.items():
+        kept = {q: {x: v[i] for x, v in of.items()} for q, of in quantities.items() if q not in like[id].timings}
+        claims[id] = Claim(id, like[id].sentence, known.holds[id][i] if id in known.holds else None, measured=kept)
+    return rest, claims
+
+
+@click.command()
+@click.argument("name", metavar="NOTEBOOK")
+@GIVEN
+def main(name: str, pairs: tuple[tuple[str, str], ...]) -> None:
+    """Say by what the check would notice that NOTEBOOK is broken in one of several ways."""
+    given = {parameter: parameters.parse(value, parameter) for parameter, value in pairs}
+    dataset = execution.settle_dataset({name: given})
+    known = {each: found for each in execution.notebook_names() if (found := evidence.read(each, dataset))}
+    n_values = sum(each.n_values for each in known.values())
+    for fault, source in FAULTS.items():
+        claimed = [claims_of(name, given | {"seed": seed}, source) for seed in SEEDS]
+        noticed = [evidence.unlike(known[name], claims, n_values) for claims in claimed]
+        click.echo(f"{fault}: noticed in {sum(map(bool, noticed))} of {len(SEEDS)} runs")
+        click.echo("".join(f"  {line}\n" for lines in noticed for line in lines[:2]), nl=False)
+    alarms = [
+        evidence.unlike(*recorded_claims(known[name], claimed[0], i), n_values) for i in range(len(known[name].runs))
+    ]
+    click.echo(f"recorded runs unlike the others: {sum(map(bool, alarms))} of {len(alarms)}")
+    click.echo("".join(f"  {line}\n" for lines in alarms for line in lines), nl=False)
+
+
+if __name__ == "__main__":
+    main()
