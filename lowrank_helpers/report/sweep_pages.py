@@ -20,7 +20,6 @@ from lowrank_helpers.statistics import interval
 
 COLUMNS = ("point", "notebook", "claim", "kind", "quantity", "label", "value", "dataset", "device", "precision")
 REPLICATES = "seed"  # the axis that intervals are over
-PANEL = (6.4, 3.4)  # inches
 
 
 def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[str, str]) -> None:
@@ -130,12 +129,13 @@ def _section(numbers: pd.DataFrame, shown: Shown, sweep: Sweep) -> dict[str, Any
 def _figure(x: pd.Series, values: pd.Series, colours: pd.Series | None, title: str) -> Figure:
     """Draw means with Student's intervals: along a scale if x is a number, else by category."""
     numeric = pd.api.types.is_numeric_dtype(x)
-    figure, ax = plots.panels(panel=PANEL)
+    figure, ax = plots.panels(panel=(6.4, 3.4))
     style = {"linestyle": "-", "native_scale": True} if numeric else {"linestyle": "none", "dodge": colours is not None}
     sns.pointplot(x=x, y=values, hue=colours, errorbar=_limits, markersize=4, linewidth=1.5, ax=ax, **style)
     if numeric and 0 < 10 * x.min() < x.max():  # more than a decade
         ax.set_xscale("log")
-    ax.set(xlabel=_words(str(x.name)), ylabel=title)
+    ax.set(xlabel=_words(str(x.name)), ylabel="", title=title)
+    ax.tick_params("x", rotation=0 if numeric else 20)
     if colours is not None:
         sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return figure

@@ -274,7 +274,7 @@ def test_numbers_lie_along_a_scale_and_one_value_has_no_interval(monkeypatch):
     x, values = pd.Series([1, 1, 100], name="rank_of"), pd.Series([1.0, 3.0, 5.0], name="value")
     sweep_pages._figure(x, values, None, "error")
     (figure, ax), *_ = drawn
-    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "rank of", "error")
+    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_title()) == ("log", "rank of", "error")
     means, interval, alone = ax.lines
     assert (list(means.get_xdata()), list(means.get_ydata())) == ([1, 100], [2, 5])
     assert tuple(interval.get_ydata()) == pytest.approx(stats.t.interval(0.95, 1, loc=2, scale=1))
