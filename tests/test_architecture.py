@@ -21,8 +21,9 @@ ROOMS = {
 SCIENCE = [
     {"data", "models", "quiet", "statistics"},
     {"networks", "training", "unfold"},
+    {"calibration"},
     {"rank", "factorization", "subspace"},
-    {"analysis", "dlrt", "lora", "costs", "plots", "selection"},
+    {"analysis", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]
 
