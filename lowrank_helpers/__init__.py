@@ -1,4 +1,4 @@
-"""The science of the series: data, models, training, rank, factors, LoRA, DLRT, subspaces, statistics, costs, plots.
+"""The science of the series: data, models, training, rank, factors, LoRA, subspaces, statistics, costs, plots.
 
 These modules work on any tensors and networks and import nothing from the packages below, which run notebooks
 (``series``), render them (``report``) and check them (``checking``).

@@ -32,7 +32,7 @@ from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Factors, substitute
 from lowrank_helpers.models import linear_layers, n_parameters
 from lowrank_helpers.rank import singular_values
-from lowrank_helpers.selection import BY_WEIGHTS, WAYS, Choice, Layer, choice_of, smallest
+from lowrank_helpers.selection import BY_WEIGHTS, WAYS, Choice, Layer, choice_of, smallest, take
 from lowrank_helpers.training import evaluate, progress
 from lowrank_helpers.unfold import times
 
@@ -223,7 +223,7 @@ def compress(
     model = _plain(model)
     device = next(model.parameters()).device
     images, held_out, labels = (tensor.to(device) for tensor in _parts(data))
-    if of == "accuracy" or way == "validation":
+    if of == "accuracy":
         labels = _classes(labels, _answer(model, images[:FEW]))
     found = candidates(model, images, by_answers=way == "answer error", task=task)
     bench = _Bench(model, found, images, held_out, labels, task, images[:latency_batch])
@@ -373,7 +373,7 @@ class _Bench:
                 f"a budget of {limit:,.0f} {of} is too small: rank 1 wherever it can be takes {least:,}, "
                 f"{least / total:.2%} of the model's {total:,}; {fixed:,} of these are in no layer that can be replaced"
             )
-        return WAYS[way](layers, limit - fixed, self.accuracy)
+        return take(layers, limit - fixed, WAYS[way])
 
     def accurate_enough(self, target: float, way: str) -> tuple[Choice, Change]:
         """Choose the smallest model that reaches an accuracy."""
@@ -394,7 +394,7 @@ class _Bench:
         least = choice_of(layers, dict.fromkeys(layers, 1)).parameters
         fastest = np.inf
         for limit in np.linspace(dense, least, 16):
-            choice = WAYS[way](layers, limit, self.accuracy)
+            choice = take(layers, limit, WAYS[way])
             seconds = self.seconds(replaced(self.model, self.factors(choice.ranks)))
             fastest = min(fastest, seconds.share)
             if seconds.share <= target:

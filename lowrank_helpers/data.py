@@ -117,23 +117,6 @@ class Dataset:
             parts |= {f"{split}_{kind}": getattr(self, f"{split}_{kind}")[which] for kind in ("images", "labels")}
         return self._with(parts)
 
-    def with_shifted(self, *, seed: int) -> "Dataset":
-        """Return the data with every training image twice: as it is, and moved by at most one pixel each way.
-
-        Of images of 28×28. What comes in at an edge is background. All nine moves are as likely; one is none at all.
-        """
-        images = self.train_images
-        framed = F.pad(images.reshape(-1, IMAGE_SIDE, IMAGE_SIDE), (1, 1, 1, 1), value=images.min().item())
-        moves = torch.randint(9, (len(images),), generator=torch.Generator().manual_seed(seed)).to(images.device)
-        both = torch.cat([images, images])
-        moved = both[len(images) :]
-        for move in range(9):
-            down, right = divmod(move, 3)
-            window = framed[moves == move, down : down + IMAGE_SIDE, right : right + IMAGE_SIDE]
-            moved[moves == move] = window.flatten(1)
-        labels = self.train_labels
-        return replace(self, train_images=both, train_labels=torch.cat([labels, labels]))
-
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return ``{"train": (images, labels), …}``, with ``validation`` where there is one, and ``test``."""
         pairs = {split: (getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")) for split in SPLITS}

@@ -1,7 +1,7 @@
 """Low-rank factors of a matrix, A ≈ B·C, and networks made of them.
 
-Three ways to the factors: the truncated SVD, which is the optimum (Eckart & Young 1936); gradient steps that
-alternate between B and C; and alternating least squares, which solves for each factor exactly in turn.
+Two ways to the factors: the truncated SVD, which is the optimum (Eckart & Young 1936), and alternating least squares,
+which solves for each factor exactly in turn.
 
 Three errors to be least: that of the matrix, ‖A − B·C‖_F; that of what a layer puts out, ‖(A − B·C)·X‖_F over its
 inputs X, of which it is enough to know the second moment X·Xᵀ/N; and that of the network's answers, to first order.
@@ -80,60 +80,13 @@ def random_factors(A: Tensor, rank: int, *, seed: int) -> Factors:
 
 @spending("factorising")
 @torch.no_grad()
-def alternating_gradient_descent(A: Tensor, rank: int, *, steps: int, seed: int = 0) -> Factors:
-    """Minimise ½‖A − B·C‖_F² by gradient steps on B and on C in turn.
-
-    For a fixed C the loss is quadratic in B with the Lipschitz constant ‖C·Cᵀ‖₂ for its gradient, so the step
-    1/‖C·Cᵀ‖₂ never raises it; likewise for C. (Proximal alternating minimisation without a prox:
-    Bolte, Sabach & Teboulle 2014, doi 10.1007/s10107-013-0701-9, algorithm PALM.)
-
-    Parameters
-    ----------
-    A : Tensor, shape (n, m)
-    rank : int
-        From 1 to min(n, m).
-    steps : int
-        Each is one gradient step on B and one on C.
-    seed : int
-        Draws the starting factors.
-
-    Examples
-    --------
-    >>> A = torch.tensor([[1.0, 2.0], [2.0, 4.0]])  # of rank 1
-    >>> alternating_gradient_descent(A, 1, steps=50).errors[-1] < 1e-4
-    True
-    """
-    start = random_factors(A, rank, seed=seed)
-    B, C = start.B, start.C
-    errors = [(A - B @ C).norm().item()]
-    for _ in range(steps):
-        gram = C @ C.T
-        B = B - (B @ gram - A @ C.T) / _lipschitz(gram)
-        gram = B.T @ B
-        C = C - (gram @ C - B.T @ A) / _lipschitz(gram)
-        errors.append((A - B @ C).norm().item())
-    return Factors(B, C, errors)
-
-
-def _lipschitz(gram: Tensor) -> Tensor:
-    """Return ‖gram‖₂, kept above 0: for a zero matrix the gradient is zero too, and so is the step."""
-    return torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(gram.dtype).tiny)
-
-
-@spending("factorising")
-@torch.no_grad()
-def alternating_least_squares(
-    A: Tensor, rank: int, *, sweeps: int, seed: int = 0, moment: Tensor | None = None
-) -> Factors:
+def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 0) -> Factors:
     """Minimise ‖A − B·C‖_F by solving for B with C fixed, then for C with B fixed.
 
     Each solution depends on the other factor only through the space it spans, so that factor is
     orthonormalised first (QR) and least squares becomes one product: B = A·Qᵀ for C's row space Q, then
     C = Pᵀ·A for B's column space P. This is subspace iteration on AᵀA: the error falls like (σ_{r+1}/σ_r)^{4k}
     towards the optimum (Golub & Van Loan, section 8.2.4).
-
-    With a moment M of the inputs, ‖(A − B·C)·X‖_F is minimised in its place. B then spans the columns of A·M·Qᵀ, and
-    C stays Pᵀ·A: whatever the inputs, no C is better for that B. It is subspace iteration on A·M·Aᵀ.
 
     Parameters
     ----------
@@ -144,9 +97,6 @@ def alternating_least_squares(
         Each solves for B and for C once.
     seed : int
         Draws the starting factors.
-    moment : Tensor, shape (m, m), optional
-        X·Xᵀ/N of the inputs to fit the outputs for, as of :func:`input_moments`; the errors are then
-        √(mean ‖(A − B·C)·x‖²).
 
     Examples
     --------
@@ -154,24 +104,15 @@ def alternating_least_squares(
     >>> alternating_least_squares(A, 1, sweeps=1).errors[-1] < 1e-4
     True
     """
-    seen = A if moment is None else A @ moment.to(A)
     start = random_factors(A, rank, seed=seed)
     B, C = start.B, start.C
-    errors = [output_error(A - B @ C, moment)]
+    errors = [torch.dist(A, B @ C).item()]
     for _ in range(sweeps):
         row_space = torch.linalg.qr(C.T).Q.T
-        B = torch.linalg.qr(seen @ row_space.T).Q
+        B = torch.linalg.qr(A @ row_space.T).Q
         C = B.T @ A
-        errors.append(output_error(A - B @ C, moment))
+        errors.append(torch.dist(A, B @ C).item())
     return Factors(B, C, errors)
-
-
-def output_error(difference: Tensor, moment: Tensor | None = None) -> float:
-    """Return √(mean ‖D·x‖²) of a matrix D (n, m) over inputs of that moment; without one, ‖D‖_F."""
-    if moment is None:
-        return difference.norm().item()
-    # Rounding may leave a sum of squares a little below zero.
-    return ((difference @ moment.to(difference)) * difference).sum().clamp_min(0).sqrt().item()
 
 
 class Decomposition(Protocol):
@@ -373,28 +314,6 @@ def decompose(
     layers = linear_layers(model)
     check_plain(layers)
     return {name: decomposed(name, layer.weight.detach()) for name, layer in layers.items()}
-
-
-def factorize_in_turn(model: nn.Module, ranks: Mapping[str, int], inputs: Tensor) -> nn.Module:
-    """Return a copy with the named layers replaced by factors that fit their outputs, one layer after the other.
-
-    Each layer's factors are fitted to what reaches it through the layers that have been cut before it, in the order
-    of ``linear_layers(model)``; with ``factorize`` and ``decompose(model, moments)`` all are fitted to what the whole
-    network sends.
-
-    Parameters
-    ----------
-    model : nn.Module
-    ranks : mapping of str to int
-        As for :func:`factorize`.
-    inputs : Tensor, shape (N, …)
-        Of the model, from the training set.
-    """
-    for name in [name for name in linear_layers(model) if name in ranks]:
-        moments = input_moments(model, inputs, [name])
-        svds = {name: ActivationAwareSVD.of(linear_layers(model)[name].weight, moments[name])}
-        model = factorize(model, {name: ranks[name]}, svds)
-    return model
 
 
 def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Decomposition] | None = None) -> nn.Module:

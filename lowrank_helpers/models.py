@@ -232,20 +232,6 @@ class FactorizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class SelfTrained(nn.Module):
-    """A layer that moves parameters of its own by steps of its own; whatever else the model has is left to Adam."""
-
-    def step(self, optimiser: torch.optim.Optimizer) -> None:
-        """Move once, after the backward pass, and leave no gradient that the optimiser would step along.
-
-        Parameters
-        ----------
-        optimiser : torch.optim.Optimizer
-            Of the training: knows the rate of this step, and has room in ``state`` for what is kept between steps.
-        """
-        raise NotImplementedError
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every ``nn.Linear`` of a model by its dotted name, in order of registration.
 

@@ -1,8 +1,8 @@
 """Ranks chosen by machine: how many directions each layer keeps within a budget.
 
 A layer's directions are taken in order, the strongest first, so a choice of ranks is a choice of how far to go in each
-layer. Most ways give every direction a priority and take directions of all layers by it until the budget is spent.
-One asks the network instead, after every cut. ``WAYS`` names them all.
+layer. Every way gives each direction a priority, and directions of all layers are taken by it until the budget is
+spent. ``WAYS`` names the priorities.
 
 The last step of a layer leaves it dense: factors never cost more than the matrix.
 """
@@ -17,7 +17,6 @@ import numpy.typing as npt
 from lowrank_helpers.factorization import Decomposition
 from lowrank_helpers.rank import gavish_donoho_threshold
 
-KEPT = 0.75  # of a layer's rank in a step of the greedy search
 PRECISION = 1.01  # ratio of budgets down to which the smallest one is searched
 
 Array = npt.NDArray[np.float64]
@@ -178,46 +177,6 @@ def take(layers: Mapping[str, Layer], budget: float, priority: Callable[[Layer],
     return choice_of(layers, dict(zip(layers, ranks.tolist(), strict=True)))
 
 
-def search(layers: Mapping[str, Layer], budget: float, score: Score | None) -> Choice:
-    """Cut the whole network down to the budget, each time where a score falls least for each parameter saved.
-
-    A step takes a quarter of a layer's rank, the last one no more than is needed. It costs a score for each layer and
-    step: much more than the other ways, and it may be led astray by its early steps, as any greedy search.
-
-    Parameters
-    ----------
-    layers : mapping of str to Layer
-    budget : float
-    score : callable
-        Of ranks by layer, higher for better networks: such as the accuracy on validation images, or the negative
-        loss, which is less noisy.
-
-    Raises
-    ------
-    ValueError
-        The budget is too small, or there is no score.
-    """
-    if score is None:
-        raise ValueError("to choose ranks by their score, give a score: a function of ranks by layer")
-    check_budget(layers, budget)
-    ranks = {name: layer.largest_rank + 1 for name, layer in layers.items()}
-    now = choice_of(layers, ranks)
-    reached = score(now.ranks)
-    while now.parameters > budget:
-        cuts = {name: _cut(layers[name], rank, now.parameters - budget) for name, rank in ranks.items() if rank > 1}
-        steps = {name: choice_of(layers, ranks | {name: rank}) for name, rank in cuts.items()}
-        scores = {name: score(step.ranks) for name, step in steps.items()}
-        best = max(steps, key=lambda name: (scores[name] - reached) / (now.parameters - steps[name].parameters))
-        ranks[best], now, reached = cuts[best], steps[best], scores[best]
-    return now
-
-
-def _cut(layer: Layer, rank: int, excess: float) -> int:
-    """Return the rank after the next step: a share of the rank, or more where that is enough to save the excess."""
-    enough = next((r for r in range(rank - 1, 0, -1) if layer.costs[r:rank].sum() >= excess), 1)
-    return max(1, int(KEPT * rank), enough)
-
-
 def check_budget(layers: Mapping[str, Layer], budget: float) -> None:
     """Raise ``ValueError`` unless every layer can keep one direction."""
     least = sum(layer.costs[0] for layer in layers.values())
@@ -272,14 +231,13 @@ def narrow_widths(widths: Sequence[int], budget: int) -> list[int]:
     raise ValueError(f"no network of this depth has {budget:,} weights or fewer")
 
 
-WAYS: dict[str, Callable[[Mapping[str, Layer], float, Score | None], Choice]] = {
-    "uniform": lambda layers, budget, score: take(layers, budget, by_index),
-    "energy": lambda layers, budget, score: take(layers, budget, by_energy),
-    "Gavish–Donoho": lambda layers, budget, score: take(layers, budget, by_noise),
-    "output error": lambda layers, budget, score: take(layers, budget, by_output_error),
-    "answer error": lambda layers, budget, score: take(layers, budget, by_answer_error),
-    "validation": search,
-}
+WAYS: dict[str, Callable[[Layer], Array]] = {
+    "uniform": by_index,
+    "energy": by_energy,
+    "Gavish–Donoho": by_noise,
+    "output error": by_output_error,
+    "answer error": by_answer_error,
+}  # the priorities to take directions by
 BY_WEIGHTS = ("energy", "Gavish–Donoho")  # the ways that ask for ``Layer.weights``
 
 
@@ -299,7 +257,7 @@ def smallest(way: str, layers: Mapping[str, Layer], score: Score, target: float)
     low, high = sum(layer.costs[0] for layer in layers.values()), best.parameters
     while high > PRECISION * low:
         middle = (low * high) ** 0.5
-        choice = WAYS[way](layers, middle, score)
+        choice = take(layers, middle, WAYS[way])
         if score(choice.ranks) >= target:
             best, high = choice, middle
         else:

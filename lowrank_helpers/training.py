@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lowrank_helpers.data import Dataset, batches
-from lowrank_helpers.models import SelfTrained, squared_norm
+from lowrank_helpers.models import squared_norm
 from lowrank_helpers.quiet import give_way
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -463,9 +463,6 @@ class _Steps:
             loss = loss + self._recipe.frobenius_decay / 2 * squared_norm(self._model)
         self._optimiser.zero_grad()
         loss.backward()
-        for layer in self._model.modules():
-            if isinstance(layer, SelfTrained):
-                layer.step(self._optimiser)
         self._optimiser.step()
 
 
@@ -522,9 +519,7 @@ class _GraphSteps(_Steps):
 
 
 def _steps_of(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -> _Steps:
-    # A layer that trains itself may change its shape from step to step, which no recording can follow.
-    recordable = images.device.type == "cuda" and not any(isinstance(layer, SelfTrained) for layer in model.modules())
-    return (_GraphSteps if recordable else _Steps)(model, images, labels, recipe)
+    return (_GraphSteps if images.device.type == "cuda" else _Steps)(model, images, labels, recipe)
 
 
 def _record(

@@ -22,8 +22,9 @@ SCIENCE = [
     {"data", "quiet", "statistics"},
     {"models", "subspace"},
     {"training", "unfold"},
+    {"calibration"},
     {"rank", "factorization"},
-    {"analysis", "dlrt", "lora", "costs", "plots", "selection"},
+    {"analysis", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]
 

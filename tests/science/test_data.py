@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from idx_files import write_idx
-from scipy import ndimage
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import data
@@ -242,24 +241,6 @@ def test_validation_images_are_training_images_set_aside(digits):
     assert sorted(map(bytes, together)) == sorted(map(bytes, digits.train_images.numpy()))
     assert split.fingerprint() == digits.hold_out().fingerprint(), "the same ones each time"
     assert list(digits.splits()) == ["train", "test"]
-
-
-def test_shifted_images_are_each_once_as_they_are_and_once_moved_by_a_pixel(digits):
-    doubled, n = digits.with_shifted(seed=3), len(digits.train_labels)
-    assert torch.equal(doubled.train_images[:n], digits.train_images)
-    assert torch.equal(doubled.train_labels, digits.train_labels.repeat(2))
-    assert torch.equal(doubled.test_images, digits.test_images)
-    background = digits.train_images.min().item()
-    found = set()
-    for image, moved in zip(doubled.train_images[:200].numpy(), doubled.train_images[n:].numpy(), strict=False):
-        moves = {
-            (down, right): ndimage.shift(image.reshape(28, 28), (down, right), order=0, cval=background).ravel()
-            for down in (-1, 0, 1)
-            for right in (-1, 0, 1)
-        }
-        (move,) = [move for move, expected in moves.items() if np.array_equal(moved, expected)][:1]
-        found.add(move)
-    assert len(found) == 9
 
 
 def test_batches_are_those_of_a_textbook_loader():

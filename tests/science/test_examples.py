@@ -7,11 +7,11 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["analysis", "costs", "dlrt", "factorization", "lora", "models", "rank", "statistics", "subspace"]
+    "module", ["analysis", "costs", "factorization", "lora", "models", "rank", "statistics", "subspace"]
 )
 def test_examples_give_what_they_show(module):
     failed, tried = doctest.testmod(
-        importlib.import_module(f"lowrank_helpers.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE
+        importlib.import_module(f"lowrank_helpers.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     )
     assert tried > 0
     assert failed == 0

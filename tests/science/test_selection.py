@@ -1,4 +1,4 @@
-"""Ranks chosen by machine: budgets are kept, ways do what they say, and the greedy one against all choices."""
+"""Ranks chosen by machine: budgets are kept, ways do what they say, and those by an error against all choices."""
 
 import itertools
 from dataclasses import replace
@@ -22,9 +22,8 @@ from lowrank_helpers.selection import (
     layers_of,
     narrow_widths,
     smallest,
+    take,
 )
-
-DIRECT = [name for name in WAYS if name != "validation"]
 
 
 def _layer(n, m, seed):
@@ -39,6 +38,10 @@ def _layers(draw):
     return {f"fc{i}": _layer(n, m, i) for i, (n, m) in enumerate(shapes)}
 
 
+def choose(way, layers, budget):
+    return take(layers, budget, WAYS[way])
+
+
 def _least(layers):
     return sum(layer.costs[0] for layer in layers.values())
 
@@ -47,14 +50,10 @@ def _dense(layers):
     return sum(n * m for n, m in (layer.shape for layer in layers.values()))
 
 
-def _score(layers):
-    return lambda ranks: -choice_of(layers, ranks).error
-
-
 @given(_layers(), st.floats(0, 1), st.sampled_from(list(WAYS)))
 def test_a_budget_is_kept_and_no_factors_cost_more_than_their_matrix(layers, share, way):
     budget = _least(layers) + share * (_dense(layers) - _least(layers))
-    choice = WAYS[way](layers, budget, _score(layers))
+    choice = choose(way, layers, budget)
     spent = 0
     for name, layer in layers.items():
         n, m = layer.shape
@@ -64,25 +63,25 @@ def test_a_budget_is_kept_and_no_factors_cost_more_than_their_matrix(layers, sha
     assert spent == choice.parameters <= budget
 
 
-@pytest.mark.parametrize("way", DIRECT)
+@pytest.mark.parametrize("way", WAYS)
 def test_only_the_ways_by_weights_ask_for_the_weights(way):
     layers = {name: _layer(*shape, seed) for seed, (name, shape) in enumerate({"a": (40, 50), "b": (30, 60)}.items())}
     turned = {name: replace(layer, weights=np.ones_like(layer.weights)) for name, layer in layers.items()}
     budget = _dense(layers) / 3
-    same = WAYS[way](layers, budget, None) == WAYS[way](turned, budget, None)
+    same = choose(way, layers, budget) == choose(way, turned, budget)
     assert same == (way not in BY_WEIGHTS)
 
 
 @given(_layers(), st.sampled_from(list(WAYS)))
 def test_with_room_for_everything_all_stays_dense(layers, way):
-    choice = WAYS[way](layers, _dense(layers), _score(layers))
+    choice = choose(way, layers, _dense(layers))
     assert choice == selection.Choice({}, _dense(layers), 0)
 
 
-@given(_layers(), st.sampled_from(DIRECT), st.floats(0, 1), st.floats(0, 1))
+@given(_layers(), st.sampled_from(list(WAYS)), st.floats(0, 1), st.floats(0, 1))
 def test_more_budget_never_lowers_a_rank(layers, way, one, other):
     low, high = (
-        WAYS[way](layers, _least(layers) + share * (_dense(layers) - _least(layers)), None).ranks
+        choose(way, layers, _least(layers) + share * (_dense(layers) - _least(layers))).ranks
         for share in sorted((one, other))
     )
     for name, layer in layers.items():
@@ -93,10 +92,10 @@ def test_more_budget_never_lowers_a_rank(layers, way, one, other):
 def test_too_small_a_budget_is_refused_with_the_least(way):
     layers = {"fc1": _layer(10, 20, 0), "fc2": _layer(5, 10, 1)}
     with pytest.raises(ValueError, match="a budget of 44 is too small; one direction in every layer costs 45"):
-        WAYS[way](layers, 44, _score(layers))
-    assert WAYS[way](layers, 45, _score(layers)).ranks == {"fc1": 1, "fc2": 1}
+        choose(way, layers, 44)
+    assert choose(way, layers, 45).ranks == {"fc1": 1, "fc2": 1}
     with pytest.raises(ValueError, match="too small"):
-        WAYS[way](layers, float("nan"), _score(layers))
+        choose(way, layers, float("nan"))
 
 
 def _trained_like():
@@ -109,7 +108,7 @@ def _trained_like():
 def test_uniform_ranks_are_equal():
     _, layers, _ = _trained_like()
     per_rank = sum(sum(layer.shape) for layer in layers.values())
-    assert WAYS["uniform"](layers, 4 * per_rank, None).ranks == dict.fromkeys(layers, 4)
+    assert choose("uniform", layers, 4 * per_rank).ranks == dict.fromkeys(layers, 4)
 
 
 def test_energy_keeps_one_share_in_all_layers():
@@ -117,7 +116,7 @@ def test_energy_keeps_one_share_in_all_layers():
     wanted = {name: energy_rank(layer.weights, 0.3) for name, layer in layers.items()}
     assert len(set(wanted.values())) > 1
     budget = choice_of(layers, wanted).parameters
-    assert WAYS["energy"](layers, budget, None).ranks == wanted
+    assert choose("energy", layers, budget).ranks == wanted
 
 
 def test_noise_meets_gavish_and_donoho_at_their_threshold():
@@ -128,7 +127,7 @@ def test_noise_meets_gavish_and_donoho_at_their_threshold():
         s = torch.linalg.svdvals((A + 0.1 * torch.randn(n, m, generator=generator)).double()).numpy()
         layers[name], wanted[name] = Layer((n, m), s, s), gavish_donoho_rank(s, (n, m))
     assert wanted == {"fc1": 3, "fc2": 7}
-    assert WAYS["Gavish–Donoho"](layers, choice_of(layers, wanted).parameters, None).ranks == wanted
+    assert choose("Gavish–Donoho", layers, choice_of(layers, wanted).parameters).ranks == wanted
 
 
 def _squared_error(layers, choice):
@@ -142,7 +141,7 @@ def _squared_error(layers, choice):
 def test_by_an_error_no_choice_that_costs_as_little_errs_less(way, error, seed, budget):
     layers = {f"fc{i}": _layer(n, m, 10 * seed + i) for i, (n, m) in enumerate([(6, 9), (5, 5)])}
     budget = max(budget, _least(layers))
-    found = WAYS[way](layers, budget, None)
+    found = choose(way, layers, budget)
     if not found.ranks or found.ranks.keys() != layers.keys():
         return  # the last step, to dense, is not concave
     every = [range(1, layer.largest_rank + 1) for layer in layers.values()]
@@ -168,25 +167,20 @@ def test_the_predicted_error_is_that_of_the_outputs():
 
 def test_uses_weigh_what_a_layer_costs():
     once, often = _layer(20, 20, 0), Layer((20, 20), *[_layer(20, 20, 0).weights] * 2, uses=100)
-    choice = WAYS["output error"]({"once": once, "often": often}, 100 * 40 * 4, None)
+    choice = choose("output error", {"once": once, "often": often}, 100 * 40 * 4)
     assert "once" not in choice.ranks and choice.ranks["often"] < 4
     assert choice.parameters == 400 + 100 * 40 * choice.ranks["often"]
 
 
-def test_the_search_follows_the_score_alone():
-    layers = {name: _layer(40, 40, seed) for seed, name in enumerate(("vital", "idle"))}
-    found = WAYS["validation"](layers, 1000, lambda ranks: ranks.get("vital", 40))
-    assert found.ranks["idle"] == 1 and found.parameters == 80 + 80 * (found.ranks["vital"] - 1) + 80
-    with pytest.raises(ValueError, match="give a score"):
-        WAYS["validation"](layers, 1000, None)
-
-
 def test_the_smallest_choice_reaches_the_target_and_a_smaller_budget_does_not():
     _, layers, _ = _trained_like()
-    score = _score(layers)
+
+    def score(ranks):
+        return -choice_of(layers, ranks).error
+
     found = smallest("output error", layers, score, -0.2)
     assert score(found.ranks) >= -0.2
-    assert score(WAYS["output error"](layers, 0.97 * found.parameters, None).ranks) < -0.2
+    assert score(choose("output error", layers, 0.97 * found.parameters).ranks) < -0.2
     with pytest.raises(ValueError, match="even the whole network stays below the target 1"):
         smallest("output error", layers, score, 1)
 
