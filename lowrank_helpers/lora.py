@@ -387,8 +387,7 @@ def _plain_name(model: nn.Module, name: str) -> str:
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that a model's ``state_dict`` has, by plain name."""
     stored = model.state_dict()
-    named = model.named_buffers(remove_duplicate=False)
-    return {_plain_name(model, name): buffer for name, buffer in named if name in stored}
+    return {_plain_name(model, name): buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
@@ -397,7 +396,7 @@ def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
     So a network rounded to half precision has in it the checksum of the original, and converted back to float32 still
     that of its own in float32.
     """
-    named = model.named_parameters(remove_duplicate=False)
+    named = model.named_parameters(remove_duplicate=False)  # a weight may be shared here and not there
     return checksum(
         {_plain_name(model, name): p.to(dtype) if p.is_floating_point() else p.detach() for name, p in named}
     )

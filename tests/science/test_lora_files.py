@@ -146,6 +146,14 @@ def test_an_adapter_is_loaded_onto_its_base_in_another_precision_and_onto_no_oth
         lora.load_adapter(mlp([20, 12, 10], seed=1).to(loaded), tmp_path)
 
 
+def test_a_base_is_known_again_without_the_tie_of_its_weights(tmp_path):
+    tied, untied = (nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)) for _ in range(2))
+    tied[1].weight = tied[0].weight
+    lora.save_adapter(lora.adapt(tied, {"1": 2}, alpha=4, seed=0), tmp_path)
+    untied.load_state_dict(tied.state_dict())
+    assert lora.adapters(lora.load_adapter(untied, tmp_path)).keys() == {"1"}
+
+
 def test_a_base_of_two_precisions_is_known_again(tmp_path):
     base = mlp([20, 12, 10], seed=0)
     base.fc2.bfloat16()
