@@ -163,9 +163,9 @@ CHANGES = {
         "model = Net()\nmodel.forward = lambda x: model.fc(x)",
     ),
     "hook": (NET, "model = Net()\nmodel.register_forward_hook(lambda model, inputs, y: 2 * y)"),
-    "edited hook": (
-        NET + "model.register_forward_hook(lambda model, inputs, y: 2 * y)",
-        "model = Net()\nmodel.register_forward_hook(lambda model, inputs, y: 3 * y)",
+    "edited hook for scoring": (
+        NET + "model.register_forward_hook(lambda model, inputs, y: y if model.training else 2 * y)",
+        "model = Net()\nmodel.register_forward_hook(lambda model, inputs, y: y if model.training else 3 * y)",
     ),
     "hook on a gradient": (NET, "model = Net()\nmodel.fc.weight.register_hook(lambda g: g / 2)"),
     "parametrization": (NET, "model = Net()\nnn.utils.parametrizations.weight_norm(model.fc)"),
@@ -197,6 +197,10 @@ SAME = {
     "other names around it": (NET, "unused = 3\nmodel = Net()"),
     "own seed": (ATTENTION, ATTENTION),
     "mode": (LAYERS, LAYERS + "\nmodel.eval()"),
+    "something else in the environment": (
+        NET + "import os\ndef inner(x):\n    return x if 'SHOUT' in os.environ else -x\nmodel = Net(inner=inner)",
+        "os.environ['WHISPER'] = '1'\nmodel = Net(inner=inner)",
+    ),
     "hook taken off": (NET, "model = Net()\nmodel.register_forward_hook(lambda model, inputs, y: 2 * y).remove()"),
     "hooks numbered otherwise": (
         NET + "def hook(model, inputs, y):\n    return 2 * y\nmodel.register_forward_hook(hook)",
@@ -314,6 +318,7 @@ def test_keys_are_the_same_in_another_process(few):
         factors = factorization.factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})
         several = [dlrt.rank_adaptive(factors, 0.1), networks.convnet([4], 8, seed=0),
                    networks.VisionTransformer(width=8, n_blocks=1, seed=0)]
+        several[1].names = {"in", "any", "order"}
         keys = [store._key(network, few, Recipe(1, 64, 1e-3), {}) for network in several]
         print(*keys)
     """
