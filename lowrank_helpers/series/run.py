@@ -294,7 +294,7 @@ class Run:
                     if "/" not in id:
                         found = Claim.from_json(claim)
                         stands = claims.standing(found, *(recorded.of(id) if recorded else ([], {})))
-                        lines.append(f"- **{id}** {found.sentence} *({stands.short})*")
+                        lines.append(f"- **{id}** {found.sentence} *{stands.short}*")
         display(Markdown("\n".join(lines)))
 
     def _file_claims(self) -> None:

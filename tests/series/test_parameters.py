@@ -152,7 +152,7 @@ def test_what_is_no_literal_is_refused_by_notebook_and_name(tmp_path, source, na
 
 
 def test_planning_gives_each_notebook_what_it_declares_in_the_series_order():
-    planned = execution.plan(["02_train", "01_data"], {"seed": 3, "epochs": 2})
+    planned = execution.plan(["02_train", "01_data"], {"seed": 3, "activation": "tanh"})
     assert list(planned) == ["01_data", "02_train"]
-    assert planned["02_train"] == {"seed": 3, "epochs": 2}
-    assert "epochs" not in planned["01_data"]
+    assert planned["02_train"] == {"seed": 3, "activation": "tanh"}
+    assert "activation" not in planned["01_data"]

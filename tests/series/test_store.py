@@ -21,13 +21,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
+from lowrank_helpers.dlrt import DLRTLinear
 from safetensors import safe_open
 from safetensors.torch import save_file
 from traitlets.config import Config
 
 from lowrank_helpers import training
 from lowrank_helpers.data import PROJECT, Dataset
-from lowrank_helpers.dlrt import DLRTLinear
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import digest, results, store
 from lowrank_helpers.series.store import Store, write_atomically
