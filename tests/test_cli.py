@@ -30,7 +30,8 @@ def _lowrank(*arguments):
 def _notebook(folder, name, *cells):
     """Write a notebook with a parameters cell and the given code cells."""
     parameters = nbformat.v4.new_code_cell(
-        'dataset = "digits"\ndata_dir = ""\ndevice = "cpu"\nseed = 0', metadata={"tags": ["parameters"]}
+        'dataset = "digits"\ndata_dir = ""\ndevice = "cpu"\nprecision = "float32"\nseed = 0',
+        metadata={"tags": ["parameters"]},
     )
     written = nbformat.v4.new_notebook(
         cells=[parameters, *map(nbformat.v4.new_code_cell, cells)],
@@ -52,14 +53,16 @@ def own_notebooks(monkeypatch, tmp_path):
     ("arguments", "named"),
     [
         (["99_nothing"], ["'99_nothing'", "02_train"]),
-        (["-p", "epoch", "3"], ["'epoch'", "epochs", "02_train:"]),
-        (["-p", "epochs", "three"], ["epochs", "'three'", "whole number, at least 1"]),
-        (["-p", "epochs", "-1"], ["epochs", "-1", "at least 1"]),
-        (["-p", "epochs", "1.5"], ["epochs", "1.5", "whole number"]),
-        (["-p", "epochs", "true"], ["epochs", "True", "whole number"]),
-        (["-p", "epochs", "[1"], ["epochs", "not YAML"]),
-        (["-p", "learning_rate", "0"], ["learning_rate", "0", "above 0"]),
-        (["-p", "learning_rate", ".nan"], ["learning_rate", "nan", "above 0"]),
+        (["-p", "epochs", "3"], ["'epochs'", "recipes", "02_train:"]),
+        (["-p", "recipes", "{small: {epochs: three}}"], ["small.epochs", "'three'", "whole number, at least 1"]),
+        (["-p", "recipes", "{small: {learning_rate: .nan}}"], ["small.learning_rate", "nan", "above 0"]),
+        (["-p", "recipes", "{small: {rate: 1}}"], ["small.rate", "learning_rate"]),
+        (["-p", "recipes", "{little: {epochs: 1}}"], ["'little' is unknown", "small"]),
+        (["-p", "recipes", "3"], ["recipes", "fields by kind of network"]),
+        (["-p", "widths", "[1"], ["widths", "not YAML"]),
+        (["-p", "seed", "-1"], ["seed", "-1", "whole number from 0"]),
+        (["-p", "seed", "1.5"], ["seed", "1.5", "whole number"]),
+        (["-p", "seed", "true"], ["seed", "True", "whole number"]),
         (["-p", "activation", "swish"], ["activation", "'swish'", "relu, tanh, sigmoid, gelu, identity"]),
         (["-p", "dataset", "cifar"], ["dataset", "'cifar'", "auto, mnist, fashion_mnist, kmnist, digits"]),
         (["-p", "device", "tpu"], ["device", "'tpu'", "cpu"]),
@@ -103,9 +106,9 @@ def test_without_mnist_nothing_is_recorded(monkeypatch):
     ("content", "named"),
     [
         (b"- 1\n- 2\n", "name: value"),
-        (b"epochs: [", "not YAML"),
+        (b"seed: [", "not YAML"),
         (b"\xff\x00", "not YAML"),
-        (b"epochs: 0\n", "epochs = 0"),
+        (b"seed: -1\n", "seed = -1"),
     ],
 )
 def test_bad_parameter_files_are_refused_by_name(content, named, tmp_path):
@@ -191,9 +194,9 @@ LOADS = """
 from lowrank_helpers import data
 from lowrank_helpers.series.run import Run
 
-run = Run("01_loads", dataset=dataset, data_dir=data_dir, seed=seed, device=device, precision="float32")
+run = Run("01_loads", globals())
 textbook = data.torchvision_set(run.data.name, run.data_dir, train=True)
-run.finding("1.1", "{n} images.", n=len(textbook))
+run.claim("1.1", "There are images.", holds=True, measured={"images": len(textbook)})
 """
 
 
@@ -207,7 +210,7 @@ def test_relative_data_folder_is_relative_to_where_the_command_runs(way, own_not
     result = _lowrank("run", "-p", "dataset", "fashion_mnist", *given, "-o", "out")
     assert result.exit_code == 0, result.output
     results = Path("out", "results.json").read_text()
-    assert json.loads(results)["findings"]["1.1"]["values"]["n"] == 60
+    assert json.loads(results)["claims"]["1.1"]["measured"]["images"] == {"": 60}
     for left in (results, Path("out", "01_loads.ipynb").read_text()):
         assert str(tmp_path) not in left, "what is recorded holds no path of this machine"
     assert os.environ["LOWRANK_DATA_DIR"] == ("images" if way == "variable" else "nowhere")
@@ -223,13 +226,13 @@ def test_help_lists_notebooks_parameters_and_examples():
 def test_the_readmes_parameter_file_is_accepted():
     (example,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
     planned = execution.plan((), parse(example, "README.md"))
-    assert planned["02_train"]["learning_rate"] == 1e-3
+    assert planned["02_train"]["recipes"] == {"small": {"learning_rate": 1e-3}}
 
 
 def test_one_notebook_runs_from_end_to_end_where_a_damaged_one_lies(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "02_train.ipynb").write_text("{")
-    given = ["-p", "dataset", "digits", "-p", "epochs", "1", "-o", tmp_path / "out"]
+    given = ["-p", "dataset", "digits", "-p", "recipes", "{small: {epochs: 1}}", "-o", tmp_path / "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [LOWRANK, "run", "02_train", "--resume", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -238,9 +241,9 @@ def test_one_notebook_runs_from_end_to_end_where_a_damaged_one_lies(tmp_path):
     assert warning.startswith("Warning: 02_train.ipynb ") and "warnings.warn" not in done.stderr
     assert "digits" in done.stdout and "index.html" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    finding = results["findings"]["2.1"]
-    assert finding["values"]["epochs"] == 1
-    assert 30 < finding["values"]["test_accuracy"] <= 100
+    claim = results["claims"]["2.1"]
+    assert len(claim["series"]["accuracy (%) by epoch"]) == 1 + 4, "a small set takes four times the epochs"
+    assert 30 < claim["measured"]["accuracy (%)"]["test"] <= 100
     assert results["notebooks"]["02_train"]["environment"]["dataset"] == "digits"
     for name in ("02_train.ipynb", "02_train.html"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000

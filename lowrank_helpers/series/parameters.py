@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +22,12 @@ from lowrank_helpers.training import DEVICES, PRECISIONS, pick_device
 
 class ParameterError(ValueError):
     """A parameter's name or value is not allowed; the message names it, the value and what is allowed."""
+
+
+@cache
+def recipes() -> dict[str, dict[str, Any]]:
+    """Return the series' recipes by kind of network, from ``recipes.yaml``."""
+    return yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,6 @@ RECIPE_RULES = {
     "scores_per_epoch": _whole(0),
 }
 
-# By name, or by a pattern of names in which * stands for any letters; the first that matches decides.
 RULES: dict[str, Rule] = {
     "dataset": _one_of(*DATASETS),
     "data_dir": Rule(lambda value: isinstance(value, str), "a folder, or empty for LOWRANK_DATA_DIR and data/"),
@@ -93,7 +97,7 @@ RULES: dict[str, Rule] = {
         ),
         f"fields by kind of network, such as {{big: {{epochs: 3}}}}, each one of {', '.join(RECIPE_RULES)}",
     ),
-    **{f"*{field}": rule for field, rule in RECIPE_RULES.items()},
+    "batch_size": RECIPE_RULES["batch_size"],
     "activation": _one_of(*ACTIVATIONS),
     "activations": _list_of(_one_of(*ACTIVATIONS), distinct=True),
     "layers": _one_of("all", "first", "last"),
@@ -101,22 +105,22 @@ RULES: dict[str, Rule] = {
         lambda value: WIDTHS.accepts(value) and len(value) >= 5 and len(set(value[1:-1])) == 1,
         f"widths such as [{N_PIXELS}, 128, 128, 128, {N_CLASSES}]: at least three hidden ones, all equal",
     ),
-    **dict.fromkeys(("subspace_widths", "adapter_ranks", "*_dimensions", "*_grid", "*_budgets"), COUNTS),
-    "*widths": WIDTHS,
+    **dict.fromkeys(("widths", "big_widths"), WIDTHS),
+    **dict.fromkeys(("rank_grid", "subspace_widths", "subspace_dimensions", "cut_budgets", "adapter_ranks"), COUNTS),
     "patch": Rule(lambda value: COUNT.accepts(value) and IMAGE_SIDE % value == 0, f"a divisor of {IMAGE_SIDE}"),
     "token_width": Rule(lambda value: COUNT.accepts(value) and value % 4 == 0, "a multiple of the four heads"),
-    **dict.fromkeys(("channels", "*ranks"), _list_of(COUNT)),
-    "*rates": _list_of(POSITIVE),
+    **dict.fromkeys(("ranks", "small_ranks", "channels"), _list_of(COUNT)),
     "alpha": POSITIVE,
     "layer_shares": Rule(
         lambda value: _list_of(SHARE).accepts(value) and sum(value) <= 1,
         f"a list whose sum is at most 1, each item {SHARE.allowed}",
     ),
-    **dict.fromkeys(("*_shares", "*_tolerances"), _list_of(SHARE, distinct=True)),
+    "budget_shares": _list_of(SHARE, distinct=True),
+    **dict.fromkeys(("error_threshold", "accuracy_kept", "target_accuracy", "small_share"), SHARE),
     "rehearsal_share": POSITIVE,
-    **dict.fromkeys(("*_share", "*accuracy*", "*_threshold"), SHARE),
     "held_out_digit": _whole(0, N_CLASSES - 1),
-    **dict.fromkeys(("rehearsal", "n_*", "*rank", "*width", "*_seeds", "*_sweeps", "*_steps", "*_images"), COUNT),
+    **dict.fromkeys(("rank", "low_rank", "als_sweeps", "gradient_steps", "moment_images"), COUNT),
+    **dict.fromkeys(("convnet_width", "n_blocks", "rehearsal"), COUNT),
 }
 
 
@@ -130,11 +134,10 @@ def check(parameters: Mapping[str, Any]) -> None:
         on this machine.
     """
     for name, value in parameters.items():
-        rule = next((rule for pattern, rule in RULES.items() if fnmatchcase(str(name), pattern)), None)
-        if rule is None:
+        if name not in RULES:
             raise ParameterError(f"parameter {name!r} is unknown; allowed: {', '.join(RULES)}")
-        if not rule.accepts(value):
-            raise ParameterError(f"parameter {name} = {value!r} is not allowed; allowed: {rule.allowed}")
+        if not RULES[name].accepts(value):
+            raise ParameterError(f"parameter {name} = {value!r} is not allowed; allowed: {RULES[name].allowed}")
     for complaint in _complaints(parameters):
         raise ParameterError(f"parameter {complaint}")
     try:
@@ -146,6 +149,8 @@ def check(parameters: Mapping[str, Any]) -> None:
 def _complaints(given: Mapping[str, Any]) -> Iterator[str]:
     """Say what is wrong inside values, or between them, that are each allowed alone."""
     for kind, recipe in given.get("recipes", {}).items():
+        if kind not in recipes():
+            yield f"recipes = {given['recipes']}: {kind!r} is unknown; allowed: {', '.join(recipes())}"
         for field, value in recipe.items():
             rule = RECIPE_RULES.get(field, Rule(lambda _: False, f"the fields {', '.join(RECIPE_RULES)}"))
             if not rule.accepts(value):
@@ -160,9 +165,6 @@ def _complaints(given: Mapping[str, Any]) -> Iterator[str]:
                 f"rank = {given['rank']} is above min(n, m) of a layer that layers = {given['layers']!r} adapts; "
                 f"allowed: 1 to {most}"
             )
-    for name, of in {"adapter_rates": "adapter_ranks", "tuned_learning_rates": "tuned_budgets"}.items():
-        if {name, of} <= given.keys() and len(given[name]) != len(given[of]):
-            yield f"{name} = {given[name]} must have one rate for each of {of} = {given[of]}"
 
 
 def _of_big_network(given: Mapping[str, Any], shapes: list[tuple[int, int]]) -> Iterator[str]:
@@ -181,13 +183,10 @@ def _of_big_network(given: Mapping[str, Any], shapes: list[tuple[int, int]]) -> 
         yield f"rank_grid = {given['rank_grid']}: the largest full rank is {max(full)}"
     least = sum(n + m for n, m in hidden) + last[0] * last[1]  # one direction in every hidden layer
     most = sum(n * m for n, m in shapes)
-    for name in ("cut_budgets", "tuned_budgets"):
-        for budget in given.get(name, []):
-            if not least <= budget <= most:
-                limits = (
-                    f"{least:,}, one direction in every hidden layer of big_widths, and {most:,}, the dense network"
-                )
-                yield f"{name} = {given[name]}: {budget:,} parameters are not between {limits}"
+    for budget in given.get("cut_budgets", []):
+        if not least <= budget <= most:
+            limits = f"{least:,}, one direction in every hidden layer of big_widths, and {most:,}, the dense network"
+            yield f"cut_budgets = {given['cut_budgets']}: {budget:,} parameters are not between {limits}"
 
 
 def choose_layers(items: list[Any], layers: str) -> list[Any]:

@@ -5,14 +5,12 @@ import time
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
-import yaml
 from IPython.display import Markdown, display
 from torch import nn
 
@@ -20,6 +18,7 @@ from lowrank_helpers import data, plots
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.series import claims, evidence, parameters
 from lowrank_helpers.series.claims import Claim, Comparison
+from lowrank_helpers.series.parameters import recipes
 from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import BusyError, Store
@@ -35,7 +34,6 @@ from lowrank_helpers.training import (
 )
 
 CLAIM_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
-RECIPES = Path(__file__).parent / "recipes.yaml"
 FULL_SIZE = 10_000  # training images from which on recipes are taken as they are
 Key = TypeVar("Key", bound=Hashable)
 
@@ -319,12 +317,6 @@ class Run:
         """Return the processor seconds of this process so far, by kind of work."""
         known = {"starting": self._seconds_to_start} | spent
         return known | {"rest": max(0.0, time.process_time() - sum(known.values()))}
-
-
-@cache
-def recipes() -> dict[str, dict[str, Any]]:
-    """Return the series' recipes by kind of network, from ``recipes.yaml``."""
-    return yaml.safe_load(RECIPES.read_text())
 
 
 def _device_name(device: torch.device) -> str:

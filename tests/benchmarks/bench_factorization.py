@@ -1,4 +1,4 @@
-"""Benchmark 3: five ways to the factors of the trained big network's hidden layers."""
+"""Benchmark 3: four ways to the factors of the trained big network's hidden layers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,16 +13,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from lowrank_helpers.data import Dataset
-from lowrank_helpers.factorization import (
-    alternating_gradient_descent,
-    alternating_least_squares,
-    random_factors,
-    truncated_svd,
-)
+from lowrank_helpers.factorization import alternating_least_squares, random_factors, truncated_svd
 from lowrank_helpers.models import linear_layers, mlp
 from lowrank_helpers.training import fit
 
-SWEEPS, GRADIENT_STEPS = 25, 200  # notebook 05's
+SWEEPS = 25  # notebook 05's
 ADAM_STEPS, ADAM_LAYER = 10_000, "fc1"  # on all four layers, Adam's steps would take as long as everything else here
 ROUNDS = 5
 
@@ -52,9 +47,6 @@ def test_factorization(
         "SVD": lambda: truncated_svd(A, rank).product,
         "randomised SVD": lambda: _randomised_svd(A, rank),
         f"ALS, {SWEEPS} sweeps": lambda: alternating_least_squares(A, rank, sweeps=SWEEPS).product,
-        f"alternating gradient descent, {GRADIENT_STEPS} steps": lambda: (
-            alternating_gradient_descent(A, rank, steps=GRADIENT_STEPS).product
-        ),
     }
     adam = f"Adam, {ADAM_STEPS:,} steps"
     if layer == ADAM_LAYER:

@@ -18,6 +18,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.models import mlp, n_parameters
+from lowrank_helpers.series.run import recipes
 from lowrank_helpers.training import History, Recipe, evaluate, fit
 
 BATCHES = (32, 256, 512)
@@ -107,7 +108,7 @@ def _all_cores() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "split", "target", "recipe", "rounds"),
     [
-        ("small", "test", 0.95, Recipe(1, 512, 3e-3), 3),
+        ("small", "test", 0.95, replace(Recipe(**recipes()["small"]), epochs=1), 3),
         ("big", "train", 0.999, BIG_RECIPE, 1),
     ],
     ids=["test", "train"],

@@ -10,10 +10,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from lowrank_helpers.costs import median_seconds
+from lowrank_helpers.series.run import recipes
 from lowrank_helpers.training import History, Recipe, synchronise
 
 NETWORKS = {"small": [784, 512, 512, 10], "big": [784, 1024, 1024, 512, 256, 10]}
-BIG_RECIPE = Recipe(8, 512, 2e-3)  # notebook 04's, cut to the epochs that 99.9 % needs
+BIG_RECIPE = Recipe(**recipes()["big"])
 RANKS = {"fc1": 150, "fc2": 150, "fc3": 150, "fc4": 80}  # the published solution's, of the big network
 
 Key = TypeVar("Key", bound=Hashable)

@@ -11,7 +11,8 @@ import pytest
 )
 def test_examples_give_what_they_show(module):
     failed, tried = doctest.testmod(
-        importlib.import_module(f"lowrank_helpers.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+        importlib.import_module(f"lowrank_helpers.{module}"),
+        optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
     )
     assert tried > 0
     assert failed == 0
