@@ -19,7 +19,6 @@ from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.evidence import Evidence
 from lowrank_helpers.series.results import read_claims
 
-SEEDS = (101, 102, 103)
 NOTEBOOKS = execution.NOTEBOOK_FOLDER
 START = """import torch
 from dataclasses import replace
@@ -91,16 +90,17 @@ def recorded_claims(known: Evidence, like: dict[str, Claim], i: int) -> tuple[Ev
 @click.command()
 @click.argument("name", metavar="NOTEBOOK")
 @GIVEN
-def main(name: str, pairs: tuple[tuple[str, str], ...]) -> None:
+@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How many of each fault.")
+def main(name: str, pairs: tuple[tuple[str, str], ...], runs: int) -> None:
     """Say by what the check would notice that NOTEBOOK is broken in one of several ways."""
     given = {parameter: parameters.parse(value, parameter) for parameter, value in pairs}
     dataset = execution.settle_dataset({name: given})
     known = {each: found for each in execution.notebook_names() if (found := evidence.read(each, dataset))}
     n_values = sum(each.n_values for each in known.values())
     for fault, source in FAULTS.items():
-        claimed = [claims_of(name, given | {"seed": seed}, source) for seed in SEEDS]
+        claimed = [claims_of(name, given | {"seed": seed}, source) for seed in range(101, 101 + runs)]
         noticed = [evidence.unlike(known[name], claims, n_values) for claims in claimed]
-        click.echo(f"{fault}: noticed in {sum(map(bool, noticed))} of {len(SEEDS)} runs")
+        click.echo(f"{fault}: noticed in {sum(map(bool, noticed))} of {runs} runs")
         click.echo("".join(f"  {line}\n" for lines in noticed for line in lines[:2]), nl=False)
     alarms = [
         evidence.unlike(*recorded_claims(known[name], claimed[0], i), n_values) for i in range(len(known[name].runs))

@@ -48,7 +48,7 @@ run.claim("{id}/took", "It takes time.", holds=True, timings={{"seconds": time.p
 """
 CONCLUDE = """
 for id, claim in run.claims().items():
-    print(id, claim.measured)
+    print(id, claim.sentence, claim.measured)
 """
 NOTEBOOKS = {"01_first": TRAIN.format(id="2.1"), "02_same": TRAIN.format(id="2.2"), "03_conclusions": CONCLUDE}
 
