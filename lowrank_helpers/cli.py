@@ -227,7 +227,7 @@ def evidence(notebooks: Names, pairs: Pairs, seeds: str, connection: "Connection
         for name in points[0].planned:
             if found := recorded.gather(sorted((folder / "points").iterdir()), name):
                 click.echo(f"{os.path.relpath(recorded.write(found))}: {len(found.runs)} runs")
-        return "`git diff evidence` shows what changed."
+        return "`make record` shows the claims of notebooks beside it."
 
     _sweep(points, PROJECT / "reports" / "sweeps" / f"evidence-{dataset}", True, connection, gather)
 

@@ -1,12 +1,11 @@
 """What would the check notice? Break an experiment, run it, and hold what it claims against the evidence.
 
 ``python scripts/power.py 02_train -p dataset digits`` runs a notebook unbroken and with each fault, from seeds that the
-evidence has not seen, and prints in how many runs the check notices, and by what. The last line says how many of the
-recorded runs are unlike the others: the false alarms.
+evidence has not seen, and prints in how many runs the check notices, and by what. The last line counts false
+alarms: recorded runs, in reports/sweeps/, that are unlike the others.
 """
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import click
 import nbformat
 
 from lowrank_helpers.cli import GIVEN
+from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import evidence, execution, parameters
 from lowrank_helpers.series.claims import Claim
-from lowrank_helpers.series.evidence import Evidence
 from lowrank_helpers.series.results import read_claims
 
-SEEDS = (101, 102, 103)
 NOTEBOOKS = execution.NOTEBOOK_FOLDER
 START = """import torch
 from dataclasses import replace
@@ -70,41 +68,34 @@ def claims_of(name: str, given: dict[str, Any], fault: str) -> dict[str, Claim]:
         ended = list(execution.execute(planned, folder, progress=False))
         execution.NOTEBOOK_FOLDER = NOTEBOOKS
         click.echo("".join(f"  {each.notebook} failed: {each.error}\n" for each in ended if each.error), nl=False)
-        return {id: Claim.from_json(filed) for id, filed in read_claims(folder)[name]["claims"].items()}
+        return claims_in(folder, name)
 
 
-def recorded_claims(known: Evidence, like: dict[str, Claim], i: int) -> tuple[Evidence, dict[str, Claim]]:
-    """Return evidence without one of its runs, and what this run claimed, as far as it is of no time."""
-
-    def but(values: list[Any]) -> list[Any]:
-        return values[:i] + values[i + 1 :]
-
-    without = {id: {q: {x: but(v) for x, v in of.items()} for q, of in qs.items()} for id, qs in known.measured.items()}
-    rest = replace(known, runs=but(known.runs), holds={id: but(of) for id, of in known.holds.items()}, measured=without)
-    claims = {}
-    for id, quantities in known.measured.items():
-        kept = {q: {x: v[i] for x, v in of.items()} for q, of in quantities.items() if q not in like[id].timings}
-        claims[id] = Claim(id, like[id].sentence, known.holds[id][i] if id in known.holds else None, measured=kept)
-    return rest, claims
+def claims_in(folder: Path, name: str) -> dict[str, Claim]:
+    """Return what a notebook claimed in a run."""
+    return {id: Claim.from_json(filed) for id, filed in read_claims(folder)[name]["claims"].items()}
 
 
 @click.command()
 @click.argument("name", metavar="NOTEBOOK")
 @GIVEN
-def main(name: str, pairs: tuple[tuple[str, str], ...]) -> None:
+@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How many of each fault.")
+def main(name: str, pairs: tuple[tuple[str, str], ...], runs: int) -> None:
     """Say by what the check would notice that NOTEBOOK is broken in one of several ways."""
     given = {parameter: parameters.parse(value, parameter) for parameter, value in pairs}
     dataset = execution.settle_dataset({name: given})
     known = {each: found for each in execution.notebook_names() if (found := evidence.read(each, dataset))}
+    if name not in known:
+        raise click.ClickException(f"{name} has no evidence on {dataset}: `lowrank evidence {name}` records it")
     n_values = sum(each.n_values for each in known.values())
     for fault, source in FAULTS.items():
-        claimed = [claims_of(name, given | {"seed": seed}, source) for seed in SEEDS]
+        claimed = [claims_of(name, given | {"seed": seed}, source) for seed in range(101, 101 + runs)]
         noticed = [evidence.unlike(known[name], claims, n_values) for claims in claimed]
-        click.echo(f"{fault}: noticed in {sum(map(bool, noticed))} of {len(SEEDS)} runs")
+        click.echo(f"{fault}: noticed in {sum(map(bool, noticed))} of {runs} runs")
         click.echo("".join(f"  {line}\n" for lines in noticed for line in lines[:2]), nl=False)
-    alarms = [
-        evidence.unlike(*recorded_claims(known[name], claimed[0], i), n_values) for i in range(len(known[name].runs))
-    ]
+    runs_of = sorted((PROJECT / "reports" / "sweeps" / f"evidence-{dataset}" / "points").iterdir())
+    others = {folder: evidence.gather([other for other in runs_of if other != folder], name) for folder in runs_of}
+    alarms = [evidence.unlike(rest, claims_in(folder, name), n_values) for folder, rest in others.items() if rest]
     click.echo(f"recorded runs unlike the others: {sum(map(bool, alarms))} of {len(alarms)}")
     click.echo("".join(f"  {line}\n" for lines in alarms for line in lines), nl=False)
 

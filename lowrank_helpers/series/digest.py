@@ -31,6 +31,7 @@ WRAPPERS |= dict.fromkeys((staticmethod, classmethod), ("__func__",))
 
 # Read when the code is: the files may change while a kernel runs.
 SOURCES = {file: file.read_text() for file in sorted((PROJECT / PACKAGE).rglob("*.py"))}
+RECIPES = (PROJECT / PACKAGE / "series" / "recipes.yaml").read_text()
 
 
 class UnknownError(Exception):
@@ -51,13 +52,13 @@ def of_notebook(notebook: Path) -> str:
 @cache
 def of_package() -> str:
     """Return a digest (32 hexadecimal digits) of all of the package's code, as this process imported it."""
-    return of_cells(list(SOURCES.values()))
+    return of_cells([RECIPES, *SOURCES.values()])
 
 
 @cache
 def of_science() -> str:
-    """Return a digest (32 hexadecimal digits) of the code that computes: the modules at the top of the package."""
-    return of_cells([text for file, text in SOURCES.items() if file.parent.name == PACKAGE])
+    """Return a digest (32 hexadecimal digits) of what computes: the modules at the top of the package, and recipes."""
+    return of_cells([RECIPES, *(text for file, text in SOURCES.items() if file.parent.name == PACKAGE)])
 
 
 def of_objects(*values: Any, apart_from: Iterable[Tensor] = ()) -> str:
