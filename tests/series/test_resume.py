@@ -47,12 +47,7 @@ run.claim("{id}", "Most are right.", holds=accuracy > 0.5, measured={{"accuracy"
 run.claim("{id}/took", "It takes time.", holds=True, timings={{"seconds": time.perf_counter() - start}})
 """
 CONCLUDE = """
-<<<<<<< HEAD
 run.answers(of_all=True)
-=======
-for id, claim in run.claims().items():
-    print(id, claim.sentence, claim.measured)
->>>>>>> check
 """
 NOTEBOOKS = {"01_first": TRAIN.format(id="2.1"), "02_same": TRAIN.format(id="2.2"), "03_conclusions": CONCLUDE}
 
