@@ -454,7 +454,6 @@ JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
     ((".original1", ".original0"), "", _normed),
     (("_orig", "_mask"), "", torch.mul),
     ((".B", ".C"), ".weight", torch.matmul),  # FactorizedLinear
-    ((".U", ".S", ".V"), ".weight", lambda U, S, V: U @ S @ V.T),  # DLRTLinear
     ((".lora_B", ".lora_A"), ".lora", torch.matmul),
     ((".lora_B.weight", ".lora_A.weight"), ".lora", torch.matmul),  # PEFT's
 ]

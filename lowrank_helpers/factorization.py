@@ -16,7 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from lowrank_helpers.calibration import check_names, input_moments, precise
+from lowrank_helpers.calibration import check_names, precise
+from lowrank_helpers.calibration import input_moments as input_moments
 from lowrank_helpers.calibration import sensitivities as sensitivities
 from lowrank_helpers.models import FactorizedLinear, check_plain, linear_layers
 from lowrank_helpers.training import spending

@@ -13,8 +13,8 @@ SPEC = importlib.util.spec_from_file_location("choose_rates", PROJECT / "scripts
 choose_rates = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(choose_rates)
 
+NOISE = 3e-4  # three of the validation images
 OTHERWISE = {
-    "deep": "it was chosen on the test set; on validation images 4e-3 is better by two points",
     "big": "it is to overfit: at 3e-3 and seed 100 it knew 99.98 % of its training images after 10 epochs, and its "
     "validation loss had risen by 36 %",
 }
@@ -22,11 +22,11 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("kind", sorted(run.recipes().keys() - OTHERWISE.keys()))
 def test_no_rate_is_better_on_validation_images_than_the_recipes(kind):
-    """In the mean over networks and seeds, among the rates at which all of them were trained."""
+    """In the mean over networks and seeds, among the rates at which all of them were trained, and but for noise."""
     recipe, table = run.recipes()[kind], pd.read_csv(choose_rates.TABLE)
     rows = table[table["recipe"] == kind]
     means = rows.pivot_table("accuracy", ["network", "seed"], "learning_rate").dropna(axis="columns").mean()
-    assert means.idxmax() == recipe["learning_rate"]
+    assert means[recipe["learning_rate"]] >= means.max() - NOISE
     assert len(means) >= 3
     assert set(rows["seed"]) == set(choose_rates.SEEDS)
 

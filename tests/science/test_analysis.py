@@ -17,7 +17,6 @@ from torchvision.models import VisionTransformer, resnet18
 
 from lowrank_helpers import analysis, rank
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
-from lowrank_helpers.dlrt import rank_adaptive
 from lowrank_helpers.factorization import factorize
 from lowrank_helpers.lora import adapt
 from lowrank_helpers.models import mlp
@@ -337,7 +336,6 @@ def _pruned(layer, *names):
 
 COMPUTED = {  # a layer; the numbers in its weight's parts, or None where a file does not tell what the layer computes
     "factors": (lambda: factorize(mlp([30, 20], seed=0), {"fc1": 4}).fc1, 4 * (20 + 30)),
-    "dlrt": (lambda: rank_adaptive(factorize(mlp([30, 20], seed=0), {"fc1": 4}), 0.1).fc1, 4 * (20 + 30 + 4)),
     "lora": (lambda: adapt(mlp([30, 20], seed=0), {"fc1": 4}, alpha=2, seed=0).fc1, None),
     "own": (_OwnFactors, None),
     "pruned": (lambda: _pruned(nn.Linear(6, 5), "weight", "bias"), 30),

@@ -107,7 +107,7 @@ import functools
 import torch
 from torch import nn
 from torch.nn import functional as F
-from lowrank_helpers import dlrt, models, networks
+from lowrank_helpers import models, networks
 from lowrank_helpers.factorization import factorize
 
 SCALE = 0.5
@@ -133,10 +133,7 @@ def closure(factor):
     return lambda x: x * factor
 model = Net()
 """
-DLRT = """
-from lowrank_helpers.models import mlp
-model = dlrt.rank_adaptive(factorize(mlp([784, 16, 10], seed=0), {"fc1": 8}), 0.1)
-"""
+FACTORS = 'model = factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})'
 ATTENTION = "model = networks.VisionTransformer(width=8, n_blocks=1, n_heads=4, seed=0)"
 LAYERS = (
     "torch.manual_seed(0)\nmodel = nn.Sequential(nn.Linear(784, 10), nn.BatchNorm1d(10), nn.Dropout(0.1), nn.ReLU())"
@@ -173,9 +170,11 @@ CHANGES = {
     "default dtype": (NET, "model = Net()\ntorch.set_default_dtype(torch.float64)"),
     "library's function": (NET, "torch.tanh, tanh = torch.sigmoid, torch.tanh\nmodel = Net()"),
     "heads": (ATTENTION, ATTENTION.replace("n_heads=4", "n_heads=8")),
-    "package's constant": (DLRT, "dlrt.RATE, rate = 0.5, dlrt.RATE" + DLRT),
-    "package's function": (DLRT, "errors = dlrt.optimal_errors\ndlrt.optimal_errors = lambda s: errors(s) * 2" + DLRT),
-    "tolerance": (DLRT, DLRT.replace("0.1", "0.2")),
+    "package's method": (
+        FACTORS,
+        "Thin = models.FactorizedLinear\nforward = Thin.forward\nThin.forward = lambda self, x: 2 * forward(self, x)\n"
+        + FACTORS,
+    ),
     "momentum": (LAYERS, LAYERS.replace("BatchNorm1d(10)", "BatchNorm1d(10, momentum=0.5)")),
     "dropout": (LAYERS, LAYERS.replace("Dropout(0.1)", "Dropout(0.1000001)")),
     "state of random numbers": (LAYERS, LAYERS + "\ntorch.manual_seed(1)"),
@@ -186,9 +185,8 @@ CHANGES = {
 RESTORE = """
 torch.set_default_dtype(torch.float32)
 if "tanh" in globals(): torch.tanh = tanh
-if "rate" in globals(): dlrt.RATE = rate
-if "errors" in globals(): dlrt.optimal_errors = errors
-for name in ("tanh", "rate", "errors"): globals().pop(name, None)
+if "forward" in globals(): Thin.forward = forward
+for name in ("tanh", "forward"): globals().pop(name, None)
 """
 SAME = {
     "executed again": (NET, NET),
@@ -272,12 +270,10 @@ def test_the_key_leaves_everything_as_it_is(cells, few):
     model = cells(SETUP, LAYERS)["model"].eval()
     model[0].weight.grad = torch.ones_like(model[0].weight)
     model[1].train()
-    dlrt = cells(DLRT)["model"]
     own = cells(NET, "model.forward = lambda x: model.fc(x)")["model"]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     before = copy.deepcopy(model.state_dict())
-    for network in (model, dlrt):
-        assert store._key(network, few, RECIPE, {}) == store._key(network, few, RECIPE, {})
+    assert store._key(model, few, RECIPE, {}) == store._key(model, few, RECIPE, {})
     store._key(own, few, RECIPE, {})
     assert own.fc.weight.grad is None, "though a copy of its forward uses the network itself"
     assert [layer.training for layer in model.modules()] == [False, False, True, False, False]
@@ -285,7 +281,6 @@ def test_the_key_leaves_everything_as_it_is(cells, few):
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[0].bias.grad is None
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
-    assert not any(layer._passes for layer in dlrt.modules() if isinstance(layer, DLRTLinear))
 
 
 def test_the_key_is_of_the_code_that_trains_and_of_the_device(few, monkeypatch):
@@ -310,13 +305,13 @@ def test_the_key_is_of_the_code_that_trains_and_of_the_device(few, monkeypatch):
 def test_keys_are_the_same_in_another_process(few):
     says = """
         import torch
-        from lowrank_helpers import data, dlrt, factorization, models, networks
+        from lowrank_helpers import data, factorization, models, networks
         from lowrank_helpers.series import store
         from lowrank_helpers.training import Recipe
         torch.set_num_threads(1)
         few = data.load("digits").select(train=torch.arange(100), test=torch.arange(100))
         factors = factorization.factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})
-        several = [dlrt.rank_adaptive(factors, 0.1), networks.convnet([4], 8, seed=0),
+        several = [factors, networks.convnet([4], 8, seed=0),
                    networks.VisionTransformer(width=8, n_blocks=1, seed=0)]
         several[1].names = {"in", "any", "order"}
         keys = [store._key(network, few, Recipe(1, 64, 1e-3), {}) for network in several]
@@ -435,31 +430,31 @@ def test_nothing_in_the_project_unpickles_but_tensors_of_a_file_to_analyse():
     assert [source.name for source in sources if forbidden.search(source.read_text())] == []
 
 
-FINDINGS = {"notebook": "02_train", "parameters": {"seed": 0}, "environment": {}, "findings": {"2.1": {"x": 0.98}}}
+CLAIMS = {"notebook": "02_train", "parameters": {"seed": 0}, "environment": {}, "claims": {"2.1": {"x": 0.98}}}
 
 
-def test_findings_come_back_as_filed(tmp_path):
-    results.file_findings(tmp_path, FINDINGS)
-    assert results.read_findings(tmp_path) == {"02_train": FINDINGS}
+def test_claims_come_back_as_filed(tmp_path):
+    results.file_claims(tmp_path, CLAIMS)
+    assert results.read_claims(tmp_path) == {"02_train": CLAIMS}
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("0.98", "0.99"), ('"format": 2', '"format": 0'), ("}", ""), ('"seed": 0', '"seed": 1'), ("{", "[")],
+    [("0.98", "0.99"), ('"format": 3', '"format": 0'), ("}", ""), ('"seed": 0', '"seed": 1'), ("{", "[")],
 )
-def test_altered_findings_are_left_out_with_a_warning(tmp_path, old, new):
-    results.file_findings(tmp_path, FINDINGS)
-    file = results.findings_file(tmp_path, "02_train")
+def test_altered_claims_are_left_out_with_a_warning(tmp_path, old, new):
+    results.file_claims(tmp_path, CLAIMS)
+    file = results.claims_file(tmp_path, "02_train")
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.warns(UserWarning, match=r"02_train\.json"):
-        assert results.read_findings(tmp_path) == {}
+        assert results.read_claims(tmp_path) == {}
 
 
-def test_findings_under_another_notebooks_name_are_left_out(tmp_path):
-    results.file_findings(tmp_path, FINDINGS)
-    shutil.copy(results.findings_file(tmp_path, "02_train"), results.findings_file(tmp_path, "03_rank"))
+def test_claims_under_another_notebooks_name_are_left_out(tmp_path):
+    results.file_claims(tmp_path, CLAIMS)
+    shutil.copy(results.claims_file(tmp_path, "02_train"), results.claims_file(tmp_path, "03_rank"))
     with pytest.warns(UserWarning, match=r"03_rank\.json"):
-        assert set(results.read_findings(tmp_path)) == {"02_train"}
+        assert set(results.read_claims(tmp_path)) == {"02_train"}
 
 
 WRITER = """
