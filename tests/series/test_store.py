@@ -21,7 +21,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
-from lowrank_helpers.dlrt import DLRTLinear
 from safetensors import safe_open
 from safetensors.torch import save_file
 from traitlets.config import Config
