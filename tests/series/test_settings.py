@@ -11,7 +11,7 @@ from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import execution, sweep
 from lowrank_helpers.series.settings import VARIABLES, Settings
 
-TOLD = Settings(Path("/run"), Path("/networks"), Path("/data"), Path("/started"), "digits", True, 3)
+TOLD = Settings(Path("/run"), Path("/networks"), Path("/data"), Path("/started"), "digits", True)
 
 
 @pytest.fixture(autouse=True)
