@@ -72,7 +72,10 @@ def _parameters_from(pairs: Pairs, file: Path | None) -> dict[str, Any]:
 def _choices() -> str:
     """List what ``run`` can be given, for its help."""
     notebooks = "".join(f"\n  {name}" for name in execution.notebook_names())
-    rules = "".join(f"\n  {name:18} {rule.allowed}" for name, rule in parameters.RULES.items())
+    alike: dict[str, list[str]] = {}
+    for name, rule in parameters.RULES.items():
+        alike.setdefault(rule.allowed, []).append(name)
+    rules = "".join(f"\n  {', '.join(names)}: {allowed}" for allowed, names in alike.items())
     return f"\b\nNotebooks:{notebooks}\n\n\b\nParameters, each for the notebooks that declare it:{rules}"
 
 

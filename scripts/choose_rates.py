@@ -122,7 +122,7 @@ def main(names: tuple[str, ...]) -> None:
     ]
     os.environ |= {"TQDM_DISABLE": "1", "LOWRANK_RUN_DIR": str(PROJECT / "reports" / "rates")}
     mpl.use("Agg")
-    run.Run = Held
+    run.Run = Held  # type: ignore[misc]
     for job in tqdm(jobs, unit="notebook", disable=False):
         table = pd.concat([table, pd.DataFrame(rows(job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)
         write_atomically(TABLE, table.to_csv(index=False, float_format="%g").encode())

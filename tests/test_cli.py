@@ -194,7 +194,7 @@ LOADS = """
 from lowrank_helpers import data
 from lowrank_helpers.series.run import Run
 
-run = Run("01_loads", globals())
+run = Run("01_data", globals())
 textbook = data.torchvision_set(run.data.name, run.data_dir, train=True)
 run.claim("1.1", "There are images.", holds=True, measured={"images": len(textbook)})
 """
@@ -205,13 +205,13 @@ def test_relative_data_folder_is_relative_to_where_the_command_runs(way, own_not
     write_small_fashion_mnist(tmp_path / "here" / "images")
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("LOWRANK_DATA_DIR", "images" if way == "variable" else "nowhere")
-    _notebook(own_notebooks, "01_loads", LOADS)
+    _notebook(own_notebooks, "01_data", LOADS)
     given = ["-p", "data_dir", "images"] if way == "parameter" else []
     result = _lowrank("run", "-p", "dataset", "fashion_mnist", *given, "-o", "out")
     assert result.exit_code == 0, result.output
     results = Path("out", "results.json").read_text()
     assert json.loads(results)["claims"]["1.1"]["measured"]["images"] == {"": 60}
-    for left in (results, Path("out", "01_loads.ipynb").read_text()):
+    for left in (results, Path("out", "01_data.ipynb").read_text()):
         assert str(tmp_path) not in left, "what is recorded holds no path of this machine"
     assert os.environ["LOWRANK_DATA_DIR"] == ("images" if way == "variable" else "nowhere")
 
