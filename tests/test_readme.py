@@ -47,4 +47,8 @@ def test_the_program_for_your_own_network_works(tmp_path):
     block, output = _pasted("python", [sys.executable, "-"], tmp_path)
     assert len([line for line in block.splitlines() if line]) <= 10
     assert re.search(r"^parameters: 11,689,512 → 5,[\d,]+ \((49|50)\.\d%\)$", output, re.MULTILINE)
-    assert re.search(r"^seconds: .* → .*\nrelative change of the outputs: predicted .*, measured .*\n\S+: rank ", output, re.MULTILINE)
+    assert re.search(
+        r"^seconds: .* → .*\nrelative change of the outputs: predicted .*, measured .*\n\S+: rank ",
+        output,
+        re.MULTILINE,
+    )

@@ -236,6 +236,8 @@ class _Parts:
     def _network(self, network: nn.Module) -> None:
         self.add(type(network))
         for name, value in vars(network).items():
+            if {f"{name}_orig", f"{name}_g"} & network._parameters.keys():
+                continue  # a weight that torch.nn.utils computes from these before each pass
             if "_hooks" not in name and name != "training":  # that mode is set by who trains it
                 self.add_named([(name, value)])
             elif name.startswith(("_forward", "_backward")):

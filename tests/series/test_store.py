@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from traitlets.config import Config
 
 from lowrank_helpers import training
+from lowrank_helpers.compression import pruned
 from lowrank_helpers.data import PROJECT, Dataset
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import digest, results, store
@@ -106,7 +107,7 @@ import functools
 import torch
 from torch import nn
 from torch.nn import functional as F
-from lowrank_helpers import models, networks
+from lowrank_helpers import models
 from lowrank_helpers.factorization import factorize
 
 SCALE = 0.5
@@ -133,7 +134,7 @@ def closure(factor):
 model = Net()
 """
 FACTORS = 'model = factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})'
-ATTENTION = "model = networks.VisionTransformer(width=8, n_blocks=1, n_heads=4, seed=0)"
+ATTENTION = "model = models.VisionTransformer(width=8, n_blocks=1, n_heads=4, seed=0)"
 LAYERS = (
     "torch.manual_seed(0)\nmodel = nn.Sequential(nn.Linear(784, 10), nn.BatchNorm1d(10), nn.Dropout(0.1), nn.ReLU())"
 )
@@ -254,6 +255,12 @@ def test_a_network_that_changes_more_than_its_state_is_not_kept(cells, few, tmp_
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_pruned_network_is_kept_though_its_weight_is_computed_at_each_pass(few, tmp_path):
+    for _ in range(2):
+        Store(tmp_path).trained(pruned(mlp([784, 10, 10], seed=0), 2000), few, RECIPE)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 def test_tied_weights_are_stored(few, tmp_path):
     def tied():
         model = mlp([784, 10, 10, 10], seed=0)
@@ -310,8 +317,8 @@ def test_keys_are_the_same_in_another_process(few):
         torch.set_num_threads(1)
         few = data.load("digits").select(train=torch.arange(100), test=torch.arange(100))
         factors = factorization.factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})
-        several = [factors, networks.convnet([4], 8, seed=0),
-                   networks.VisionTransformer(width=8, n_blocks=1, seed=0)]
+        several = [factors, models.convnet([4], 8, seed=0),
+                   models.VisionTransformer(width=8, n_blocks=1, seed=0)]
         several[1].names = {"in", "any", "order"}
         keys = [store._key(network, few, Recipe(1, 64, 1e-3), {}) for network in several]
         print(*keys)
