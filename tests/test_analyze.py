@@ -89,7 +89,7 @@ def test_page_and_results_hold_every_number_and_name(network, tmp_path):
     rows = {row.th.text: [cell.text for cell in row.find_all("td")] for row in page.select(".dataframe tbody tr")}
     assert list(rows) == list(found.table.index)
     assert rows["thin"][:4] == ["60×50", "float32", "3,000", "3/50"]
-    assert results["answer"] == page.select_one(".finding p").text
+    assert results["answer"] == page.select_one(".claim p").text
     assert page.find("th", string="<i>bias</i>") and not page.find("i")
     assert page.img["src"].startswith("data:image/png;base64,") and page.img["alt"]
     assert page.h1.text == "How low-rank is net <b>.safetensors?"

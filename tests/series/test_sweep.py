@@ -116,7 +116,7 @@ def test_a_bad_sweep_is_refused_before_anything_starts(arguments, named, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "command", [["run"], ["run", "02_train"], ["sweep", "-g", "seed=0..1"], ["check"], ["record"]], ids=" ".join
+    "command", [["run"], ["run", "02_train"], ["sweep", "-g", "seed=0..1"], ["check"], ["evidence"]], ids=" ".join
 )
 def test_without_notebooks_a_command_says_what_is_missing_and_what_to_do(command, tmp_path, monkeypatch):
     """As where the package is installed from a wheel."""
