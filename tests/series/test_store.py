@@ -311,7 +311,7 @@ def test_the_key_is_of_the_code_that_trains_and_of_the_device(few, monkeypatch):
 def test_keys_are_the_same_in_another_process(few):
     says = """
         import torch
-        from lowrank_helpers import data, factorization, models, networks
+        from lowrank_helpers import data, factorization, models
         from lowrank_helpers.series import store
         from lowrank_helpers.training import Recipe
         torch.set_num_threads(1)
