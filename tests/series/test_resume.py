@@ -192,7 +192,7 @@ def test_run_stopped_again_and_again_resumes_to_the_same_results(fresh, referenc
         shown, _ = process.communicate(timeout=60)
         assert not re.search("Traceback|KeyboardInterrupt", shown), (moment, shown)
         assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL), (moment, shown)
-        assert ("Add --resume to go on" in shown) == (stop == signal.SIGINT)
+        assert ("The same command goes on" in shown) == (stop == signal.SIGINT)
         psutil.wait_procs(left, timeout=20)
         assert not any(kernel.is_running() for kernel in left), moment
     assert finish(fresh, "--resume").count("kept") == 3
