@@ -19,12 +19,11 @@ ROOMS = {
     "cli": {"science", "series", "report", "checking"},
 }
 SCIENCE = [
-    {"data", "quiet", "statistics"},
+    {"data", "factorization", "quiet", "statistics"},
     {"models", "subspace"},
     {"training", "unfold"},
-    {"calibration"},
-    {"rank", "factorization"},
-    {"analysis", "lora", "costs", "plots", "selection"},
+    {"layers", "rank"},
+    {"analysis", "calibration", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]
 
