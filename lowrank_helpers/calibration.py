@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_helpers.models import FactorizedLinear
-from lowrank_helpers.training import progress, spending
+from lowrank_helpers.timing import spending
+from lowrank_helpers.training import progress
 
 MOMENT_BATCH = 2048  # rows of a batch while moments are taken: large enough for full speed
 TASKS = (None, "classification")

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_helpers.models import n_trainable
 from lowrank_helpers.quiet import quiet
-from lowrank_helpers.training import products_in, spending, synchronise
+from lowrank_helpers.timing import spending, synchronise
+from lowrank_helpers.training import products_in
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -20,7 +20,7 @@ from lowrank_helpers.calibration import check_names, precise
 from lowrank_helpers.calibration import input_moments as input_moments
 from lowrank_helpers.calibration import sensitivities as sensitivities
 from lowrank_helpers.models import FactorizedLinear, check_plain, linear_layers
-from lowrank_helpers.training import spending
+from lowrank_helpers.timing import spending
 
 DAMPING = 1e-3  # of the mean eigenvalue of G; 1e-2 does the same to a percent
 

@@ -60,7 +60,6 @@ class Held(run.Run):
         super().__init__(notebook, variables)
         images, labels = self.data.splits()["validation"]
         self.data = replace(self.data, test_images=images, test_labels=labels)
-        self.whole_data = replace(self.data, validation_images=images[:0], validation_labels=labels[:0])
         self.made: list[tuple[str, Recipe]] = []
         self.scores: dict[tuple[str, str], tuple[Recipe, History]] = {}
 

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from lowrank_helpers import training
+from lowrank_helpers import parallel
+from lowrank_helpers.parallel import side_by_side
 from lowrank_helpers.quiet import give_way, quiet
-from lowrank_helpers.training import side_by_side
 
 WORK = """
 import sys
@@ -75,7 +75,7 @@ def test_who_times_does_not_wait_for_itself():
 
 
 def test_what_is_timed_may_have_workers_and_does_not_wait_for_them(monkeypatch):
-    monkeypatch.setattr(training, "_n_side_by_side", 2)
+    monkeypatch.setattr(parallel, "_n_side_by_side", 2)
     with quiet():
         assert side_by_side([lambda stop: give_way()] * 2, torch.device("cpu")) == [None, None]
 
