@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_helpers import PROJECT
+from lowrank_helpers.hashing import checksum
+
 IMAGE_SIDE = 28
 N_PIXELS = IMAGE_SIDE**2
 N_CLASSES = 10
 TORCHVISION_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 DATASETS = ("auto", *TORCHVISION_SETS, "digits")
 SPLITS = ("train", "validation", "test")
-PROJECT = Path(__file__).resolve().parent.parent
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
 # MNIST's uncompressed files with the MD5 of what was published; the other sets' are called alike. torchvision checks
@@ -271,16 +273,6 @@ def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test
     images, test_images = (standardise(pixels, mean, std) for pixels in (train, test))
     labels = train_labels.long()
     return Dataset(name, images, labels, images[:0], labels[:0], test_images, test_labels.long(), mean, std)
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors, such as a ``state_dict``: their names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # As bytes, since NumPy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @contextmanager

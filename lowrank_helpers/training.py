@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lowrank_helpers.data import Dataset, batches
 from lowrank_helpers.models import squared_norm
-from lowrank_helpers.quiet import give_way
+from lowrank_helpers.timing import wait_for_timing
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -305,7 +305,7 @@ def fit(
             for index in order:
                 if stop and stop.is_set():
                     raise CancelledError
-                give_way()
+                wait_for_timing()
                 steps.take(index, learning_rate=recipe.learning_rate * (1 - step / n_steps))
                 step += 1
                 bar.update()
@@ -421,7 +421,7 @@ def _predict(model: nn.Module, batches: Sequence[Tensor], precision: str, stop: 
 
 
 def _answers(model: nn.Module, batch: Tensor) -> Tensor:
-    give_way()
+    wait_for_timing()
     return model(batch).float()
 
 

@@ -1,8 +1,8 @@
-"""One lock for the machine: while one process times something, the trainings of all others pause.
+"""Exclusive timing: while one process times something, the trainings of all others pause.
 
-Notebooks run side by side. Whoever times a piece of work holds the lock exclusively; who trains or evaluates looks at
-it between two steps, which takes a microsecond. A process that dies gives the lock back. Where there is no ``flock``
-(Windows) nobody waits.
+Notebooks run side by side. Whoever times a piece of work holds one lock of the machine exclusively; whoever trains or
+evaluates looks at it between two steps, which takes a microsecond. A process that dies gives the lock back. Where there
+is no ``flock`` (Windows) nobody waits.
 """
 
 import os
@@ -27,8 +27,8 @@ _timing = ContextVar("_timing", default=False)  # in the context that times, and
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hold the machine's lock, so that other threads and processes which call :func:`give_way` pause; may be nested."""
+def exclusive_timing() -> Iterator[None]:
+    """Hold the machine's lock, so that others that call :func:`wait_for_timing` pause; may be nested."""
     if fcntl is None or _timing.get():
         yield
         return
@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)  # to close the file is not enough: a process forked meanwhile has it too
 
 
-def give_way() -> None:
+def wait_for_timing() -> None:
     """Wait while another thread or process times something."""
     if fcntl is None or _timing.get():
         return
@@ -56,4 +56,4 @@ def give_way() -> None:
 
 def _open() -> IO[str]:
     user = os.getuid() if hasattr(os, "getuid") else ""
-    return (Path(tempfile.gettempdir()) / f"lowrank-quiet-{user}.lock").open("a")
+    return (Path(tempfile.gettempdir()) / f"lowrank-timing-{user}.lock").open("a")
