@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_helpers.data import checksum
 from lowrank_helpers.factorization import check_names, check_rank, precise, substitute, truncated_svd
+from lowrank_helpers.hashing import checksum
 from lowrank_helpers.models import check_plain, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names

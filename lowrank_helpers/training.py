@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from lowrank_helpers.cuda_graphs import GraphSteps
 from lowrank_helpers.data import Dataset, batches
 from lowrank_helpers.models import squared_norm
-from lowrank_helpers.quiet import give_way
-from lowrank_helpers.timing import add_spent, spending, synchronise
+from lowrank_helpers.timing import add_spent, spending, synchronise, wait_for_timing
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -62,6 +61,7 @@ class Recipe:
     batch_size: int
     learning_rate: float
     scores_per_epoch: int = 1
+    schedule: str = "linear"
     seed: int = 0
     frobenius_decay: float = 0.0
     weight_decay: float = 0.0
@@ -254,8 +254,8 @@ def fit(
             ):
                 if stop and stop.is_set():
                     raise CancelledError
-                give_way()
-                take_step(index, recipe.learning_rate * (1 - step / n_steps))
+                wait_for_timing()
+                take_step(index, recipe.learning_rate * (1 if recipe.schedule == "constant" else 1 - step / n_steps))
                 step += 1
                 bar.update()
                 if step in pauses:
@@ -298,7 +298,7 @@ def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Ten
     answers = []
     with spending("evaluating"), products_in(precision, images.device), in_mode(model, training=False):
         for batch in images.split(EVALUATION_BATCH if images.device.type == "cpu" else EVALUATION_BATCH_GPU):
-            give_way()
+            wait_for_timing()
             answers.append(model(batch).float())
     return torch.cat(answers)
 

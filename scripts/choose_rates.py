@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 from tqdm import tqdm
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series import run
 from lowrank_helpers.series.execution import notebook_path
 from lowrank_helpers.series.store import write_atomically

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 
 SCRIPT = runpy.run_path(str(PROJECT / "scripts" / "draw_architecture.py"))
 IMPORTS = SCRIPT["imports"]()
@@ -19,7 +19,8 @@ ROOMS = {
     "cli": {"science", "series", "report", "checking"},
 }
 SCIENCE = [
-    {"data", "quiet", "statistics"},
+    {"hashing", "timing", "statistics", "parallel", "cuda_graphs"},
+    {"data"},
     {"models", "subspace"},
     {"training", "unfold"},
     {"calibration"},

@@ -14,8 +14,8 @@ import torch
 from IPython.display import Markdown, display
 from torch import nn
 
-from lowrank_helpers import data, plots
-from lowrank_helpers.data import PROJECT, Dataset
+from lowrank_helpers import PROJECT, data, plots
+from lowrank_helpers.data import Dataset
 from lowrank_helpers.parallel import n_side_by_side, side_by_side, take_one_thread_each
 from lowrank_helpers.series import claims, evidence, parameters
 from lowrank_helpers.series.claims import Claim, Comparison

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import parallel, timing, training
-from lowrank_helpers import quiet as quiet_module
 from lowrank_helpers.data import epoch_generator
 from lowrank_helpers.factorization import factorize
 from lowrank_helpers.models import mlp
@@ -229,7 +228,7 @@ def test_scoring_moves_nothing_and_does_not_depend_on_the_mode(digits):
     assert all(layer.training for layer in model.modules())
 
 
-@pytest.mark.skipif(quiet_module.fcntl is None, reason="without flock nobody waits")
+@pytest.mark.skipif(timing.fcntl is None, reason="without flock nobody waits")
 def test_a_training_pauses_while_another_process_or_thread_times(digits, monkeypatch):
     steps, stop = [], Event()
     model = _model()
@@ -240,7 +239,7 @@ def test_a_training_pauses_while_another_process_or_thread_times(digits, monkeyp
         try:
             while not steps:
                 time.sleep(0.01)
-            with quiet_module.quiet():
+            with timing.exclusive_timing():
                 at_first = len(steps)
                 time.sleep(0.3)
                 assert len(steps) - at_first <= 1

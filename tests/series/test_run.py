@@ -14,8 +14,7 @@ from idx_files import write_small_fashion_mnist
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from lowrank_helpers import parallel
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT, parallel
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import evidence
 from lowrank_helpers.series.parameters import ParameterError, declared
