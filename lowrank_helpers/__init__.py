@@ -3,3 +3,7 @@
 These modules work on any tensors and networks and import nothing from the packages below, which run notebooks
 (``series``), render them (``report``) and check them (``checking``).
 """
+
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent

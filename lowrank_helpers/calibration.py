@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lowrank_helpers.factorization import column_basis, precise
 from lowrank_helpers.layers import Replaceable, named_replaceable
-from lowrank_helpers.training import progress, spending
+from lowrank_helpers.timing import spending
+from lowrank_helpers.training import progress
 
 BATCH = 2048  # inputs at a time: large enough for full speed
 TASKS = (None, "classification")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from tqdm import tqdm
 
-from lowrank_helpers.data import PROJECT, DatasetError
+from lowrank_helpers import PROJECT
+from lowrank_helpers.data import DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import evidence as recorded
 from lowrank_helpers.series import execution, parameters, results

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_helpers.models import n_trainable
-from lowrank_helpers.quiet import quiet
-from lowrank_helpers.training import products_in, spending, synchronise
+from lowrank_helpers.timing import exclusive_timing, spending, synchronise
+from lowrank_helpers.training import products_in
 
 
 def n_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -89,7 +89,7 @@ def median_seconds(work: Callable[[], object], device: torch.device, *, at_least
     True
     """
     times: list[float] = []
-    with quiet(), spending("timing"):
+    with exclusive_timing(), spending("timing"):
         work()
         synchronise(device)
         while len(times) < 3 or sum(times) < at_least:

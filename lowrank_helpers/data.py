@@ -15,9 +15,13 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lowrank_helpers import PROJECT
+from lowrank_helpers.hashing import checksum
 
 IMAGE_SIDE = 28
 N_PIXELS = IMAGE_SIDE**2
@@ -25,20 +29,10 @@ N_CLASSES = 10
 TORCHVISION_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 DATASETS = ("auto", *TORCHVISION_SETS, "digits")
 SPLITS = ("train", "validation", "test")
-PROJECT = Path(__file__).resolve().parent.parent
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
-# The files of each of torchvision's sets: train images, train labels, test images, test labels.
-IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-IDX_UINT8 = b"\0\0\x08"  # begins a file of unsigned bytes; the next byte counts the dimensions
-
-# MD5 of the uncompressed files as published. torchvision checks the downloaded archives of all its sets,
-# but opens files that are already on disk unseen: here a truncated or altered MNIST is refused.
+# MNIST's uncompressed files with the MD5 of what was published; the other sets' are called alike. torchvision checks
+# what it downloads, but opens files that are already on disk unseen: here a truncated or altered MNIST is refused.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -96,13 +90,9 @@ class Dataset:
         n = len(self.train_labels)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(self.train_labels.device)
         held_out, kept = (part.sort().values for part in order.split([n // 6, n - n // 6]))
-        return replace(
-            self,
-            train_images=self.train_images[kept],
-            train_labels=self.train_labels[kept],
-            validation_images=self.train_images[held_out],
-            validation_labels=self.train_labels[held_out],
-        )
+        aside = self.select(train=held_out)
+        validation = {"validation_images": aside.train_images, "validation_labels": aside.train_labels}
+        return replace(self.select(train=kept), **validation)  # type: ignore[arg-type]
 
     def select(self, **wanted: Tensor) -> "Dataset":
         """Return part of the data.
@@ -158,8 +148,13 @@ def load(name: str = "auto", data_dir: str | Path = "") -> Dataset:
     """
     if name not in DATASETS:
         raise DatasetError(f"dataset {name!r} is unknown; allowed: {', '.join(DATASETS)}")
-    name = resolve(name, data_dir) if name == "auto" else name
-    return _load_digits() if name == "digits" else _load_idx(name, data_dir)
+    if name == "auto":
+        name = resolve(name, data_dir)
+    if name == "digits":
+        return _load_digits()
+    # Not by torchvision, whose import takes longer than all of the reading.
+    raw = _provide(name, data_dir) / TORCHVISION_SETS[name] / "raw"
+    return _from_raw(name, *(_read_idx(raw / file) for file in MNIST_MD5))
 
 
 def resolve(name: str, data_dir: str | Path = "") -> str:
@@ -194,13 +189,14 @@ def _torchvision_class(name: str) -> Any:
 
 
 def _provide(name: str, data_dir: str | Path) -> Path:
-    """Return the folder that holds a torchvision set, its files checked; download it if no folder does."""
-    folders = _data_folders(data_dir)
+    """Return the folder that holds a torchvision set, its files checked; download it into the last if none does."""
+    named = [data_dir] if data_dir else [os.environ.get("LOWRANK_DATA_DIR"), PROJECT / "data"]
+    folders = [Path(folder) for folder in named if folder]
     for folder in folders:
         raw = folder / TORCHVISION_SETS[name] / "raw"
         if name == "mnist":
             _check_mnist_files(raw)
-        if all((raw / file).is_file() for file in IDX_FILES):
+        if all((raw / file).is_file() for file in MNIST_MD5):
             return folder
     try:
         with _network_timeout(DOWNLOAD_TIMEOUT):
@@ -209,24 +205,23 @@ def _provide(name: str, data_dir: str | Path) -> Path:
         raise DatasetMissingError(
             f"dataset {name!r} is not on this machine and could not be downloaded ({' '.join(str(error).split())}). "
             f"Looked in {' and '.join(map(str, folders))} for {TORCHVISION_SETS[name]}/raw/ with "
-            f"{', '.join(IDX_FILES)}. Ways to provide it: set LOWRANK_DATA_DIR or the parameter data_dir to a folder "
+            f"{', '.join(MNIST_MD5)}. Ways to provide it: set LOWRANK_DATA_DIR or the parameter data_dir to a folder "
             "that holds these files; connect to a network; or choose dataset 'digits', which needs none"
         ) from error
     return folders[-1]
 
 
 def _read_idx(file: Path) -> Tensor:
-    """Read images or labels as uint8: after the type come the shape, in big-endian integers, and the bytes."""
-    content = file.read_bytes()
-    n_dimensions = content[3] if content.startswith(IDX_UINT8) and len(content) > 3 else 0
-    start = 4 * (1 + n_dimensions)
-    shape = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
-    if f"-idx{n_dimensions}-" not in file.name or len(content) != start + math.prod(shape):
+    """Read images or labels: a header of big-endian integers (2,048 plus the number of axes, the shape), then uint8."""
+    n_axes = int(file.name[-len("3-ubyte")])
+    kind, *shape = np.fromfile(file, ">i4", 1 + n_axes).tolist() or [0]
+    content = np.fromfile(file, np.uint8)[4 * (1 + n_axes) :]
+    if kind != 2048 + n_axes or content.size != math.prod(shape):
         raise DatasetError(
-            f"the files in {file.parent} are damaged: {file.name} ({len(content):,} bytes) does not hold what its "
-            "header says. Replace or remove them"
+            f"the files in {file.parent} are damaged: {file.name} ({file.stat().st_size:,} bytes) does not hold what "
+            "its header says. Replace or remove them"
         )
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
+    return torch.from_numpy(content).reshape(shape)
 
 
 def standardise(images: Tensor, mean: float, std: float) -> Tensor:
@@ -247,14 +242,6 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_003 * seed + epoch)
 
 
-def _data_folders(data_dir: str | Path) -> list[Path]:
-    """List the folders to look in, in order; the last is where a download goes."""
-    if data_dir:
-        return [Path(data_dir)]
-    named = os.environ.get("LOWRANK_DATA_DIR")
-    return [*([Path(named)] if named else []), PROJECT / "data"]
-
-
 def _check_mnist_files(raw: Path) -> None:
     for name, expected in MNIST_MD5.items():
         file = raw / name
@@ -267,13 +254,6 @@ def _check_mnist_files(raw: Path) -> None:
                 )
 
 
-def _load_idx(name: str, data_dir: str | Path) -> Dataset:
-    """Read torchvision's files without torchvision, whose import takes longer than all of the reading."""
-    raw = _provide(name, data_dir) / TORCHVISION_SETS[name] / "raw"
-    train, train_labels, test, test_labels = (_read_idx(raw / file) for file in IDX_FILES)
-    return _from_raw(name, train, train_labels.long(), test, test_labels.long())
-
-
 def _load_digits() -> Dataset:
     """Scikit-learn's 1,797 digits of 8×8, resampled bilinearly to 28×28; a fifth of each class for testing."""
     from sklearn.datasets import load_digits
@@ -283,35 +263,16 @@ def _load_digits() -> Dataset:
     small = torch.from_numpy(bunch.images).float()[:, None]  # grey levels 0 to 16
     large = F.interpolate(small, size=(IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")[:, 0]
     images = large.mul(255 / 16).round().to(torch.uint8)
-    labels = torch.from_numpy(bunch.target).long()
+    labels = torch.from_numpy(bunch.target)
     train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     return _from_raw("digits", images[train], labels[train], images[test], labels[test])
 
 
 def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Dataset:
     std, mean = (moment.item() / 255 for moment in torch.std_mean(train.float()))
-    images = standardise(train, mean, std)
-    return Dataset(
-        name,
-        images,
-        train_labels,
-        images[:0],
-        train_labels[:0],
-        standardise(test, mean, std),
-        test_labels,
-        mean,
-        std,
-    )
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors, such as a ``state_dict``: their names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # As bytes, since NumPy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    images, test_images = (standardise(pixels, mean, std) for pixels in (train, test))
+    labels = train_labels.long()
+    return Dataset(name, images, labels, images[:0], labels[:0], test_images, test_labels.long(), mean, std)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, check_rank
 from lowrank_helpers.models import LowRankLayer, check_plain, linear_layers, named_layers
-from lowrank_helpers.training import spending
+from lowrank_helpers.timing import spending
 
 Replaceable = nn.Linear | nn.Conv2d
 

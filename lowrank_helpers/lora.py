@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_helpers.data import checksum
 from lowrank_helpers.factorization import check_rank, precise, truncated_svd
+from lowrank_helpers.hashing import checksum
 from lowrank_helpers.layers import check_names, substitute_
 from lowrank_helpers.models import check_plain, linear_layers
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as pillow
 
-from lowrank_helpers.training import SCORED_EACH_TIME, History
+from lowrank_helpers.training import History
 
 # Light blue before its turn: what is sixth otherwise looks like the second.
 PALETTE: tuple[str, ...] = tuple(sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 9, 5, 6, 7, 8))
@@ -141,9 +141,7 @@ def learning_curves(histories: Mapping[str, History], *, against: str = "epoch",
     axes[1].set(ylabel="accuracy (%)")
     lines = [plt.Line2D([], [], color=colour[label]) for label in histories]
     styles = [plt.Line2D([], [], color="black", linestyle=line) for line in LINE_STYLES.values()]
-    sampled = any("train" in history.whole for history in histories.values())
-    train = f"train\n({SCORED_EACH_TIME:,} images)" if sampled else "train"
-    figure.legend(lines + styles, [*histories, train, "test"], loc="outside right center")
+    figure.legend(lines + styles, [*histories, *LINE_STYLES], loc="outside right center")
     return figure
 
 

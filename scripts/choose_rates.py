@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 from tqdm import tqdm
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series import run
 from lowrank_helpers.series.execution import notebook_path
 from lowrank_helpers.series.store import write_atomically
@@ -30,10 +30,9 @@ from lowrank_helpers.training import History, Recipe
 
 NOTEBOOKS = {
     "02_train": ["small"],
-    "03_rank": ["deep"],
-    "06_factorized": ["dense", "factors", "factors_longer", "narrow", "published", "tuned", "low*"],
+    "06_factorized": ["factors", "narrow", "published", "tuned", "low*"],
     "07_conclusions": ["all_weights", "subspace"],
-    "08_frontier": ["cut_*", "from_scratch", "pruned"],
+    "08_frontier": ["pruned"],
     "09_your_network": ["*convnet", "*transformer"],
     "bonus_lora": ["lora", "full", "last_layer"],
 }  # where networks are trained by these recipes
@@ -41,7 +40,7 @@ SEEDS = (100, 101)
 STEPS = (0.5, 1, 2)
 TABLE = PROJECT / "sweeps" / "rates.csv"
 KEY = ["recipe", "network", "learning_rate", "epochs", "seed"]
-GIVEN = {"dataset": "mnist", "activations": ["relu"]}  # the others share its recipe
+GIVEN = {"dataset": "mnist"}
 
 
 class Job(NamedTuple):
@@ -60,7 +59,6 @@ class Held(run.Run):
         super().__init__(notebook, variables)
         images, labels = self.data.splits()["validation"]
         self.data = replace(self.data, test_images=images, test_labels=labels)
-        self.whole_data = replace(self.data, validation_images=images[:0], validation_labels=labels[:0])
         self.made: list[tuple[str, Recipe]] = []
         self.scores: dict[tuple[str, str], tuple[Recipe, History]] = {}
 

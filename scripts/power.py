@@ -12,8 +12,8 @@ from typing import Any
 import click
 import nbformat
 
+from lowrank_helpers import PROJECT
 from lowrank_helpers.cli import GIVEN
-from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series import evidence, execution, parameters
 from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.results import read_claims

@@ -2,8 +2,8 @@
 
 import sys
 
-from lowrank_helpers import cli, data
-from lowrank_helpers.data import PROJECT, DatasetError
+from lowrank_helpers import PROJECT, cli, data
+from lowrank_helpers.data import DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution
 

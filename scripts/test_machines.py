@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series.results import software
 
 PAGE = PROJECT / "docs" / "machines.md"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lowrank_helpers import data
+from lowrank_helpers import PROJECT, data
 from lowrank_helpers.series.settings import unchanged_environment
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=40)
@@ -43,7 +43,7 @@ def digits() -> data.Dataset:
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
     """The folder with MNIST, where this machine has one."""
-    for folder in (os.environ.get("LOWRANK_DATA_DIR"), data.PROJECT / "data"):
+    for folder in (os.environ.get("LOWRANK_DATA_DIR"), PROJECT / "data"):
         if folder and (Path(folder) / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
             return Path(folder).resolve()
     pytest.skip("MNIST is not on this machine: set LOWRANK_DATA_DIR")

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 
 SCRIPT = runpy.run_path(str(PROJECT / "scripts" / "draw_architecture.py"))
 IMPORTS = SCRIPT["imports"]()
@@ -19,11 +19,12 @@ ROOMS = {
     "cli": {"science", "series", "report", "checking"},
 }
 SCIENCE = [
-    {"data", "factorization", "quiet", "statistics"},
+    {"hashing", "timing", "statistics", "parallel", "cuda_graphs", "factorization"},
+    {"data"},
     {"models", "subspace"},
-    {"training", "unfold"},
-    {"layers", "rank"},
-    {"analysis", "calibration", "lora", "costs", "plots", "selection"},
+    {"layers", "training", "unfold"},
+    {"calibration", "rank"},
+    {"analysis", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]
 

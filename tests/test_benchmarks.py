@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.harness import Reached
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.training import History
 
 BENCHMARK = """

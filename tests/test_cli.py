@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 from idx_files import write_small_fashion_mnist
 
-from lowrank_helpers import cli, data
-from lowrank_helpers.data import PROJECT, DatasetMissingError
+from lowrank_helpers import PROJECT, cli, data
+from lowrank_helpers.data import DatasetMissingError
 from lowrank_helpers.series import execution
 from lowrank_helpers.series.parameters import parse
 

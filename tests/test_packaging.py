@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series import execution
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series import run
 
 SPEC = importlib.util.spec_from_file_location("choose_rates", PROJECT / "scripts" / "choose_rates.py")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 
 SECTION = re.search(r"^## Your own network$(.*?)^## ", (PROJECT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 

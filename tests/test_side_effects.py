@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 
 # First all that the package imports from elsewhere, so that what other libraries change is not laid at its door.
 PROBE = """

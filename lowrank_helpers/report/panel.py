@@ -1,24 +1,22 @@
-"""A panel to play with in JupyterLab: cut a layer's matrix at a rank, and see what is left of it and of the network.
+"""A panel to play with in JupyterLab: truncate a layer's matrix at a rank, and see what is left of the network.
 
-Where nobody can move a slider, in a run or a report, it is a figure of the same at three ranks.
+In a run or a report, where nobody can move a slider, it is a figure of the same at three ranks.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import ipywidgets
 import numpy as np
 import torch
 from IPython.display import display
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
 from torch import Tensor, nn
 
 from lowrank_helpers import plots
@@ -32,205 +30,145 @@ Splits = Mapping[str, tuple[Tensor, Tensor]]
 N_IMAGES = 1000  # of each split: enough to see a curve's shape, few enough to draw one in a second
 N_RANKS = 14  # on the accuracy curve, evenly spaced on a logarithmic axis
 PIXELS = 256  # at most, of a matrix's picture along each side
-PANEL = (3.0, 2.7)  # inches
-SCREEN_RESOLUTION = 100  # dots per inch
+SIZE = (9.0, 5.4)  # inches
 
 
 def explore(model: nn.Module, splits: Splits, *, base: nn.Module | None = None, precision: str = "float32") -> None:
-    """Show each layer's matrix cut at a rank: sliders in JupyterLab, three ranks of the first layer in a run.
+    """Show each layer's matrix truncated at a rank: sliders in JupyterLab, three ranks of the first layer in a run.
 
     Parameters
     ----------
     model : nn.Module
-        Trained; its ``nn.Linear`` layers are what is cut, one at a time.
+        Trained; its ``nn.Linear`` layers are truncated, one at a time.
     splits : mapping of str to (Tensor, Tensor)
         Images (n, n_inputs) and labels (n,) by name, as ``Dataset.splits()`` gives them; accuracy is on 1,000 of each.
     base : nn.Module, optional
-        Of the same structure. The matrix that is cut is then the update W − W_base, and the network shown is the
-        base plus what is left of it.
+        Of the same structure. Then the update W − W_base is truncated, and the network is the base plus what is left.
     precision : {"float32", "bfloat16"}
         Of the matrix products when accuracy is measured.
     """
-    cuts = Cuts(model, splits, base, precision)
+    layers = list(linear_layers(model))
+    truncations = cache(lambda layer: Truncations(model, layer, splits, base, precision))
     if Settings.inherited().run_folder:
-        layer = next(iter(cuts.layers))
-        ranks = cuts.ranks(layer)[2::4][:3]
-        plots.show(static_figure(cuts, layer, ranks), alt=_alt(cuts, layer, ranks))
+        first = truncations(layers[0])
+        ranks = [first.ranks[min(at, len(first.ranks) - 1)] for at in (2, 6, 10)]
+        alt = f"Spectrum, error and accuracy against the rank for {layers[0]}, and its matrix whole and truncated: "
+        plots.show(static_figure(first, ranks), alt + "; ".join(map(first.caption, ranks)))
     else:
-        display(interactive_panel(cuts))
+        display(interactive_panel(layers, truncations))
 
 
-class Cuts:
-    """What becomes of a network when one layer's matrix is cut at a rank; computed once a layer, then looked up."""
+class Truncations:
+    """What becomes of a network when the matrix of one layer is truncated.
 
-    def __init__(self, model: nn.Module, splits: Splits, base: nn.Module | None, precision: str) -> None:
-        self.model, self.precision = model, precision
-        self.splits = {name: _thinned(*split) for name, split in splits.items()}
-        self.layers = linear_layers(model)
-        self.base = linear_layers(base) if base else {}
-        self.svd, self.accuracies = cache(self._svd), cache(self._accuracies)
+    Attributes
+    ----------
+    ranks : list of int
+        At which the accuracy is measured, from 1 to the full rank.
+    errors : Tensor, shape (full rank + 1,)
+        Relative Frobenius errors at ranks 0, 1, ….
+    accuracies : dict of str to list of float
+        By split, one at each of ``ranks``.
+    """
 
-    def _svd(self, layer: str) -> SVD:
-        return SVD.of(self.layers[layer].weight.detach() - self._offset(layer))
+    def __init__(
+        self, model: nn.Module, layer: str, splits: Splits, base: nn.Module | None = None, precision: str = "float32"
+    ) -> None:
+        network = deepcopy(model)
+        weight = linear_layers(network)[layer].weight.detach()
+        start = linear_layers(base)[layer].weight.detach() if base else torch.zeros_like(weight)
+        self.layer, self.svd = layer, SVD.of(weight - start)
+        self.full_rank = len(self.svd.s)
+        errors = optimal_errors(self.svd.s).cpu()
+        self.errors = errors / errors[0]
+        self.ranks = [int(rank) for rank in np.unique(np.geomspace(1, self.full_rank, N_RANKS).round())]
+        self.accuracies: dict[str, list[float]] = {name: [] for name in splits}
+        for rank in self.ranks:
+            weight.copy_(start + self.svd.factors(rank).product)
+            for name, (images, labels) in splits.items():
+                step = max(1, len(labels) // N_IMAGES)
+                some = slice(None, step * N_IMAGES, step)
+                self.accuracies[name].append(evaluate(network, images[some], labels[some], precision).accuracy)
 
-    def _offset(self, layer: str) -> Tensor:
-        """Return what the matrix that is cut is added to: nothing, or the base's weight."""
-        weight = self.layers[layer].weight.detach()
-        return self.base[layer].weight.detach() if self.base else torch.zeros_like(weight)
+        limit = np.quantile(np.abs(self.matrix(self.full_rank)), 0.99)  # beside the few largest, others would be pale
+        self.colours: dict[str, Any] = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
 
-    def ranks(self, layer: str) -> list[int]:
-        """Return the ranks at which accuracy is measured, from 1 to the full rank."""
-        return [int(rank) for rank in np.unique(np.geomspace(1, self.full_rank(layer), N_RANKS).round())]
-
-    def full_rank(self, layer: str) -> int:
-        """Return min(n, m) of the layer's matrix."""
-        return len(self.svd(layer).s)
-
-    def matrix(self, layer: str, rank: int) -> np.ndarray:
-        """Return the layer's matrix, or its update, at that rank, thinned to what a picture of it can show."""
-        factors = self.svd(layer).factors(rank)
+    def matrix(self, rank: int) -> np.ndarray:
+        """Return the matrix, or the update, at that rank, thinned to what a picture of it can show."""
+        factors = self.svd.factors(rank)
         B, C = (factor[:: 1 + len(factor) // PIXELS] for factor in (factors.B, factors.C.T))
         return (B @ C.T).cpu().numpy()
 
-    def errors(self, layer: str) -> Tensor:
-        """Return the relative Frobenius errors at ranks 0 … full."""
-        errors = optimal_errors(self.svd(layer).s)
-        return (errors / errors[0]).cpu()
+    def picture(self, rank: int) -> bytes:
+        """Return a picture of the matrix at that rank, as a PNG; Matplotlib draws no figure in the time of a move."""
+        png = io.BytesIO()
+        imsave(png, self.matrix(rank), **self.colours)
+        return png.getvalue()
 
-    @torch.no_grad()
-    def _accuracies(self, layer: str) -> dict[str, list[float]]:
-        """Measure, by split, the accuracy of the network at each of ``ranks(layer)``."""
-        network = deepcopy(self.model)
-        weight = linear_layers(network)[layer].weight
-        accuracies: dict[str, list[float]] = {name: [] for name in self.splits}
-        for rank in self.ranks(layer):
-            weight.copy_(self._offset(layer) + self.svd(layer).factors(rank).product)
-            for name, (images, labels) in self.splits.items():
-                accuracies[name].append(evaluate(network, images, labels, self.precision).accuracy)
-        return accuracies
+    def caption(self, rank: int) -> str:
+        """Say what one of ``ranks`` does to the matrix and to the network."""
+        at = self.ranks.index(rank)
+        shares = ", ".join(f"{name} {100 * curve[at]:.1f} %" for name, curve in self.accuracies.items())
+        return f"rank {rank} of {self.full_rank} · error {100 * self.errors[rank]:.0f} % · accuracy: {shares}"
 
 
-def _thinned(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    step = max(1, len(labels) // N_IMAGES)
-    return images[::step][:N_IMAGES], labels[::step][:N_IMAGES]
-
-
-def static_figure(cuts: Cuts, layer: str, ranks: Sequence[int]) -> Figure:
-    """Draw what the panel shows, for three ranks of a layer: curves above, the cuts and the whole matrix below."""
-    figure = Figure(figsize=(3 * PANEL[0], 2 * PANEL[1]))
+def static_figure(truncations: Truncations, ranks: Sequence[int]) -> Figure:
+    """Draw a layer's curves with a line at each of three ranks; below, its matrix at these and whole."""
+    figure = Figure(figsize=SIZE)
     axes = figure.subplot_mosaic("AAAABBBBCCCC;DDDEEEFFFGGG")
-    curves, matrices = [axes[key] for key in "ABC"], [axes[key] for key in "DEFG"]
-    _draw_curves(curves, cuts, layer)
-    scale = _scale(cuts, layer)
-    for rank, colour, matrix_axes in zip(ranks, plots.PALETTE[2:], matrices, strict=False):
-        for curve_axes in curves:
-            curve_axes.axvline(rank, color=colour)
-        _draw_matrix(matrix_axes, cuts.matrix(layer, rank), scale, f"rank {rank}").axes.title.set_color(colour)
-    full = cuts.full_rank(layer)
-    _draw_matrix(matrices[-1], cuts.matrix(layer, full), scale, f"rank {full}: whole")
+    curves = [axes[key] for key in "ABC"]
+    _draw_curves(curves, truncations)
+    for key, rank, colour in zip("DEFG", [*ranks, truncations.full_rank], [*plots.PALETTE[2:5], "black"], strict=True):
+        axes[key].imshow(truncations.matrix(rank), aspect="auto", interpolation="nearest", **truncations.colours)
+        axes[key].set(xticks=[], yticks=[])
+        axes[key].set_title(f"rank {rank}" + (": whole" if key == "G" else ""), color=colour)
+        for curve in curves if key != "G" else []:
+            curve.axvline(rank, color=colour)
     return figure
 
 
-class _Picture:
-    """The panel's figure of one layer. Drawn once; a rank redraws only what it changes, to be there at once."""
-
-    def __init__(self, cuts: Cuts, layer: str) -> None:
-        self.cuts, self.layer = cuts, layer
-        figure = Figure(figsize=(3 * PANEL[0], 2 * PANEL[1]), dpi=SCREEN_RESOLUTION)
-        axes = figure.subplots(2, 3)
-        _draw_curves(axes[0], cuts, layer)
-        scale = _scale(cuts, layer)
-        self.whole = cuts.matrix(layer, cuts.full_rank(layer))
-        _draw_matrix(axes[1, 0], self.whole, scale, f"{layer}, whole")
-        self.left = _draw_matrix(axes[1, 1], self.whole, scale, "its part of rank r")
-        self.lost = _draw_matrix(axes[1, 2], self.whole, scale, "what is cut away")
-        self.marks = [curve_axes.axvline(1, color=plots.PALETTE[2]) for curve_axes in axes[0]]
-        self.moving: list[Artist] = [self.left, self.lost, *self.marks]
-        for artist in self.moving:
-            artist.set_animated(True)
-        self.canvas = FigureCanvasAgg(figure)
-        self.canvas.draw()
-        self.background = self.canvas.copy_from_bbox(figure.bbox)
-
-    def at(self, rank: int) -> bytes:
-        """Return the picture at that rank, as a PNG."""
-        left = self.cuts.matrix(self.layer, rank)
-        self.left.set_data(left)
-        self.lost.set_data(self.whole - left)
-        for mark in self.marks:
-            mark.set_xdata([rank, rank])
-        self.canvas.restore_region(self.background)
-        for artist in self.moving:
-            artist.draw(self.canvas.get_renderer())
-        buffer = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
-
-
-def interactive_panel(cuts: Cuts) -> ipywidgets.Widget:
-    """Return the panel: a choice of layer, a slider for the rank, the picture and its numbers."""
-    layer = ipywidgets.Dropdown(options=list(cuts.layers), description="layer")
-    rank = ipywidgets.SelectionSlider(options=[1], description="rank r", layout={"width": "30em"})
-    picture, numbers = ipywidgets.Image(format="png"), ipywidgets.Label()
-    pictures: dict[str, _Picture] = {}
-
-    def choose_layer(*_: object) -> None:
-        name = layer.value
-        if name not in pictures:
-            pictures[name] = _Picture(cuts, name)
-        ranks = cuts.ranks(name)
-        rank.options = ranks
-        rank.value = ranks[len(ranks) // 2]
-        choose_rank()
-
-    def choose_rank(*_: object) -> None:
-        picture.value = pictures[layer.value].at(rank.value)
-        numbers.value = _caption(cuts, layer.value, rank.value)
-
-    choose_layer()
-    layer.observe(choose_layer, names="value")
-    rank.observe(choose_rank, names="value")
-    return ipywidgets.VBox([ipywidgets.HBox([layer, rank]), numbers, picture])
-
-
-def _draw_curves(axes: Sequence[Axes], cuts: Cuts, layer: str) -> None:
+def _draw_curves(axes: Sequence[Axes], truncations: Truncations) -> None:
     """Draw a layer's spectrum, error and accuracy against the rank."""
     spectrum, error, accuracy = axes
-    s = cuts.svd(layer).s.cpu()
-    spectrum.semilogy(range(1, len(s) + 1), s.numpy(), color=plots.PALETTE[0])
+    s = truncations.svd.s.cpu().numpy()
+    spectrum.semilogy(range(1, len(s) + 1), s)
     spectrum.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     spectrum.set(
-        title=f"Spectrum of {layer}", ylabel="singular value", ylim=(max(s[-1].item(), s[0].item() * 1e-3), None)
+        title=f"Spectrum of {truncations.layer}", ylabel="singular value", ylim=(max(s[-1], s[0] * 1e-3), None)
     )
-    error.plot(range(len(s) + 1), 100 * cuts.errors(layer).numpy(), color=plots.PALETTE[0])
+    error.plot(range(len(s) + 1), 100 * truncations.errors)
     error.set(title="What is cut away", ylabel="relative Frobenius error (%)")
-    for i, (name, shares) in enumerate(cuts.accuracies(layer).items()):
-        style = plots.LINE_STYLES.get(name, "-")
+    for i, (name, shares) in enumerate(truncations.accuracies.items()):
         colour = plots.PALETTE[0 if name in plots.LINE_STYLES else i]
-        accuracy.plot(cuts.ranks(layer), [100 * share for share in shares], style, color=colour, label=name)
+        style = plots.LINE_STYLES.get(name, "-")
+        accuracy.plot(truncations.ranks, [100 * share for share in shares], style, color=colour, label=name)
     accuracy.set(title="The network with this layer cut", ylabel="accuracy (%)")
     accuracy.legend()
-    for curve_axes in axes:
-        curve_axes.set(xlabel="rank r", xscale="log")
+    for curve in axes:
+        curve.set(xlabel="rank r", xscale="log")
 
 
-def _draw_matrix(axes: Axes, matrix: np.ndarray, scale: float, title: str) -> AxesImage:
-    axes.set(title=title, xticks=[], yticks=[])
-    return axes.imshow(matrix, cmap="RdBu", vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest")
+def interactive_panel(layers: Sequence[str], truncations: Callable[[str], Truncations]) -> ipywidgets.Widget:
+    """Return the panel: a choice of layer, a slider for the rank, the numbers, the curves, the matrix cut and whole."""
+    layer = ipywidgets.Dropdown(options=layers, description="layer")
+    rank = ipywidgets.SelectionSlider(options=[1], description="rank r", layout={"width": "30em"})
+    numbers, curves = ipywidgets.Label(), ipywidgets.Image()
+    left, whole = (ipywidgets.Image(layout={"width": "45%", "height": "16em"}) for _ in range(2))
 
+    def choose_rank(*_: object) -> None:
+        chosen = truncations(layer.value)
+        left.value, numbers.value = chosen.picture(rank.value), chosen.caption(rank.value)
 
-def _scale(cuts: Cuts, layer: str) -> float:
-    """Return where the colours end: at the 99th percentile of the whole matrix, so that most of it shows."""
-    return float(np.quantile(np.abs(cuts.matrix(layer, cuts.full_rank(layer))), 0.99))
+    def choose_layer(*_: object) -> None:
+        chosen, figure, png = truncations(layer.value), Figure(figsize=(SIZE[0], SIZE[1] / 2)), io.BytesIO()
+        _draw_curves(figure.subplots(1, 3), chosen)
+        figure.savefig(png, dpi=plots.SHOWN_RESOLUTION)
+        curves.value, whole.value = png.getvalue(), chosen.picture(chosen.full_rank)
+        rank.options = chosen.ranks
+        rank.index = len(chosen.ranks) // 2
+        choose_rank()
 
-
-def _caption(cuts: Cuts, layer: str, rank: int) -> str:
-    """Say what a cut at one of ``cuts.ranks(layer)`` does."""
-    at = cuts.ranks(layer).index(rank)
-    shares = ", ".join(f"{name} {100 * curve[at]:.1f} %" for name, curve in cuts.accuracies(layer).items())
-    return f"rank {rank} of {cuts.full_rank(layer)} · error {100 * cuts.errors(layer)[rank]:.0f} % · accuracy: {shares}"
-
-
-def _alt(cuts: Cuts, layer: str, ranks: Sequence[int]) -> str:
-    cut = "; ".join(_caption(cuts, layer, rank) for rank in ranks)
-    return f"Spectrum, error and accuracy against the rank for {layer}, and its matrix whole and cut: {cut}"
+    choose_layer()
+    rank.observe(choose_rank, names="value")
+    layer.observe(choose_layer, names="value")
+    return ipywidgets.VBox([ipywidgets.HBox([layer, rank]), numbers, curves, ipywidgets.HBox([left, whole])])

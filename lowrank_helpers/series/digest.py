@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_helpers.data import PROJECT, checksum
+from lowrank_helpers import PROJECT
+from lowrank_helpers.hashing import checksum
 
 PACKAGE = "lowrank_helpers"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

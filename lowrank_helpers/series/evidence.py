@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series import digest, parameters
 from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.parameters import ParameterError

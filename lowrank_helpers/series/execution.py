@@ -18,8 +18,7 @@ import nbformat
 from filelock import FileLock, Timeout
 from traitlets.config import Config
 
-from lowrank_helpers import data
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT, data
 from lowrank_helpers.series import digest, kernels, parameters
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome, claims_file, read_claims, software

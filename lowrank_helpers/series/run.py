@@ -14,24 +14,17 @@ import torch
 from IPython.display import Markdown, display
 from torch import nn
 
-from lowrank_helpers import data, plots
-from lowrank_helpers.data import PROJECT, Dataset
+from lowrank_helpers import PROJECT, data, plots
+from lowrank_helpers.data import Dataset
+from lowrank_helpers.parallel import n_side_by_side, side_by_side, take_one_thread_each
 from lowrank_helpers.series import claims, evidence, parameters
 from lowrank_helpers.series.claims import Claim, Comparison
 from lowrank_helpers.series.parameters import recipes
 from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import BusyError, Store
-from lowrank_helpers.training import (
-    History,
-    Recipe,
-    n_side_by_side,
-    pick_device,
-    pick_precision,
-    side_by_side,
-    spent,
-    take_one_thread_each,
-)
+from lowrank_helpers.timing import spent
+from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
 CLAIM_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
 FULL_SIZE = 10_000  # training images from which on recipes are taken as they are
@@ -68,9 +61,6 @@ class Run:
         ``float32`` or ``bfloat16``, of the matrix products.
     data : Dataset
         On the device, with a sixth of the training images set aside for validation: choices are made on these.
-    whole_data : Dataset
-        The same with all training images in their published order and no validation set: for networks all of whose
-        choices have been made.
     data_dir : str
         The parameter of this name as an absolute path, for functions that look for data themselves; empty if it is.
     folder : Path
@@ -91,8 +81,7 @@ class Run:
         self.precision = pick_precision(self.parameters["precision"], self.device)
         self.data_dir = settings.path(self.parameters["data_dir"])
         dataset = settings.dataset(self.parameters["dataset"])
-        self.whole_data = data.load(dataset, self.data_dir).to(self.device)
-        self.data = self.whole_data.hold_out()
+        self.data = data.load(dataset, self.data_dir).to(self.device).hold_out()
         self.folder = settings.run_folder or PROJECT / "reports" / "lab"
         self._store = Store(settings.networks_folder or self.folder / "networks")
         self._claims: dict[str, Claim] = {}
@@ -109,9 +98,9 @@ class Run:
                 "scikit-learn's bundled 8×8 digits resampled to 28×28.\n"
             )
         lines.append(
-            f"Dataset **{self.data.name}** ({len(self.whole_data.train_labels):,} training images, "
-            f"{len(self.data.validation_labels):,} of them for validation, and {len(self.data.test_labels):,} test "
-            f"images) · seed **{self.parameters['seed']}** · "
+            f"Dataset **{self.data.name}** ({len(self.data.train_labels):,} training, "
+            f"{len(self.data.validation_labels):,} validation and {len(self.data.test_labels):,} test images) · "
+            f"seed **{self.parameters['seed']}** · "
             f"device **{self.device.type}** · matrix products in **{self.precision}**, weights in float32"
         )
         return "\n".join(lines)
@@ -136,7 +125,7 @@ class Run:
             There is no recipe of that name.
         """
         fields = recipes()[kind] | self.parameters.get("recipes", {}).get(kind, {}) | options
-        if len(self.whole_data.train_labels) < FULL_SIZE:
+        if len(self.data.train_labels) < FULL_SIZE:
             fields |= {
                 "epochs": 4 * fields["epochs"],
                 "batch_size": max(1, fields["batch_size"] // 4),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 
 VARIABLES = {
     "run_folder": "LOWRANK_RUN_DIR",

@@ -25,7 +25,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_helpers.data import Dataset, checksum
+from lowrank_helpers.data import Dataset
+from lowrank_helpers.hashing import checksum
 from lowrank_helpers.series import digest
 from lowrank_helpers.series.digest import UnknownError
 from lowrank_helpers.training import History, Recipe, fit, products_in

@@ -11,7 +11,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.series.run import recipes
-from lowrank_helpers.training import History, Recipe, synchronise
+from lowrank_helpers.timing import synchronise
+from lowrank_helpers.training import History, Recipe
 
 NETWORKS = {"small": [784, 512, 512, 10], "big": [784, 1024, 1024, 512, 256, 10]}
 BIG_RECIPE = Recipe(**recipes()["big"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lowrank_helpers import PROJECT
 from lowrank_helpers.checking.comparison import treatment
-from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.execution import notebook_names, notebook_path
 
 SHORT = ["01_data", "02_train"]

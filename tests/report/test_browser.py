@@ -19,7 +19,7 @@ from chromium import EXECUTABLE, chromium
 from playwright.sync_api import Browser, Page, expect
 from small_series import panel_notebook
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series.settings import VARIABLES
 
 pytestmark = [

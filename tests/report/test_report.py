@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.report import index as report
 from lowrank_helpers.report import pages
 from lowrank_helpers.series import evidence

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import data
 from lowrank_helpers.data import DatasetError, DatasetMissingError
+from lowrank_helpers.hashing import checksum
 
 
 @pytest.fixture
@@ -221,15 +222,15 @@ def test_whatever_a_student_does_to_the_data_changes_its_fingerprint(change):
 @given(st.permutations(range(6)), st.integers(0, 5))
 def test_a_checksum_sees_names_types_shapes_the_order_and_each_value(order, place):
     labels = torch.arange(6)
-    of_labels = data.checksum({"labels": labels})
-    assert (data.checksum({"labels": labels[list(order)]}) == of_labels) == (order == sorted(order))
+    of_labels = checksum({"labels": labels})
+    assert (checksum({"labels": labels[list(order)]}) == of_labels) == (order == sorted(order))
     changed = labels.clone()
     changed[place] += 1
     others = {"values": {"labels": changed}, "names": {"label": labels}, "shapes": {"labels": labels.reshape(2, 3)}}
     others["types"] = {"labels": labels.view(torch.float64)}
-    assert of_labels not in {data.checksum(other) for other in others.values()}
+    assert of_labels not in {checksum(other) for other in others.values()}
     strided = torch.stack([labels, labels], dim=1)[:, 0]
-    assert data.checksum({"labels": strided}) == of_labels
+    assert checksum({"labels": strided}) == of_labels
 
 
 def test_validation_images_are_training_images_set_aside(digits):

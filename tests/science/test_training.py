@@ -7,7 +7,6 @@ import sys
 import textwrap
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -17,14 +16,13 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch.nn import functional as F
-from torch.nn.utils import prune
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lowrank_helpers import quiet as quiet_module
-from lowrank_helpers import training
+from lowrank_helpers import parallel, timing, training
 from lowrank_helpers.data import epoch_generator
 from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import mlp
+from lowrank_helpers.parallel import side_by_side
 from lowrank_helpers.training import (
     History,
     Recipe,
@@ -34,7 +32,6 @@ from lowrank_helpers.training import (
     pick_device,
     pick_precision,
     predict,
-    side_by_side,
 )
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -95,10 +92,8 @@ def test_on_a_gpu_recorded_steps_are_those_that_the_processor_takes(digits, buil
     recipe = Recipe(epochs=6, batch_size=400, learning_rate=1e-3, weight_decay=0.01)  # the last batch is smaller
     expected, recorded = build(), build().to("cuda")
     data = digits.to("cuda")
-    steps = training._steps_of(recorded, data.train_images, data.train_labels, recipe)
     fit(expected, digits, recipe)
     fit(recorded, data, recipe)
-    assert isinstance(steps, training._GraphSteps)
     torch.testing.assert_close(_weights(recorded).cpu(), _weights(expected), rtol=1e-3, atol=1e-4)
 
 
@@ -185,32 +180,16 @@ def test_a_network_may_be_scored_only_before_its_training_and_after(digits):
     assert history.accuracy["test"] == [expected.accuracy["test"][0], expected.accuracy["test"][-1]]
 
 
-def test_a_large_training_set_is_scored_on_a_sample_and_in_the_end_as_a_whole(digits, monkeypatch):
-    monkeypatch.setattr(training, "SCORED_EACH_TIME", 500)
-    model = _model()
-    history = fit(model, digits, Recipe(1, 100, 1e-3))
-    assert history.final("train") == evaluate(model, digits.train_images, digits.train_labels)
+def test_a_large_set_is_scored_on_a_sample_while_a_network_trains(digits, monkeypatch):
+    monkeypatch.setattr(training, "SCORED_MEANWHILE", 500)
+    model, data = _model(), digits.hold_out()
+    history = fit(model, data, Recipe(1, 100, 1e-3))
+    assert set(history.loss) == set(history.end) == {"train", "test"}, "validation images are for who chooses"
+    assert history.final("train") == evaluate(model, data.train_images, data.train_labels)
     n_correct = 500 * history.accuracy["train"][-1]
     assert n_correct == pytest.approx(round(n_correct), abs=1e-3), "of 500 images"
     assert history.accuracy["train"][-1] == pytest.approx(history.final("train").accuracy, abs=0.05)
-    assert "test" not in history.whole and history.final("test").loss == history.loss["test"][-1]
-
-
-def test_a_network_that_cannot_be_copied_is_scored_in_one_thread(digits, monkeypatch):
-    monkeypatch.setattr(training, "_n_side_by_side", 2)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 100)
-    model = _model()
-    prune.l1_unstructured(model.fc1, "weight", amount=0.5)  # keeps a weight that it computed, and not as a leaf
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        copy.deepcopy(model)
-    history = fit(model, digits, Recipe(1, 100, 1e-3))
-    answers = model(digits.test_images).argmax(dim=1)
-    assert history.final("test").accuracy == pytest.approx((answers == digits.test_labels).float().mean().item())
-
-
-def test_validation_is_scored_where_the_data_has_it(digits):
-    assert "validation" not in fit(_model(), digits, Recipe(1, 500, 1e-3)).loss
-    assert len(fit(_model(), digits.hold_out(), Recipe(1, 500, 1e-3)).loss["validation"]) == 2
+    assert history.final("test").loss == history.loss["test"][-1], "a set of fewer images is scored whole"
 
 
 def test_data_without_a_test_set_can_be_trained_on(digits, monkeypatch):
@@ -218,7 +197,6 @@ def test_data_without_a_test_set_can_be_trained_on(digits, monkeypatch):
     nothing = torch.arange(0)
     history = fit(_model(), digits.select(test=nothing), Recipe(1, 500, 1e-3))
     assert set(history.accuracy) == {"train"} and len(history.accuracy["train"]) == 2
-    assert "validation" in fit(_model(), digits.hold_out().select(test=nothing), Recipe(1, 500, 1e-3)).accuracy
 
 
 def _normalised():
@@ -250,18 +228,18 @@ def test_scoring_moves_nothing_and_does_not_depend_on_the_mode(digits):
     assert all(layer.training for layer in model.modules())
 
 
-@pytest.mark.skipif(quiet_module.fcntl is None, reason="without flock nobody waits")
+@pytest.mark.skipif(timing.fcntl is None, reason="without flock nobody waits")
 def test_a_training_pauses_while_another_process_or_thread_times(digits, monkeypatch):
     steps, stop = [], Event()
-    take = training._Steps.take
-    monkeypatch.setattr(training._Steps, "take", lambda *given, **rate: steps.append(1) or take(*given, **rate))
+    model = _model()
+    model.register_forward_pre_hook(lambda *given: steps.append(1))
     recipe = Recipe(10_000, 32, 1e-3, scores_per_epoch=0)
     with ThreadPoolExecutor() as pool:
-        trained = pool.submit(fit, _model(), digits, recipe, stop=stop)
+        trained = pool.submit(fit, model, digits, recipe, stop=stop)
         try:
             while not steps:
                 time.sleep(0.01)
-            with quiet_module.quiet():
+            with timing.exclusive_timing():
                 at_first = len(steps)
                 time.sleep(0.3)
                 assert len(steps) - at_first <= 1
@@ -280,11 +258,11 @@ def test_time_spent_scoring_is_no_time_spent_training(digits, monkeypatch):
         return Score(0.0, 0.0)
 
     monkeypatch.setattr(training, "evaluate", slowly)
-    before = training.spent["training"]
+    before = timing.spent["training"]
     few = digits.select(train=torch.arange(100))
     history = fit(_model(), few, Recipe(1, 10, 1e-3, scores_per_epoch=10))
     assert history.evaluation_seconds > 2
-    assert history.seconds[-1] < 1 and training.spent["training"] - before < 1
+    assert history.seconds[-1] < 1 and timing.spent["training"] - before < 1
 
 
 @pytest.mark.parametrize(
@@ -359,7 +337,7 @@ def test_auto_takes_bfloat16_only_where_its_products_are_faster(allowed, lacks):
 
 @pytest.fixture
 def two_workers(monkeypatch):
-    monkeypatch.setattr(training, "_n_side_by_side", 2)
+    monkeypatch.setattr(parallel, "_n_side_by_side", 2)
 
 
 def test_numbers_depend_neither_on_workers_nor_on_what_is_trained_beside(digits, two_workers):
@@ -405,53 +383,16 @@ def test_a_failure_stops_the_trainings_beside_it(digits, two_workers):
     assert ended and time.perf_counter() - start < 20
 
 
-def test_predictions_do_not_depend_on_workers(digits, monkeypatch):
-    images = digits.train_images.repeat(5, 1)  # more than one batch of them
-    by_one = predict(_model(), images)
-    monkeypatch.setattr(training, "_n_side_by_side", 3)
-    assert torch.equal(by_one, predict(_model(), images))
-
-
-def test_models_that_keep_state_while_they_compute_predict_the_same_by_several_workers(digits, monkeypatch):
-    class Keeping(torch.nn.Module):
-        def forward(self, x):
-            self.kept = x
-            time.sleep(0.05)
-            return self.kept[:, :10]
-
-    images = torch.arange(5.0)[:, None].repeat_interleave(training.EVALUATION_BATCH, 0).expand(-1, 784)
-    monkeypatch.setattr(training, "_n_side_by_side", 3)
-    assert torch.equal(predict(Keeping(), images), images[:, :10])
-
-
 def test_workers_are_as_many_as_the_environment_allows_threads():
     says = """
         import torch
-        from lowrank_helpers import training
+        from lowrank_helpers import parallel
         for _ in range(2):
-            print(training.n_side_by_side(), torch.get_num_threads())
-            training.take_one_thread_each()
-            training.take_one_thread_each()
+            print(parallel.n_side_by_side(), torch.get_num_threads())
+            parallel.take_one_thread_each()
+            parallel.take_one_thread_each()
     """
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", textwrap.dedent(says)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "2", "2", "1"], "the import leaves threads alone"
-
-
-def test_probabilities_as_labels_teach_what_the_classes_teach(digits):
-    sure = replace(digits, train_labels=F.one_hot(digits.train_labels, 10).float())
-    models = _model(), _model()
-    by_class, by_probability = (
-        fit(model, data, Recipe(2, 64, 1e-2)) for model, data in zip(models, (digits, sure), strict=True)
-    )
-    torch.testing.assert_close(*map(_weights, models))
-    assert by_class.accuracy["train"] == by_probability.accuracy["train"]
-
-
-def test_probabilities_as_labels_are_not_rounded_to_classes(digits):
-    unsure = torch.full((len(digits.train_labels), 10), 0.1)
-    model = _model()
-    fit(model, replace(digits, train_labels=unsure), Recipe(5, 64, 1e-2))
-    probabilities = predict(model, digits.train_images).softmax(dim=1)
-    assert probabilities.max() < 0.2, "all that there is to learn is to be unsure"

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from processes import heed_interrupts, kernels
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series.execution import run_folder
 
 pytestmark = pytest.mark.slow

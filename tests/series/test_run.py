@@ -14,8 +14,7 @@ from idx_files import write_small_fashion_mnist
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from lowrank_helpers import training
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT, parallel
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import evidence
 from lowrank_helpers.series.parameters import ParameterError, declared
@@ -150,7 +149,7 @@ def test_several_trainings_come_back_under_their_keys_as_if_done_one_by_one(run)
 
 
 def test_the_same_training_asked_for_twice_at_once_is_done_once(run, monkeypatch):
-    monkeypatch.setattr(training, "_n_side_by_side", 2)
+    monkeypatch.setattr(parallel, "_n_side_by_side", 2)
     same = [Training(mlp([784, 64, 10], seed=0), Recipe(epochs=3, batch_size=64, learning_rate=1e-3)) for _ in range(2)]
     (first, history), (second, other) = run.train_all(dict(enumerate(same))).values()
     assert history == other, "the durations would differ had both been trained"
@@ -195,7 +194,7 @@ def test_without_a_command_a_relative_data_folder_is_relative_to_the_project(mon
     for variable, parameter in ((images, ""), ("nowhere", images)):
         monkeypatch.setenv("LOWRANK_DATA_DIR", variable)
         run = Run("02_train", VARIABLES | {"dataset": "fashion_mnist", "data_dir": parameter})
-        assert len(run.whole_data.train_labels) == 60
+        assert len(run.data.train_labels) == 50
         assert run.parameters["data_dir"] == parameter
 
 
@@ -212,5 +211,5 @@ def test_the_reader_is_told_what_stands_in_for_mnist(monkeypatch, tmp_path, shel
             Run("02_train", VARIABLES | {"dataset": dataset})
         (header,) = (output.data["text/markdown"] for output in shown.outputs)
         assert ("MNIST could not be had" in header) is told
-        images = "1,437 training images, 239 of them for validation, and 360 test images"
+        images = "1,198 training, 239 validation and 360 test images"
         assert f"Dataset **digits** ({images}) · seed **3**" in header

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT
 from lowrank_helpers.series import execution, sweep
 from lowrank_helpers.series.settings import VARIABLES, Settings
 

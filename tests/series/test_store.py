@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from traitlets.config import Config
 
-from lowrank_helpers import training
+from lowrank_helpers import PROJECT, training
 from lowrank_helpers.compression import pruned
-from lowrank_helpers.data import PROJECT, Dataset
+from lowrank_helpers.data import Dataset
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import digest, results, store
 from lowrank_helpers.series.store import Store, write_atomically

@@ -12,8 +12,7 @@ from click.testing import CliRunner
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from lowrank_helpers import cli
-from lowrank_helpers.data import PROJECT
+from lowrank_helpers import PROJECT, cli
 from lowrank_helpers.report import sweep_pages
 from lowrank_helpers.series import execution, sweep
 from lowrank_helpers.series.execution import notebook_names

@@ -27,8 +27,8 @@ from click.testing import CliRunner
 from distributed import Client
 from processes import heed_interrupts, kernels
 
+from lowrank_helpers import PROJECT
 from lowrank_helpers.cli import main
-from lowrank_helpers.data import PROJECT
 from lowrank_helpers.series.cluster import ClusterError, connected
 from lowrank_helpers.series.store import TEMPORARY
 

@@ -10,23 +10,23 @@ import time
 import pytest
 import torch
 
-from lowrank_helpers import training
-from lowrank_helpers.quiet import give_way, quiet
-from lowrank_helpers.training import side_by_side
+from lowrank_helpers import parallel
+from lowrank_helpers.parallel import side_by_side
+from lowrank_helpers.timing import exclusive_timing, wait_for_timing
 
 WORK = """
 import sys
-from lowrank_helpers.quiet import give_way
+from lowrank_helpers.timing import wait_for_timing
 
 print(flush=True)
 sys.stdin.read(1)
-give_way()
+wait_for_timing()
 """
 TIMING = """
 import time
-from lowrank_helpers.quiet import quiet
+from lowrank_helpers.timing import exclusive_timing
 
-with quiet():
+with exclusive_timing():
     print(flush=True)
     time.sleep(100)
 """
@@ -51,7 +51,7 @@ def start():
 
 def test_other_processes_pause_until_the_timing_ends(start):
     other = start(WORK)
-    with quiet():
+    with exclusive_timing():
         other.stdin.write(b".")
         other.stdin.flush()
         time.sleep(0.3)
@@ -61,8 +61,8 @@ def test_other_processes_pause_until_the_timing_ends(start):
 
 def test_other_threads_pause_too():
     passed = threading.Event()
-    thread = threading.Thread(target=lambda: (give_way(), passed.set()))
-    with quiet():
+    thread = threading.Thread(target=lambda: (wait_for_timing(), passed.set()))
+    with exclusive_timing():
         thread.start()
         assert not passed.wait(0.2)
     assert passed.wait(30)
@@ -70,24 +70,24 @@ def test_other_threads_pause_too():
 
 
 def test_who_times_does_not_wait_for_itself():
-    with quiet(), quiet():
-        give_way()
+    with exclusive_timing(), exclusive_timing():
+        wait_for_timing()
 
 
 def test_what_is_timed_may_have_workers_and_does_not_wait_for_them(monkeypatch):
-    monkeypatch.setattr(training, "_n_side_by_side", 2)
-    with quiet():
-        assert side_by_side([lambda stop: give_way()] * 2, torch.device("cpu")) == [None, None]
+    monkeypatch.setattr(parallel, "_n_side_by_side", 2)
+    with exclusive_timing():
+        assert side_by_side([lambda stop: wait_for_timing()] * 2, torch.device("cpu")) == [None, None]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only POSIX forks")
 def test_a_process_forked_meanwhile_does_not_keep_the_lock():
-    with quiet():
+    with exclusive_timing():
         forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,))
         forked.start()
     try:
         begin = time.perf_counter()
-        give_way()
+        wait_for_timing()
         assert time.perf_counter() - begin < 10
     finally:
         forked.kill()
@@ -98,13 +98,13 @@ def test_a_killed_process_gives_the_lock_back(start):
     timing = start(TIMING)
     timing.kill()
     timing.wait()
-    give_way()
-    with quiet():
+    wait_for_timing()
+    with exclusive_timing():
         pass
 
 
 def test_looking_costs_little():
     begin = time.perf_counter()
     for _ in range(1000):
-        give_way()
+        wait_for_timing()
     assert time.perf_counter() - begin < 0.2, "a step takes a millisecond or more"

@@ -1,0 +1,89 @@
+"""Clocks, and exclusive timing: while one process times something, the trainings of all others pause.
+
+Notebooks run side by side. Whoever times a piece of work holds one lock of the machine exclusively; whoever trains or
+evaluates looks at it between two steps, which takes a microsecond. A process that dies gives the lock back. Where there
+is no ``flock`` (Windows) nobody waits.
+"""
+
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import IO
+
+import torch
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    fcntl = None  # type: ignore[assignment]
+
+spent: Counter[str] = Counter()  # processor seconds of this process by kind of work
+
+SETTLING = 0.02  # seconds in which those at work come to the end of their step
+
+_spent_lock = threading.Lock()
+_this_thread = threading.local()
+_timing = ContextVar("_timing", default=False)  # in the context that times, and in threads that run in a copy of it
+
+
+@contextmanager
+def spending(kind: str) -> Iterator[None]:
+    """Count the processor seconds that this thread takes meanwhile as ``spent`` on a kind of work."""
+    start = time.thread_time()
+    try:
+        yield
+    finally:
+        add_spent(kind, time.thread_time() - start)
+
+
+def add_spent(kind: str, seconds: float) -> None:
+    """Add processor seconds to a kind of work."""
+    with _spent_lock:
+        spent[kind] += seconds  # type: ignore[assignment]  # counts of a Counter may be fractions
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for queued work, so that a clock read next tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@contextmanager
+def exclusive_timing() -> Iterator[None]:
+    """Hold the machine's lock, so that others that call :func:`wait_for_timing` pause; may be nested."""
+    if fcntl is None or _timing.get():
+        yield
+        return
+    with _open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        time.sleep(SETTLING)
+        before = _timing.set(True)
+        try:
+            yield
+        finally:
+            _timing.reset(before)
+            fcntl.flock(file, fcntl.LOCK_UN)  # to close the file is not enough: a process forked meanwhile has it too
+
+
+def wait_for_timing() -> None:
+    """Wait while another thread or process times something."""
+    if fcntl is None or _timing.get():
+        return
+    # A lock belongs to an opened file: each thread opens its own, and a forked process not its parent's.
+    if getattr(_this_thread, "process", None) != os.getpid():
+        _this_thread.process, _this_thread.file = os.getpid(), _open()
+    fcntl.flock(_this_thread.file, fcntl.LOCK_SH)
+    fcntl.flock(_this_thread.file, fcntl.LOCK_UN)
+
+
+def _open() -> IO[str]:
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    return (Path(tempfile.gettempdir()) / f"lowrank-timing-{user}.lock").open("a")
