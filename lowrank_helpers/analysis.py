@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from lowrank_helpers import rank
 from lowrank_helpers.rank import Array
-from lowrank_helpers.unfold import LAYERS, RECURRENT, Unfolded, times, unfold
+from lowrank_helpers.unfold import LAYERS, RECURRENT, Unfolded, format_shape, unfold
 
 SAFETENSORS_FILES, PYTORCH_FILES = (".safetensors",), (".pt", ".pth", ".bin")
 FILES = ", ".join(SAFETENSORS_FILES + PYTORCH_FILES)
@@ -174,8 +174,8 @@ def _unfolded(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ..
         return unfold(weight.name, tensor, weight.layer, _hidden_size(weight.name, shapes))
     while tensor.dim() > 2 and len(tensor) == 1:
         tensor = tensor[0]
-    of, stack = times(tensor.shape[-2:]), tensor.shape[:-2]
-    remark = f"of a stack of {times(stack)}" if stack else "axes of size 1 dropped"
+    of, stack = format_shape(tensor.shape[-2:]), tensor.shape[:-2]
+    remark = f"of a stack of {format_shape(stack)}" if stack else "axes of size 1 dropped"
     indices = product(*map(range, stack))
     short = weight.name.removesuffix(".weight")
     return {".".join([short, *map(str, index)]): Unfolded(tensor[index], of, remark) for index in indices}
@@ -240,7 +240,7 @@ def _no_matrix(tensor: Tensor) -> str:
         f"complex numbers ({dtype})": tensor.is_complex,
         f"integers ({dtype}): counts, indices or quantised values": lambda: not tensor.is_floating_point(),
         f"quantised ({dtype}), which means something only with its scales": lambda: tensor.dtype.itemsize == 1,
-        f"empty, {times(tensor.shape)}": lambda: tensor.numel() == 0,
+        f"empty, {format_shape(tensor.shape)}": lambda: tensor.numel() == 0,
         "a single number": lambda: tensor.numel() == 1,
         "a vector": lambda: sum(size > 1 for size in tensor.shape) == 1 and tensor.dim() != 2,
         "a view of fewer numbers than it has entries": lambda: tensor.nbytes > tensor.untyped_storage().nbytes(),
@@ -444,7 +444,7 @@ def _normed(directions: Tensor, lengths: Tensor) -> Tensor:
     """Return the weight that ``weight_norm`` would (Salimans & Kingma 2016, arXiv 1602.07868, equation 2)."""
     across = [axis for axis, size in enumerate(lengths.shape) if size == 1]
     if lengths.dim() != directions.dim() or len(across) < lengths.dim() - 1:
-        raise TypeError(f"lengths of shape {times(lengths.shape)} are not those of weight_norm")
+        raise TypeError(f"lengths of shape {format_shape(lengths.shape)} are not those of weight_norm")
     return directions * (lengths / directions.norm(dim=across, keepdim=True))
 
 

@@ -4,9 +4,10 @@ A convolution is a matrix (out, in·kh·kw) that is applied at every position. F
 images, instead of its weight, are those of Zhang et al. 2016, arXiv 1505.06798, section 2.1.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -22,22 +23,16 @@ from lowrank_helpers.calibration import check_task, output_fisher, output_moment
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Factors, precise
-from lowrank_helpers.layers import Replaceable, substitute_, with_factors
+from lowrank_helpers.layers import Replaceable, replaceable_layers, substitute_, with_factors
 from lowrank_helpers.models import LowRankLayer, linear_layers, n_parameters, named_layers
 from lowrank_helpers.rank import singular_values
-from lowrank_helpers.selection import (
-    BY_WEIGHTS,
-    STRATEGIES,
-    Layer,
-    allocate,
-    allocation_of,
-    smallest_allocation,
-)
+from lowrank_helpers.selection import BY_WEIGHTS, STRATEGIES, Layer, allocate, allocation_of, smallest_allocation
 from lowrank_helpers.training import progress
-from lowrank_helpers.unfold import times
+from lowrank_helpers.unfold import format_shape
 
 CALIBRATION = 2048  # images at most whose outputs are measured: more change the factors little
 FEW = 8  # of them show whether a layer can be replaced
+LATENCY_BATCH = 64
 BATCH = 512  # images at a time, of small ones: of convolutions that is faster than fewer and than more
 GRADIENT_SHARE = 8  # of these a backward pass takes one in so many, since it keeps what the model computes
 LARGE_BATCH = 128 * 3 * 224**2  # numbers of images at a time: large ones of large networks must fit, too
@@ -47,6 +42,7 @@ SMALL = 0.05  # relative change of the outputs that is never far
 OWN_OUTPUTS, OWN_WEIGHT = "its own outputs", "its weight"  # what factors fit instead of the model's outputs
 
 Split = tuple[Tensor, Tensor]
+Fit = tuple[dict[str, Factors], float, dict[str, str]]  # factors, the measured change, what those fit that fall back
 
 
 class Change(NamedTuple):
@@ -90,7 +86,7 @@ class Report:
         For one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``, which sees no
         recurrent layers.
     seconds : Change
-        Median of a batch of ``latency_batch``, measured here and now. Fewer FLOPs are often not faster.
+        Median of a batch of ``LATENCY_BATCH``, measured here and now. Fewer FLOPs are often not faster.
     accuracy : Change or None
         On the validation images, 0 to 1; measured where it is the budget.
     """
@@ -124,7 +120,6 @@ def compress(
     metric: str = "parameters",
     strategy: str = "fisher-weighted",
     task: str | None = None,
-    latency_batch: int = 64,
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model and what was done.
 
@@ -133,9 +128,9 @@ def compress(
     the result for a few epochs regains much of what is lost.
 
     What is predicted is measured too, on at most ``BATCH`` images that fitted nothing. Where the outputs change more
-    than ``FAR`` times as much as predicted, each layer takes those factors with which they change least: as chosen,
-    fitted to the layer's own outputs, or the truncated SVD of its weight. If that is far still, and one layer makes
-    more than half of the change, it stays dense where the budget allows. A budget of accuracy is its own measure.
+    than ``FAR`` times as much as predicted, those factors are taken with which they change least: as chosen, fitted to
+    each layer's own outputs, or the truncated SVDs of the weights. If that is far still, a warning says so. A budget of
+    accuracy is its own measure.
 
     Parameters
     ----------
@@ -151,15 +146,13 @@ def compress(
         For ``parameters`` and ``flops`` a share of the model's (a float up to 1) or a count (an int); for ``latency`` a
         share; for ``accuracy`` the least on validation images, 0 to 1, that the smallest model found must have.
     metric : {"parameters", "flops", "accuracy", "latency"}
-        What the budget is of. Latency is measured, here and now.
+        What the budget is of. Latency is measured, here and now, in batches of ``LATENCY_BATCH``.
     strategy : str
         How ranks are chosen: one of ``selection.STRATEGIES``. The default takes a backward pass through the model; with
         the others factors are fitted to each layer's outputs.
     task : {None, "classification"}
         For ``"classification"`` outputs are logits: a change that all classes share is free, since it changes no
         probability. Otherwise all outputs count as they are.
-    latency_batch : int
-        Images in the batch whose latency is measured: for the report once, which takes a few answers of both models.
 
     Returns
     -------
@@ -173,7 +166,7 @@ def compress(
         The budget is impossible (the message says what is possible), no layer can be replaced, the model gives no
         finite tensor, there are no validation images where they must choose, or an option is unknown.
     """
-    _check_options(budget, metric, strategy, task, latency_batch)
+    _check_options(budget, metric, strategy, task)
     model = _plain(model)
     device = next((parameter.device for parameter in model.parameters()), None)
     images, held_out, labels = (tensor.to(device) for tensor in _parts(data))
@@ -182,7 +175,7 @@ def compress(
     if metric == "accuracy":
         labels = _classes(labels, outputs)
     found = _candidates(measured, images, strategy == "fisher-weighted", task)
-    bench = _Bench(measured, found, strategy, task, images, held_out, labels, latency_batch)
+    bench = _Bench(measured, found, strategy, task, images, held_out, labels)
     factors, report = bench.compressed(budget, metric)
     return with_factors(model, factors), report
 
@@ -239,36 +232,32 @@ class _Bench:
     images: Tensor
     held_out: Tensor
     labels: Tensor
-    latency_batch: int
 
     def compressed(self, budget: float, metric: str) -> tuple[dict[str, Factors], Report]:
         """Return factors within a budget and what was done, as :func:`compress` does."""
-        ranks, measured = self.allocated(budget, metric)
-        factors = self.factors(ranks)
-        fallbacks = {name: OWN_OUTPUTS for name in ranks if name in self.found.flat}
+        measured: dict[str, Change] = {}
+        if metric == "accuracy":
+            ranks, measured["accuracy"] = self.accurate_enough(budget)
+        elif metric == "latency":
+            ranks, measured["seconds"] = self.fast_enough(budget)
+        else:
+            ranks = self.small_enough(budget, metric)
         # To first order, the squared changes by independent layers add.
         predicted = sum(self.found.svds[n].s[rank:].square().sum().item() for n, rank in ranks.items()) ** 0.5
-        error = self.change(factors)
-        far = metric != "accuracy" and _far(error, predicted)
-        if far:
-            factors, refitted, error = self.refitted(ranks)
-            fallbacks |= refitted
+        factors = self.factors(ranks)
+        error, fallbacks = self.change(factors), {name: OWN_OUTPUTS for name in ranks if name in self.found.flat}
+        if metric != "accuracy" and _far(error, predicted):
+            factors, error, fallbacks = self.refitted(ranks, (factors, error, fallbacks))
+            if _far(error, predicted):
+                said = f"the outputs change by {error:.3g}, far more than the predicted {predicted:.3g}"
+                warnings.warn(said, stacklevel=3)
         small = with_factors(self.model, factors)
+        for name, size in SIZES.items():
+            measured[name] = Change(size(self.model, self.images), size(small, self.images))
         if metric != "latency":
             measured["seconds"] = self.seconds(small)
-        sizes = {name: Change(size(self.model, self.images), size(small, self.images)) for name, size in SIZES.items()}
-        report = Report(ranks, self.found.left_alone, fallbacks, predicted, error, **sizes, **measured)
-        if far and _far(error, predicted):
-            return self.with_one_left_alone(factors, report, budget, metric)
+        report = Report(ranks, self.found.left_alone, fallbacks, predicted, error, **measured)
         return factors, report
-
-    def allocated(self, budget: float, metric: str) -> tuple[dict[str, int], dict[str, Change]]:
-        """Choose ranks; return what was measured meanwhile, too."""
-        if metric == "accuracy":
-            return self.accurate_enough(budget)
-        if metric == "latency":
-            return self.fast_enough(budget)
-        return self.small_enough(budget, metric), {}
 
     def small_enough(self, budget: float, metric: str) -> dict[str, int]:
         """Choose ranks within a budget of parameters or FLOPs."""
@@ -283,7 +272,7 @@ class _Bench:
             )
         return allocate(layers, limit - fixed, self.strategy).ranks
 
-    def accurate_enough(self, target: float) -> tuple[dict[str, int], dict[str, Change]]:
+    def accurate_enough(self, target: float) -> tuple[dict[str, int], Change]:
         """Choose the smallest model that reaches an accuracy."""
 
         @cache
@@ -298,9 +287,9 @@ class _Bench:
         if before < target:
             raise ValueError(f"an accuracy of {target:.2%} is impossible: the model itself has {before:.2%}")
         ranks = smallest_allocation(self.found.layers(self.strategy, "parameters"), self.strategy, score, target).ranks
-        return ranks, {"accuracy": Change(before, score(ranks))}
+        return ranks, Change(before, score(ranks))
 
-    def fast_enough(self, target: float) -> tuple[dict[str, int], dict[str, Change]]:
+    def fast_enough(self, target: float) -> tuple[dict[str, int], Change]:
         """Choose the most FLOPs, to a sixteenth of the model's, with which a batch takes no longer than a share."""
         layers = self.found.layers(self.strategy, "flops")
         dense, least = (allocation_of(layers, ranks).cost for ranks in ({}, dict.fromkeys(layers, 1)))
@@ -310,48 +299,23 @@ class _Bench:
             seconds = self.seconds(with_factors(self.model, self.factors(ranks)))
             fastest = min(fastest, seconds.share)
             if seconds.share <= target:
-                return ranks, {"seconds": seconds}
+                return ranks, seconds
         raise ValueError(
-            f"a latency of {target:.0%} is impossible for batches of {self.latency_batch}: "
+            f"a latency of {target:.0%} is impossible for batches of {LATENCY_BATCH}: "
             f"the fastest try took {fastest:.0%}"
         )
 
-    def refitted(self, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], dict[str, str], float]:
-        """Return factors of these ranks with the least change, what those fit that are others, and the change.
-
-        Starts with all layers alike and then turns to one layer after the other, so that no change is larger than that
-        of the truncated SVDs.
-        """
-        cut: dict[tuple[str, str], Factors] = {}
-        for name, rank in ranks.items():
-            svd = self.found.svds[name]
-            for kind, fitted in (("", svd), (OWN_OUTPUTS, svd.unweighted()), (OWN_WEIGHT, SVD.of(svd.A))):
-                cut[name, kind] = fitted.factors(rank)
-        kinds = ("", OWN_OUTPUTS, OWN_WEIGHT)
-
-        @cache
-        def change(chosen: tuple[tuple[str, str], ...]) -> float:
-            return self.change({pair[0]: cut[pair] for pair in chosen})
-
-        chosen = min((tuple((name, kind) for name in ranks) for kind in kinds), key=change)
-        for name in ranks:
-            chosen = min((tuple((dict(chosen) | {name: kind}).items()) for kind in kinds), key=change)
-        fallbacks = {name: kind for name, kind in chosen if kind}
-        return {pair[0]: cut[pair] for pair in chosen}, fallbacks, change(chosen)
-
-    def with_one_left_alone(
-        self, factors: dict[str, Factors], report: Report, budget: float, metric: str
-    ) -> tuple[dict[str, Factors], Report]:
-        """Leave that layer dense without whose cut the outputs change least, if it halves the change in the budget."""
-        worst = min(factors, key=lambda name: self.change({n: pair for n, pair in factors.items() if n != name}))
-        reason = f"with it cut, the outputs changed by {report.measured_error:.3g}, predicted {report.error:.3g}"
-        svds = {name: svd for name, svd in self.found.svds.items() if name != worst}
-        found = self.found._replace(svds=svds, left_alone=self.found.left_alone | {worst: reason})
-        try:
-            other = replace(self, found=found).compressed(budget, metric)
-        except ValueError:  # the budget is too small without it
-            return factors, report
-        return other if other[1].measured_error < report.measured_error / 2 else (factors, report)
+    def refitted(self, ranks: Mapping[str, int], fit: Fit) -> Fit:
+        """Return that fit of these ranks with the least change: the given one, or all layers by outputs or weights."""
+        fits = [fit]
+        svds = {name: self.found.svds[name] for name in ranks}
+        for what, others in (
+            (OWN_OUTPUTS, {name: svd.unweighted() for name, svd in svds.items()}),
+            (OWN_WEIGHT, {name: SVD.of(svd.A) for name, svd in svds.items()}),
+        ):
+            factors = {name: svd.factors(ranks[name]) for name, svd in others.items()}
+            fits.append((factors, self.change(factors), dict.fromkeys(ranks, what)))
+        return min(fits, key=lambda fit: fit[1])
 
     def factors(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
         """Return the factors of these ranks."""
@@ -376,7 +340,7 @@ class _Bench:
 
     def seconds(self, small: nn.Module) -> Change:
         """Time a smaller model right after the model itself, as a machine's speed drifts."""
-        batch = self.images[: self.latency_batch]
+        batch = self.images[:LATENCY_BATCH]
         return Change(_seconds(self.model, batch), _seconds(small, batch))
 
 
@@ -431,31 +395,25 @@ def _candidates(model: nn.Module, images: Tensor, fisher: bool, task: str | None
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
     """Return the layers that may be replaced, and of every other matrix of the model why it may not."""
-    modules = named_layers(model)
-    owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter.data_ptr(), []).append(name)
-    layers: dict[str, Replaceable] = {}
-    left_alone = {name: "of low rank already" for name, module in modules.items() if isinstance(module, LowRankLayer)}
-    for name, module in modules.items():
-        for kind, parameter in module.named_parameters(recurse=False):
-            shared = [other for other in owners[parameter.data_ptr()] if other != name]
-            if parameter.dim() < 2:
-                continue
-            if isinstance(module, Replaceable) and kind == "weight_orig":
-                left_alone[name] = "pruned: torch.nn.utils.prune.remove makes its masked weight a plain one"
-            elif not isinstance(module, Replaceable) or kind != "weight":
-                left_alone[f"{name}.{kind}".strip(".").removesuffix(".weight")] = (
-                    f"a parameter of {type(module).__name__}, no linear layer or convolution in two dimensions"
-                )
-            elif shared:
-                left_alone[name] = f"shares its weight with {', '.join(shared)}"
-            elif getattr(module, "groups", 1) != 1:
-                left_alone[name] = f"its {module.groups} groups see different channels"
-            else:
-                layers[name] = module
-    return layers, left_alone
+    matrices = [
+        (name, kind, parameter)
+        for name, module in named_layers(model).items()
+        for kind, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    ]
+    layers, own, left_alone = replaceable_layers(model), {}, {}
+    for name, kind, parameter in matrices:
+        shared = [other for other, _, p in matrices if p.data_ptr() == parameter.data_ptr() and other != name]
+        if name not in layers or kind != "weight":
+            kind_of = type(model.get_submodule(name)).__name__
+            left_alone[f"{name}.{kind}".strip(".").removesuffix(".weight")] = (
+                f"of {kind_of}: only plain weights of linear layers and of 2-D convolutions of one group are replaced"
+            )
+        elif shared:
+            left_alone[name] = f"shares its weight with {', '.join(shared)}"
+        else:
+            own[name] = layers[name]
+    return own, left_alone
 
 
 def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, wanted: Tensor) -> str:
@@ -542,18 +500,18 @@ def _classes(labels: Tensor, logits: Tensor) -> Tensor:
     if not len(labels):
         raise ValueError("validation images choose here, and there are none: Dataset.hold_out() sets some aside")
     if logits.dim() != 2:
-        raise ValueError(f"accuracy needs logits (n, n_classes); the model gives {times(logits.shape)}")
+        raise ValueError(f"accuracy needs logits (n, n_classes); the model gives {format_shape(logits.shape)}")
     n_classes = logits.shape[1]
     classes = labels.argmax(dim=1) if labels.shape[1:] == (n_classes,) else labels
     if classes.dim() != 1 or (classes != classes.long()).any() or not 0 <= classes.min() <= classes.max() < n_classes:
         raise ValueError(
             f"labels must be whole numbers (n,) from 0 to {n_classes - 1} or probabilities (n, {n_classes}); "
-            f"given: {times(labels.shape)}, {labels.min():g} to {labels.max():g}"
+            f"given: {format_shape(labels.shape)}, {labels.min():g} to {labels.max():g}"
         )
     return classes
 
 
-def _check_options(budget: float, metric: str, strategy: str, task: str | None, latency_batch: int) -> None:
+def _check_options(budget: float, metric: str, strategy: str, task: str | None) -> None:
     check_task(task)
     for name, given, allowed in (("metric", metric, METRICS), ("strategy", strategy, tuple(STRATEGIES))):
         if given not in allowed:
@@ -562,8 +520,6 @@ def _check_options(budget: float, metric: str, strategy: str, task: str | None, 
     if not isinstance(budget, Real) or not (budget >= 1 and counts if whole else 0 < budget <= 1):
         count = ", or a whole number as a count" if counts else ""
         raise ValueError(f"budget {budget!r} of {metric} is not allowed; allowed: a float above 0 and up to 1{count}")
-    if latency_batch < 1:
-        raise ValueError(f"latency_batch {latency_batch} must be at least 1")
 
 
 @torch.no_grad()

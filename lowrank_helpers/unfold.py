@@ -84,7 +84,7 @@ def unfold(
         grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
         return {short: _filters(grouped, layer.groups, "transposed")}
     if weight.dim() == 3 and len(weight) == 1 and not isinstance(layer, _ConvNd):
-        return {short: Unfolded(weight[0], times(weight[0].shape), "first axis, of size 1, dropped")}
+        return {short: Unfolded(weight[0], format_shape(weight[0].shape), "first axis, of size 1, dropped")}
     if weight.dim() > 2:
         return {short: _filters(weight, layer.groups if isinstance(layer, _ConvNd) else 1)}
     if name.endswith(PACKED) and max(weight.shape) == 3 * min(weight.shape):
@@ -96,14 +96,14 @@ def unfold(
         for gates in GATES:
             if len(weight) == len(gates) * hidden_size:
                 return _split(short, weight, gates, kind="gates ")
-    return {short: Unfolded(weight, times(weight.shape))}
+    return {short: Unfolded(weight, format_shape(weight.shape))}
 
 
 def _split(stem: str, packed: Tensor, parts: str, axis: int = 0, kind: str = "") -> dict[str, Unfolded]:
     """Split a matrix into parts of one letter each."""
     remark = f"packed {kind}{', '.join(parts)}, split by {('rows', 'columns')[axis]}"
     return {
-        f"{stem}.{part}".removeprefix("."): Unfolded(matrix, times(matrix.shape), remark)
+        f"{stem}.{part}".removeprefix("."): Unfolded(matrix, format_shape(matrix.shape), remark)
         for part, matrix in zip(parts, packed.chunk(len(parts), axis), strict=True)
     }
 
@@ -115,7 +115,7 @@ def _filters(weight: Tensor, groups: int, *remarks: str) -> Unfolded:
     return Unfolded(weight.flatten(1), shape, ", ".join([*remarks, *stacked]))
 
 
-def times(shape: tuple[int, ...]) -> str:
+def format_shape(shape: tuple[int, ...]) -> str:
     """Write a shape as ``3×4``."""
     return "×".join(map(str, shape))
 
