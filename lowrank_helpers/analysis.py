@@ -448,12 +448,17 @@ def _normed(directions: Tensor, lengths: Tensor) -> Tensor:
     return directions * (lengths / directions.norm(dim=across, keepdim=True))
 
 
+def _product(B: Tensor, C: Tensor) -> Tensor:
+    """Return the weight of a low-rank layer, of a convolution in its shape."""
+    return (B.flatten(1) @ C.flatten(1)).view(len(B), *C.shape[1:])
+
+
 # How a file keeps a weight in several tensors: how their names end, how that of the whole does, and what it is.
 JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
     (("_v", "_g"), "", _normed),
     ((".original1", ".original0"), "", _normed),
     (("_orig", "_mask"), "", torch.mul),
-    ((".B", ".C"), ".weight", torch.matmul),  # FactorizedLinear
+    ((".B.weight", ".C.weight"), ".weight", _product),  # LowRankLayer
     ((".lora_B", ".lora_A"), ".lora", torch.matmul),
     ((".lora_B.weight", ".lora_A.weight"), ".lora", torch.matmul),  # PEFT's
 ]

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_helpers.factorization import check_names, check_rank, precise, substitute, truncated_svd
+from lowrank_helpers.factorization import check_rank, precise, truncated_svd
 from lowrank_helpers.hashing import checksum
+from lowrank_helpers.layers import check_names, substitute_
 from lowrank_helpers.models import check_plain, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -165,7 +166,7 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
         layer = layers[name]
         check_rank(ranks[name], layer.weight.shape)
         A = torch.randn(ranks[name], layer.in_features, generator=generator) * layer.in_features**-0.5
-        substitute(copy, name, LoRALinear(layer, A, torch.zeros(layer.out_features, ranks[name]), alpha))
+        substitute_(copy, name, LoRALinear(layer, A, torch.zeros(layer.out_features, ranks[name]), alpha))
     return copy
 
 
@@ -197,7 +198,7 @@ def extract(base: nn.Module, tuned: nn.Module, ranks: Mapping[str, int]) -> nn.M
         # The difference of two numbers in half precision needs more digits than they have.
         update = after[name].weight.detach().to(before.device, precise(before)) - before
         factors = truncated_svd(update, layer.rank)
-        substitute(copy, name, LoRALinear(layer.base, A=factors.C, B=factors.B, alpha=layer.rank))
+        substitute_(copy, name, LoRALinear(layer.base, A=factors.C, B=factors.B, alpha=layer.rank))
     return copy
 
 
@@ -205,7 +206,7 @@ def remove(model: nn.Module) -> nn.Module:
     """Return a copy of a model without its adapters: the network that was adapted, all of it trainable."""
     copy = deepcopy(model)
     for name, layer in adapters(copy).items():
-        substitute(copy, name, layer.base)
+        substitute_(copy, name, layer.base)
     return copy.requires_grad_(True)
 
 
@@ -226,10 +227,11 @@ def merge(model: nn.Module) -> nn.Module:
     check_plain({name: layer.base for name, layer in adapters(model).items()})
     copy = deepcopy(model)
     for name, layer in adapters(copy).items():
-        merged = nn.utils.skip_init(nn.Linear, layer.base.in_features, layer.base.out_features)
-        merged.weight = nn.Parameter(layer.weight.detach())
+        weight = layer.weight.detach()
+        merged = nn.utils.skip_init(nn.Linear, *weight.T.shape)
+        merged.weight = nn.Parameter(weight)
         merged.register_parameter("bias", layer.base.bias)
-        substitute(copy, name, merged)
+        substitute_(copy, name, merged)
     return copy.requires_grad_(True)
 
 
@@ -360,7 +362,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         alpha = _of_layer(config, stored, "alpha_pattern", "lora_alpha")
         if config.get("use_rslora"):  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
             alpha *= rank**0.5
-        substitute(copy, names[plain], LoRALinear(layer, A, B, alpha))
+        substitute_(copy, names[plain], LoRALinear(layer, A, B, alpha))
     for stored, tensor in others.items():
         if stored not in buffers or buffers[stored].shape != tensor.shape:
             raise AdapterError(f"{folder} is no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}")

@@ -193,43 +193,78 @@ def _drawn(model: Model, seed: int) -> Model:
     return model
 
 
-class FactorizedLinear(nn.Module):
-    """A linear layer whose weight is the product of two thin factors, y = x·Cᵀ·Bᵀ (+ bias), copied from those given.
+class LowRankLayer(nn.Sequential):
+    """A linear layer or 2-D convolution of low rank, made of two of PyTorch's own: ``C`` to r outputs, then ``B``.
+
+    y = x·Cᵀ·Bᵀ + bias. Of a convolution, C has its window, stride, padding and dilation, and B is 1×1 (Zhang et al.
+    2016, arXiv 1505.06798, section 2.1).
 
     Attributes
     ----------
-    B : Parameter of shape (out_features, rank)
-    C : Parameter of shape (rank, in_features)
-    bias : Parameter of shape (out_features,) or None
+    C : nn.Linear or nn.Conv2d
+        Its weight is (r, in_features) or (r, in_channels, height, width); without a bias.
+    B : nn.Linear or nn.Conv2d
+        Its weight is (out_features, r) or (out_channels, r, 1, 1); with the bias, if there is one.
 
     Examples
     --------
-    >>> FactorizedLinear(torch.ones(5, 2), torch.ones(2, 3))(torch.ones(3)).tolist()
+    >>> layer = LowRankLayer.of(nn.Linear(3, 5, bias=False), torch.ones(5, 2), torch.ones(2, 3))
+    >>> layer(torch.ones(3)).tolist()
     [6.0, 6.0, 6.0, 6.0, 6.0]
     """
 
-    def __init__(self, B: Tensor, C: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        if B.dim() != 2 or C.dim() != 2 or B.shape[1] != C.shape[0]:
-            raise ValueError(f"B {tuple(B.shape)} and C {tuple(C.shape)} must be (n, r) and (r, m)")
-        self.B = nn.Parameter(B.detach().clone())
-        self.C = nn.Parameter(C.detach().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.out_features, self.rank = B.shape
-        self.in_features = C.shape[1]
+    B: nn.Linear | nn.Conv2d
+    C: nn.Linear | nn.Conv2d
+
+    @classmethod
+    def of(cls, layer: nn.Linear | nn.Conv2d, B: Tensor, C: Tensor) -> "LowRankLayer":
+        """Return what takes a layer's place: factors B (n, r) and C (r, m), copied, for its weight (n, m), unfolded.
+
+        Dtype, device, mode, bias, and what is frozen, are the layer's.
+        """
+        n, m = layer.weight.flatten(1).shape
+        rank = len(C)
+        if (B.shape, C.shape) != ((n, rank), (rank, m)):
+            raise ValueError(f"B {tuple(B.shape)} and C {tuple(C.shape)} must be ({n}, r) and (r, {m})")
+        first: nn.Linear | nn.Conv2d
+        second: nn.Linear | nn.Conv2d
+        if isinstance(layer, nn.Conv2d):
+            window = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            options = {name: getattr(layer, name) for name in window}
+            first = nn.Conv2d(layer.in_channels, rank, bias=False, device="meta", **options)
+            second = nn.Conv2d(rank, n, 1, bias=False, device="meta")
+        else:
+            first, second = (nn.Linear(a, b, bias=False, device="meta") for a, b in ((m, rank), (rank, n)))
+        for new, factor in ((first, C), (second, B)):
+            weight = factor.detach().reshape(new.weight.shape).to(layer.weight)
+            weight = weight.clone(memory_format=torch.contiguous_format)
+            new.weight = nn.Parameter(weight, layer.weight.requires_grad)
+        if layer.bias is not None:
+            second.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+        return cls(OrderedDict(C=first, B=second)).train(layer.training)
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that the factors stand for, (out_features, in_features)."""
-        return self.B @ self.C
+        """The weight that the factors stand for, in the shape that the whole layer's would have."""
+        B, C = self.B.weight, self.C.weight
+        return (B.flatten(1) @ C.flatten(1)).view(len(B), *C.shape[1:])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, in_features) to (…, out_features) through the rank-sized middle, never forming the product."""
-        return F.linear(F.linear(x, self.C), self.B, self.bias)
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, (out_features,)."""
+        return self.B.bias
 
-    def extra_repr(self) -> str:
-        """Show the shape in ``print(model)`` as ``nn.Linear`` does."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+    @property
+    def rank(self) -> int:
+        """The rank r of the factors."""
+        return len(self.C.weight)
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules of a model by dotted name, but not the two in a low-rank layer: it counts as one."""
+    low_rank = [module for module in model.modules() if isinstance(module, LowRankLayer)]
+    inside = {part for layer in low_rank for part in layer.modules() if part is not layer}
+    return {name: module for name, module in model.named_modules() if module not in inside}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -240,23 +275,23 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     >>> list(linear_layers(mlp([784, 512, 10], seed=0)))
     ['fc1', 'fc2']
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in named_layers(model).items() if isinstance(module, nn.Linear)}
 
 
 def check_plain(layers: Mapping[str, nn.Module]) -> None:
-    """Raise ``ValueError`` if an ``nn.Linear`` among named layers has a ``forward`` of its own.
+    """Raise ``ValueError`` if a linear layer or 2-D convolution among named layers has a ``forward`` of its own.
 
     Its weight then does not say what it computes, so that no layer made of the weight can take its place. Subclasses
     that inherit ``forward``, such as PyTorch's in ``nn.MultiheadAttention``, are plain.
     """
     for name, layer in layers.items():
-        if isinstance(layer, nn.Linear) and (
-            getattr(layer.forward, "__func__", None) is not nn.Linear.forward
-            or type(layer).__call__ is not nn.Linear.__call__
+        kind = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(layer, kind)), None)
+        if kind and (
+            getattr(layer.forward, "__func__", None) is not kind.forward or type(layer).__call__ is not kind.__call__
         ):
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__} with a forward of its own, which its weight does not "
-                "describe: leave it out, or make it an nn.Linear first"
+                f"describe: leave it out, or make it an nn.{kind.__name__} first"
             )
 
 
@@ -265,8 +300,8 @@ def n_parameters(model: nn.Module) -> int:
 
     Examples
     --------
-    >>> n_parameters(FactorizedLinear(torch.ones(5, 2), torch.ones(2, 3)))
-    16
+    >>> n_parameters(nn.Linear(4, 3))
+    15
     """
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -283,17 +318,18 @@ def n_trainable(model: nn.Module) -> int:
 
 
 def squared_norm(model: nn.Module) -> Tensor:
-    """Sum ‖W‖_F² over all linear layers; for a factorised one that of the product, ‖B·C‖_F² = ⟨BᵀB, C·Cᵀ⟩.
+    """Sum ‖W‖_F² over all linear layers; for one of low rank that of the product, ‖B·C‖_F² = ⟨BᵀB, C·Cᵀ⟩.
 
     Examples
     --------
-    >>> squared_norm(FactorizedLinear(torch.ones(5, 2), torch.ones(2, 3))).item()  # 15 entries, each 2
+    >>> squared_norm(LowRankLayer.of(nn.Linear(3, 5), torch.ones(5, 2), torch.ones(2, 3))).item()  # 15 entries, each 2
     60.0
     """
     total = torch.zeros(())
-    for module in model.modules():
-        if isinstance(module, FactorizedLinear):
-            total = total + ((module.B.T @ module.B) * (module.C @ module.C.T)).sum()
+    for module in named_layers(model).values():
+        if isinstance(module, LowRankLayer) and module.B.weight.dim() == 2:
+            B, C = module.B.weight, module.C.weight
+            total = total + ((B.T @ B) * (C @ C.T)).sum()
         elif isinstance(module, nn.Linear):
             total = total + module.weight.square().sum()
     return total

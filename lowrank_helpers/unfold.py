@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lowrank_helpers.models import FactorizedLinear
+from lowrank_helpers.models import LowRankLayer, named_layers
 
 # Names of layers whose rows, or columns, are those of an attention's q, k and v one after the other.
 PACKED = ("in_proj_weight", "qkv.weight", "qkv_proj.weight", "Wqkv.weight", "c_attn.weight")
@@ -123,15 +123,15 @@ def times(shape: tuple[int, ...]) -> str:
 def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     """Return the weight matrices of a model's layers by dotted names, unfolded as :func:`unfold` says.
 
-    Layers are ``nn.Linear``, ``FactorizedLinear`` (its product), convolutions, ``nn.Embedding``, ``nn.EmbeddingBag``,
+    Layers are ``nn.Linear``, ``LowRankLayer`` (its product), convolutions, ``nn.Embedding``, ``nn.EmbeddingBag``,
     ``nn.Bilinear``, ``nn.MultiheadAttention`` and recurrent ones. Of a weight that several layers share, only the first
     is returned.
     """
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
-    for name, layer in model.named_modules():
-        if isinstance(layer, FactorizedLinear):
-            found[name] = layer.weight.detach()
+    for name, layer in named_layers(model).items():
+        if isinstance(layer, LowRankLayer):
+            found[name] = layer.weight.detach().flatten(1)
         elif isinstance(layer, LAYERS):
             for part, weight in _weights(layer).items():
                 if id(weight) not in seen:

@@ -19,12 +19,11 @@ ROOMS = {
     "cli": {"science", "series", "report", "checking"},
 }
 SCIENCE = [
-    {"hashing", "timing", "statistics", "parallel", "cuda_graphs"},
+    {"hashing", "timing", "statistics", "parallel", "cuda_graphs", "factorization"},
     {"data"},
     {"models", "subspace"},
-    {"training", "unfold"},
-    {"calibration"},
-    {"rank", "factorization"},
+    {"layers", "training", "unfold"},
+    {"calibration", "rank"},
     {"analysis", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]

@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
-from lowrank_helpers.factorization import factorize
+from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import mlp, n_parameters
 from lowrank_helpers.training import predict
 

@@ -15,11 +15,13 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from lowrank_helpers import compression
-from lowrank_helpers.compression import candidates, compress, pruned, replaced
+from lowrank_helpers.calibration import without_mean
+from lowrank_helpers.compression import compress, pruned
 from lowrank_helpers.costs import median_seconds
-from lowrank_helpers.factorization import SVD, fitted_factors
+from lowrank_helpers.data import Dataset
+from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import VisionTransformer, convnet, mlp, n_parameters
-from lowrank_helpers.selection import BY_WEIGHTS, WAYS
+from lowrank_helpers.selection import STRATEGIES
 from lowrank_helpers.training import Recipe, evaluate, fit
 
 
@@ -44,78 +46,12 @@ def data():
     return _draw(60, 784), torch.arange(60) % 10
 
 
-def _conv_model(**options):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 6, 5, **options), nn.Flatten(), nn.LazyLinear(10))
-
-
-def _made(model):
-    model(torch.zeros(1, 784))
-    return model
-
-
 CONVOLUTIONS = [
     {},
     {"stride": 2, "padding": 2},
     {"padding": "same", "dilation": 2, "bias": False},
     {"stride": (2, 1), "padding": (1, 2), "padding_mode": "circular"},
 ]
-
-
-@pytest.mark.parametrize("options", CONVOLUTIONS)
-def test_a_convolution_of_full_rank_stays_the_same(options):
-    model = _made(_conv_model(**options))
-    weight = model[1].weight.flatten(1)
-    small = replaced(model, {"1": SVD.of(weight).factors(min(weight.shape))})
-    x = _draw(3, 784)
-    torch.testing.assert_close(small(x), model(x), atol=1e-5, rtol=1e-4)
-    assert [type(layer) for layer in small[1]] == [nn.Conv2d, nn.Conv2d]
-
-
-def test_the_first_convolution_keeps_the_window_and_the_second_the_bias():
-    first, second = replaced(_made(_conv_model(stride=2, padding=1)), {"1": SVD.of(_draw(6, 25)).factors(3)})[1]
-    assert (first.kernel_size, first.stride, first.padding) == ((5, 5), (2, 2), (1, 1))
-    assert (first.out_channels, second.kernel_size) == (3, (1, 1))
-    assert first.bias is None and second.bias is not None
-
-
-def test_a_cut_convolution_has_eckart_and_youngs_error():
-    conv = nn.Conv2d(3, 8, 3)
-    small = replaced(nn.Sequential(conv), {"0": SVD.of(conv.weight.flatten(1)).factors(4)})
-    B, C = small[0][1].weight.detach().flatten(1).numpy(), small[0][0].weight.detach().flatten(1).numpy()
-    A = conv.weight.detach().flatten(1).numpy()
-    s = np.linalg.svd(A, compute_uv=False)
-    assert np.linalg.norm(A - B @ C) == pytest.approx(np.sqrt((s[4:] ** 2).sum()), rel=1e-5)
-
-
-def test_a_linear_layers_factors_are_those_that_fit_its_outputs():
-    model, x = nn.Sequential(nn.Linear(12, 9)), _draw(500, 12)
-    found = candidates(model, x).svds["0"].factors(4)
-    wanted = fitted_factors(model[0].weight.detach(), x.T @ x / len(x), 4)
-    torch.testing.assert_close(found.product, wanted.product, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("way", BY_WEIGHTS)
-def test_a_way_by_weights_gets_the_singular_values_of_each_matrix(way):
-    model = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4))
-    layers = candidates(model, _draw(50, 12)).layers(way, of="parameters")
-    for name in ("0", "2"):
-        s = np.linalg.svd(model[int(name)].weight.detach().numpy(), compute_uv=False)
-        np.testing.assert_allclose(layers[name].weights, s, rtol=1e-5)
-
-
-def test_a_convolutions_factors_have_the_least_error_of_its_outputs():
-    """Against NumPy's best approximation of the outputs, written as one matrix by PyTorch's unfold."""
-    conv = nn.Conv2d(2, 7, 3, stride=2, padding=1)
-    x = _draw(40, 2, 9, 9)
-    found = candidates(nn.Sequential(conv), x)
-    B, C = (factor.double() for factor in (found.svds["0"].factors(3).B, found.svds["0"].factors(3).C))
-    X = F.unfold(x, 3, padding=1, stride=2).transpose(0, 1).flatten(1).double()
-    A = conv.weight.detach().flatten(1).double()
-    s = np.linalg.svd((A @ X).numpy(), compute_uv=False)
-    assert (A @ X - B @ C @ X).norm().item() == pytest.approx(np.sqrt((s[3:] ** 2).sum()), rel=1e-4)
-    assert found.rows["0"] == 25
-    np.testing.assert_allclose(found.svds["0"].s[:3], s[:3] / np.linalg.norm(s), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -130,44 +66,30 @@ def trained(digits_held_out):
     return model
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("budget", [0.3, 6000])
-def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budget, way):
-    small, report = compress(trained, digits_held_out, budget, way=way)
+def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budget, strategy):
+    small, report = compress(trained, digits_held_out, budget, strategy=strategy)
     limit = budget * n_parameters(trained) if isinstance(budget, float) else budget
     assert n_parameters(small) == report.parameters.after <= limit
     assert report.parameters.before == n_parameters(trained)
     assert report.parameters.after > 0.8 * limit
 
 
-def test_by_answers_factors_lose_less_of_the_logits_than_by_outputs(trained, digits_held_out):
-    images = digits_held_out.train_images[:1000]
-    wanted, ranks = trained(images), {"conv2": 4, "fc1": 4}
-
-    def lost(found):
-        logits = replaced(trained, {name: found.svds[name].factors(rank) for name, rank in ranks.items()})(images)
-        return (logits - wanted - (logits - wanted).mean(dim=1, keepdim=True)).square().mean().item()
-
-    assert lost(candidates(trained, images, by_answers=True, task="classification")) < 0.9 * lost(
-        candidates(trained, images)
-    )
-
-
 def test_a_budget_of_flops_is_kept_as_pytorch_counts_them(trained, digits_held_out):
-    _, report = compress(trained, digits_held_out, 0.5, of="flops")
+    _, report = compress(trained, digits_held_out, 0.5, metric="flops")
     by_hand = 2 * (14**2 * 8 * 9 + 7**2 * 12 * 72 + 588 * 24 + 240)
     assert report.flops.before == by_hand
     assert 0.4 < report.flops.share <= 0.5
-    ours, other = (
-        compress(trained, digits_held_out, report.parameters.share, of=of)[1] for of in ("flops", "parameters")
-    )
+    share = report.parameters.share
+    ours, other = (compress(trained, digits_held_out, share, metric=of)[1] for of in ("flops", "parameters"))
     assert ours.ranks != other.ranks
 
 
 def test_an_accuracy_is_kept_on_validation_images_and_less_would_not_do(trained, digits_held_out):
     validation = digits_held_out.splits()["validation"]
     before = evaluate(trained, *validation).accuracy
-    small, report = compress(trained, digits_held_out, 0.98 * before, of="accuracy")
+    small, report = compress(trained, digits_held_out, 0.98 * before, metric="accuracy")
     assert evaluate(small, *validation).accuracy == pytest.approx(report.accuracy.after, abs=1e-6)
     assert report.accuracy.before == pytest.approx(before, abs=1e-6)
     assert report.accuracy.after >= 0.98 * before
@@ -178,7 +100,7 @@ def test_an_accuracy_is_kept_on_validation_images_and_less_would_not_do(trained,
 
 def test_a_latency_is_what_was_measured_and_the_largest_model_that_keeps_it(trained, digits_held_out, monkeypatch):
     monkeypatch.setattr(compression, "_seconds", lambda model, batch: 1 + n_parameters(model) / n_parameters(trained))
-    _, report = compress(trained, digits_held_out, 0.75, of="latency")
+    _, report = compress(trained, digits_held_out, 0.75, metric="latency")
     assert report.seconds.before == 2
     assert report.seconds.share == pytest.approx((1 + report.parameters.share) / 2)
     assert 0.68 < report.seconds.share <= 0.75
@@ -187,14 +109,14 @@ def test_a_latency_is_what_was_measured_and_the_largest_model_that_keeps_it(trai
 def test_an_impossible_latency_is_refused_with_the_fastest_there_was(trained, digits_held_out, monkeypatch):
     monkeypatch.setattr(compression, "_seconds", lambda model, batch: 1 + n_parameters(model) / n_parameters(trained))
     with pytest.raises(ValueError, match=r"batches of 64: the fastest try took 5\d%"):
-        compress(trained, digits_held_out, 0.4, of="latency")
+        compress(trained, digits_held_out, 0.4, metric="latency")
 
 
 def test_latency_is_of_the_batch_that_was_asked_for(digits_held_out):
     model = nn.Sequential(nn.Linear(784, 300), nn.Linear(300, 10))
     sizes = []
     model.register_forward_hook(lambda layer, arguments, output: sizes.append(len(output)))
-    _, report = compress(model, digits_held_out, 1.0, of="latency", latency_batch=17)
+    _, report = compress(model, digits_held_out, 1.0, metric="latency", latency_batch=17)
     assert 17 in sizes and report.seconds.before > 0
 
 
@@ -203,26 +125,18 @@ def test_large_images_go_through_a_model_few_at_a_time(digits_held_out, monkeypa
     model.register_forward_hook(lambda layer, arguments, output: sizes.append(len(output)))
     for limit in (10**9, 20 * 784):
         monkeypatch.setattr(compression, "LARGE_BATCH", limit)
-        compress(model, digits_held_out, 0.01, of="accuracy", latency_batch=1)
+        compress(model, digits_held_out, 0.01, metric="accuracy", latency_batch=1)
         assert max(sizes) == min(compression.BATCH, limit // 784)
         sizes.clear()
 
 
-def test_no_model_is_scored_twice(trained, digits_held_out, monkeypatch):
-    scored, score = [], compression._Bench._score
-    monkeypatch.setattr(compression._Bench, "_score", lambda bench, model: scored.append(model) or score(bench, model))
-    compress(trained, digits_held_out, 0.9, of="accuracy")
-    shapes = [tuple(weight.shape for weight in model.parameters()) for model in scored]
-    assert len(shapes) > 3 and len(set(shapes)) == len(shapes)
-
-
-@pytest.mark.parametrize("of", ["parameters", "flops", "accuracy"])
-def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, digits_held_out, monkeypatch, of):
+@pytest.mark.parametrize("metric", ["parameters", "flops", "accuracy"])
+def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, digits_held_out, monkeypatch, metric):
     timed = []
-    monkeypatch.setattr(compression, "_seconds", lambda model, batch: timed.append((model, len(batch))) or len(timed))
-    small, report = compress(trained, digits_held_out, 0.6, of=of, latency_batch=13)
-    assert timed == [(trained, 13), (small, 13)]
-    assert (report.seconds.before, report.seconds.after) == (1, 2)
+    monkeypatch.setattr(compression, "_seconds", lambda *timing: timed.append(timing) or len(timed))
+    small, report = compress(trained, digits_held_out, 0.6, metric=metric, latency_batch=13)
+    models, batches = zip(*timed, strict=True)
+    assert [*map(n_parameters, models), *map(len, batches)] == [n_parameters(trained), n_parameters(small), 13, 13]
     assert "flops: " in str(report) and "seconds: 1 → 2 (200.0%)" in str(report)
 
 
@@ -230,14 +144,14 @@ def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, 
     ("budget", "options", "named"),
     [
         (0.001, {}, r"too small: rank 1 .* takes [\d,]+, [\d.]+% of"),
-        (10, {"of": "flops"}, "too small: rank 1"),
-        (1.0, {"of": "accuracy"}, "impossible: the model itself has"),
+        (10, {"metric": "flops"}, "too small: rank 1"),
+        (1.0, {"metric": "accuracy"}, "impossible: the model itself has"),
         (1.5, {}, "up to 1, or a whole number"),
         (0.0, {}, "above 0"),
         (float("nan"), {}, "above 0"),
-        (50, {"of": "accuracy"}, "up to 1$"),
-        (0.5, {"of": "bytes"}, "parameters, flops, accuracy, latency"),
-        (0.5, {"way": "luck"}, "output error"),
+        (50, {"metric": "accuracy"}, "up to 1$"),
+        (0.5, {"metric": "bytes"}, "parameters, flops, accuracy, latency"),
+        (0.5, {"strategy": "luck"}, "activation-aware"),
         (0.5, {"latency_batch": 0}, "latency_batch 0"),
     ],
 )
@@ -246,8 +160,8 @@ def test_an_impossible_budget_is_refused_with_what_is_possible(data, budget, opt
         compress(mlp([784, 40, 10], seed=0), data, budget, **options)
 
 
-@pytest.mark.parametrize("budget", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.int64(16_000)])
-def test_budgets_of_numpy_and_pytorch_are_numbers(data, budget):
+@pytest.mark.parametrize("budget", [np.float32(0.5), np.float64(0.5), np.int64(16_000)])
+def test_budgets_of_numpy_are_numbers(data, budget):
     model = mlp([784, 40, 10], seed=0)
     assert compress(model, data, budget)[1].ranks == compress(model, data, budget.item())[1].ranks
 
@@ -293,19 +207,18 @@ def _networks(draw):
 @given(_networks(), st.floats(0.4, 0.9), st.sampled_from([None, "classification"]))
 def test_no_layer_is_lost_and_no_change_is_much_larger_than_that_of_the_plain_svd(network, budget, task):
     model, x = network
+    held_out, none = x[:20], torch.zeros(20)
+    data = Dataset("drawn", x[20:], torch.zeros(100), held_out, none, held_out, none, mean=0.0, std=1.0)
     try:
-        small, report = compress(model, (x, torch.zeros(len(x))), budget, task=task)
+        small, report = compress(model, data, budget, task=task)
     except ValueError as error:
         assert "too small" in str(error)
         return
-    for name in report.ranks:
-        first, second = small.get_submodule(name)
-        assert first.weight.any() or second.weight.any()
-    held_out = x[compression._order(120)[:20]]
-    plain = replaced(
-        model, {n: SVD.of(model.get_submodule(n).weight.flatten(1)).factors(r) for n, r in report.ranks.items()}
-    )
-    wanted, ours, theirs = (compression._outputs(m, held_out, task) for m in (model, small, plain))
+    assert all(layer.B.weight.any() or layer.C.weight.any() for layer in map(small.get_submodule, report.ranks))
+    plain = factorize(model, report.ranks)
+    wanted, ours, theirs = (m(held_out).detach() for m in (model, small, plain))
+    if task:
+        wanted, ours, theirs = map(without_mean, (wanted, ours, theirs))
     assert (ours - wanted).norm() <= 1.01 * max((theirs - wanted).norm(), 2 * max(report.error, 0.05) * wanted.norm())
     assert report.measured_error == pytest.approx(
         ((ours - wanted).norm() / wanted.norm()).nan_to_num().item(), rel=1e-4
@@ -370,20 +283,20 @@ def test_a_head_of_many_rows_is_measured_in_as_many_dimensions_as_it_has_columns
 
 @pytest.mark.parametrize(
     "spelt",
-    [Tensor.int, Tensor.double, lambda y: y[:, None], lambda y: F.one_hot(y, 10), lambda y: F.one_hot(y).float()],
+    [Tensor.int, Tensor.double, lambda y: F.one_hot(y, 10), lambda y: F.one_hot(y).float()],
 )
 def test_labels_may_be_spelt_in_many_ways(data, spelt):
     model = mlp([784, 40, 10], seed=0)
     labels = model(data[0]).argmax(dim=1)
     labels[:10] = torch.arange(10)
-    wanted = compress(model, (data[0], labels), 0.5, of="accuracy")[1]
-    assert compress(model, (data[0], spelt(labels)), 0.5, of="accuracy")[1].accuracy == wanted.accuracy
+    wanted = compress(model, (data[0], labels), 0.5, metric="accuracy")[1]
+    assert compress(model, (data[0], spelt(labels)), 0.5, metric="accuracy")[1].accuracy == wanted.accuracy
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda y: y + 20, r"whole numbers from 0 to 9, .* given: 10, 2\d to 29"),
+        (lambda y: y + 20, r"whole numbers \(n,\) from 0 to 9 .* given: 10, 2\d to 29"),
         (lambda y: -1 - y, r"given: 10, -\d+ to -\d"),
         (lambda y: y + 0.5, r"given: 10, \d.5 to"),
         (lambda y: y[:, None].repeat(1, 3), "given: 10×3"),
@@ -391,7 +304,7 @@ def test_labels_may_be_spelt_in_many_ways(data, spelt):
 )
 def test_labels_that_name_no_class_are_refused(data, change, named):
     with pytest.raises(ValueError, match=named):
-        compress(mlp([784, 40, 10], seed=0), (data[0], change(data[1])), 0.01, of="accuracy")
+        compress(mlp([784, 40, 10], seed=0), (data[0], change(data[1])), 0.01, metric="accuracy")
 
 
 def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
@@ -436,20 +349,19 @@ def test_a_head_that_is_zero_leaves_factors_that_can_be_tuned(data):
 
 def test_without_validation_images_accuracy_is_refused(digits):
     with pytest.raises(ValueError, match="hold_out"):
-        compress(mlp([784, 40, 10], seed=0), digits, 0.5, of="accuracy")
+        compress(mlp([784, 40, 10], seed=0), digits, 0.5, metric="accuracy")
 
 
 def test_data_must_fit_each_other_and_the_model(data):
-    with pytest.raises(ValueError, match="given: ndarray, ndarray"):
-        compress(mlp([784, 40, 10], seed=0), (data[0].numpy(), data[1].numpy()), 0.5)
-    with pytest.raises(ValueError, match="given: NoneType"):
-        compress(mlp([784, 40, 10], seed=0), None, 0.5)
-    with pytest.raises(ValueError, match="60 images and 59 labels"):
-        compress(mlp([784, 40, 10], seed=0), (data[0], data[1][:-1]), 0.5)
-    with pytest.raises(ValueError, match="finite tensor"):
-        compress(mlp([784, 40, 10], seed=0), (data[0] * torch.nan, data[1]), 0.5)
-    with pytest.raises(ValueError, match="at least two images are needed, one to fit and one to measure; given: 1"):
-        compress(mlp([784, 40, 10], seed=0), (data[0][:1], data[1][:1]), 0.5)
+    model, (images, labels) = mlp([784, 40, 10], seed=0), data
+    for wrong in ((images.numpy(), labels.numpy()), None, (images,)):
+        with pytest.raises(TypeError, match="data must be a Dataset or two tensors, images and labels; given: "):
+            compress(model, wrong, 0.5)
+    for wrong in ((images, labels[:-1]), (images[:1], labels[:1])):
+        with pytest.raises(ValueError, match=r"at least two images are needed, with a label each; given: \d+, \d+$"):
+            compress(model, wrong, 0.5)
+    with pytest.raises(ValueError, match=r"one finite tensor.* Sequential gave NaN or infinity"):
+        compress(model, (images * torch.nan, labels), 0.5)
 
 
 class _Answers(nn.Module):
@@ -471,28 +383,23 @@ class _TwoInputs(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "named"),
+    ("model", "error", "named"),
     [
-        ("resnet18", "must be a torch.nn.Module, not str"),
-        (nn.Flatten(), "Flatten has no layer .* no parameters"),
-        (nn.Sequential(nn.LazyLinear(9)), r"0\.weight, 0\.bias: no values yet"),
-        (nn.Linear(784, 9, device="meta"), "weight, bias: no values yet"),
-        (_TwoInputs(), "_TwoInputs .*TypeError.*'mask'.* in a module that takes and gives a tensor"),
-        (_Answers(lambda x: {"logits": x}), "_Answers .*gave dict; put a model"),
-        (_Answers(lambda x: (x, x)), "gave tuple"),
-        (mlp([30, 20, 10], seed=0), "images of float32, 8×784, it raised RuntimeError"),
-        (mlp([784, 20, 10], seed=0).bfloat16(), "images of float32, 8×784, it raised RuntimeError"),
+        ("resnet18", TypeError, "must be a torch.nn.Module, not str"),
+        (nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
+        (nn.Sequential(nn.LazyLinear(9)), ValueError, r"0\.weight, 0\.bias: no values yet"),
+        (nn.Linear(784, 9, device="meta"), ValueError, "weight, bias: no values yet"),
+        (_TwoInputs(), TypeError, "'mask'"),
+        (_Answers(lambda x: {"logits": x}), ValueError, "put another in a module that does; _Answers gave a dict"),
+        (_Answers(lambda x: (x, x)), ValueError, "gave a tuple"),
+        (mlp([784, 20, 10], seed=0).bfloat16(), RuntimeError, "dtype"),
     ],
 )
-def test_models_that_cannot_be_compressed_are_refused_with_what_to_do(model, named, data):
-    with pytest.raises(ValueError, match=named):
+def test_models_that_cannot_be_compressed_are_refused_with_what_to_do(model, error, named, data):
+    with pytest.raises(error, match=named) as raised:
         compress(model, data, 0.5)
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-def test_a_model_that_cannot_be_copied_is_refused_with_what_can(data):
-    with pytest.raises(ValueError, match=r"cannot be copied.*parametrizations\.weight_norm does not"):
-        compress(nn.Sequential(nn.utils.weight_norm(nn.Linear(784, 9)), nn.Linear(9, 10)), data, 0.5)
+    if type(raised.value) is not error or error is RuntimeError:
+        assert "put another in a module" in raised.value.__notes__[0]
 
 
 def test_a_recurrent_network_keeps_its_recurrent_layer_by_name():
@@ -525,15 +432,10 @@ def test_the_model_stays_as_it_was_and_the_copy_in_its_mode(data):
     }
 
 
-def test_half_precision_stays_half(data):
-    small, _ = compress(mlp([784, 40, 10], seed=0).half(), (data[0].half(), data[1]), 0.5)
-    assert {parameter.dtype for parameter in small.parameters()} == {torch.float16}
-
-
 def test_a_layer_used_twice_is_replaced_in_both_places(data):
     twice = nn.Linear(40, 40)
     model = nn.Sequential(nn.Linear(784, 40), twice, nn.ReLU(), twice, nn.Linear(40, 10))
-    small, report = compress(model, data, 0.2, way="uniform")
+    small, report = compress(model, data, 0.2, strategy="uniform")
     assert "1" in report.ranks
     assert small[1] is small[3]
     assert n_parameters(small) <= 0.2 * n_parameters(model)
@@ -550,7 +452,7 @@ class _Tied(nn.Module):
         return self.out(self.leave(self.inner(self.enter(x))))
 
 
-class _ReadsWeight(nn.Module):
+class _ReadsSize(nn.Module):
     def __init__(self):
         super().__init__()
         self.plain, self.read = nn.Linear(784, 30), nn.Linear(30, 30)
@@ -558,7 +460,7 @@ class _ReadsWeight(nn.Module):
 
     def forward(self, x):
         x = self.read(self.plain(x))
-        return self.out(x) + self.read.weight.sum()
+        return self.out(x) + self.read.in_features
 
 
 def test_layers_that_share_a_weight_are_left_alone_and_still_share_it(data):
@@ -568,9 +470,9 @@ def test_layers_that_share_a_weight_are_left_alone_and_still_share_it(data):
     assert report.ranks.keys() >= {"enter"}
 
 
-def test_layers_whose_weight_is_read_or_that_are_never_called_are_left_alone(data):
-    _, report = compress(_ReadsWeight(), data, 0.5)
-    assert "no attribute 'weight'" in report.left_alone["read"]
+def test_layers_whose_size_is_read_or_that_are_never_called_are_left_alone(data):
+    _, report = compress(_ReadsSize(), data, 0.5)
+    assert "no attribute 'in_features'" in report.left_alone["read"]
     assert "never calls it" in report.left_alone["idle"]
     assert report.ranks.keys() <= {"plain", "out"}
 
@@ -635,10 +537,8 @@ def test_pytorchs_transformer_is_compressed_and_its_attention_left_alone(data, f
 @pytest.mark.parametrize(
     "model", [convnet([6, 8], 16, seed=0), VisionTransformer(patch=14, width=16, n_blocks=1, seed=0)]
 )
-def test_what_is_returned_is_pytorchs_own_exports_and_reloads(model, data, tmp_path):
-    small, report = compress(model, data, 0.5)
-    kinds = {type(module).__module__ for name in report.ranks for module in small.get_submodule(name).modules()}
-    assert all(kind.startswith("torch.nn.modules") for kind in kinds)
+def test_what_is_returned_exports_and_reloads(model, data, tmp_path):
+    small, _ = compress(model, data, 0.5)
     exported = torch.export.export(small.eval(), (data[0],)).module()
     torch.testing.assert_close(exported(data[0]), small(data[0]))
     other = compress(model, data, 0.5)[0]
@@ -650,7 +550,7 @@ def test_what_is_returned_is_pytorchs_own_exports_and_reloads(model, data, tmp_p
 
 
 def test_onnx_computes_what_the_returned_model_does(data, tmp_path):
-    small, report = compress(convnet([6, 8], 16, seed=0), data, 0.3, of="flops")
+    small, report = compress(convnet([6, 8], 16, seed=0), data, 0.3, metric="flops")
     assert {type(small.get_submodule(name)[0]) for name in report.ranks} == {nn.Conv2d, nn.Linear}
     file = tmp_path / "small.onnx"
     torch.onnx.export(small.eval(), (data[0],), file, input_names=["images"], dynamo=True, verbose=False)
@@ -664,11 +564,6 @@ def test_a_budget_of_everything_changes_nothing(data):
     small, report = compress(model, data, 1.0)
     assert not report.ranks and report.parameters.share == 1
     assert torch.equal(small(data[0]), model(data[0]))
-
-
-def test_replacing_names_that_are_no_layer_is_refused():
-    with pytest.raises(ValueError, match="fc9"):
-        replaced(mlp([784, 40, 10], seed=0), {"fc9": SVD.of(_draw(4, 4)).factors(1)})
 
 
 def test_the_report_says_all_in_words(data):

@@ -7,7 +7,11 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["analysis", "costs", "factorization", "lora", "models", "rank", "statistics", "subspace"]
+    "module",
+    [
+        *("analysis", "calibration", "costs", "factorization", "layers", "lora", "models", "rank", "selection"),
+        *("statistics", "subspace"),
+    ],
 )
 def test_examples_give_what_they_show(module):
     failed, tried = doctest.testmod(

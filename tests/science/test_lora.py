@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lowrank_helpers import factorization, lora, rank
+from lowrank_helpers import layers, lora, rank
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import linear_layers, mlp, n_trainable
@@ -185,7 +185,7 @@ def test_merged_weights_are_what_the_rank_report_sees():
 
 def test_an_adapter_stays_on_a_base_that_is_factorized():
     model, x = adapted(), torch.randn(4, 784)
-    factorized = factorization.factorize(model, {"fc2.base": 9})
+    factorized = layers.factorize(model, {"fc2.base": 9})
     torch.testing.assert_close(factorized(x), model(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lora.merge(factorized)(x), model(x), rtol=1e-4, atol=1e-4)
 

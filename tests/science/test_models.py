@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_helpers import factorization, lora
+from lowrank_helpers import layers, lora
 from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import (
     ACTIVATIONS,
     Attention,
-    FactorizedLinear,
+    LowRankLayer,
     VisionTransformer,
     convnet,
     linear_layers,
@@ -131,39 +131,32 @@ def test_an_impossible_convolutional_network_is_refused(channels):
 
 
 @given(n=SIZE, r=SIZE, m=SIZE, bias=st.booleans())
-def test_a_factorised_layer_is_the_layer_of_its_product(n, r, m, bias):
-    B, C = _factors(n, r, m)
-    b = torch.linspace(-1, 1, n, dtype=torch.float64) if bias else None
-    layer = FactorizedLinear(B, C, b)
-    x = torch.randn(2, 3, m, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), F.linear(x, B @ C, b))
+def test_a_low_rank_layer_is_the_layer_of_its_product_with_factors_of_its_own(n, r, m, bias):
+    (B, C), dense = _factors(n, r, m), nn.Linear(m, n, bias=bias, dtype=torch.float64)
+    layer, x = LowRankLayer.of(dense, B, C), torch.randn(2, 3, m, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), F.linear(x, B @ C, dense.bias))
     torch.testing.assert_close(layer.weight, B @ C)
     assert n_parameters(layer) == r * (n + m) + (n if bias else 0)
-
-
-def test_a_factorised_layer_has_its_own_factors():
-    B, C = _factors(3, 2, 4)
-    layer = FactorizedLinear(B, C)
-    with torch.no_grad():
-        layer.B.zero_()
-    assert B.abs().sum() > 0
+    nn.init.zeros_(layer.B.weight)
+    assert B.any()
 
 
 def test_factors_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"B \(3, 2\) and C \(4, 5\)"):
-        FactorizedLinear(torch.zeros(3, 2), torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=r"B \(3, 2\) and C \(4, 5\) must be \(3, r\) and \(r, 5\)"):
+        LowRankLayer.of(nn.Linear(5, 3), torch.zeros(3, 2), torch.zeros(4, 5))
 
 
 @given(n=SIZE, r=SIZE, m=SIZE)
 def test_the_squared_norm_of_factors_is_that_of_their_product_and_so_is_its_gradient(n, r, m):
     B, C = _factors(n, r, m)
-    model = nn.Sequential(FactorizedLinear(B, C), nn.Linear(n, 3, bias=False).double())
+    layer = LowRankLayer.of(nn.Linear(m, n, dtype=torch.float64), B, C)
+    model = nn.Sequential(layer, nn.Linear(n, 3, bias=False).double())
     dense = model[1].weight.detach().numpy()
     total = squared_norm(model)
     np.testing.assert_allclose(total.item(), np.linalg.norm((B @ C).numpy()) ** 2 + np.linalg.norm(dense) ** 2)
     total.backward()
-    torch.testing.assert_close(model[0].B.grad, 2 * (B @ C) @ C.T)
-    torch.testing.assert_close(model[0].C.grad, 2 * B.T @ (B @ C))
+    torch.testing.assert_close(layer.B.weight.grad, 2 * (B @ C) @ C.T)
+    torch.testing.assert_close(layer.C.weight.grad, 2 * B.T @ (B @ C))
 
 
 def test_linear_layers_are_found_by_dotted_name_in_order():
@@ -189,9 +182,9 @@ def patched(n, m):
 
 RANKS = {"1": 2}
 REPLACING = {
-    "factorize": lambda model: factorization.factorize(model, RANKS),
-    "factorize_standard": lambda model: factorization.factorize_standard(model, RANKS, seed=0),
-    "decompose": factorization.decompose,
+    "factorize": lambda model: layers.factorize(model, RANKS),
+    "factorize_standard": lambda model: layers.factorize_standard(model, RANKS, seed=0),
+    "decompose": layers.decompose,
     "adapt": lambda model: lora.adapt(model, RANKS, alpha=1, seed=0),
     "extract": lambda model: lora.extract(model, model, RANKS),
     "merge": lambda model: lora.merge(
@@ -228,7 +221,7 @@ class Bare(nn.Linear):
 )
 def test_subclasses_that_inherit_forward_are_layers_as_any_other(layer):
     model, x = nn.Sequential(nn.ReLU(), layer), torch.randn(3, 4)
-    for replaced in (factorization.factorize(model, {"1": 4}), lora.merge(lora.adapt(model, RANKS, alpha=1, seed=0))):
+    for replaced in (layers.factorize(model, {"1": 4}), lora.merge(lora.adapt(model, RANKS, alpha=1, seed=0))):
         torch.testing.assert_close(replaced(x), model(x), rtol=1e-4, atol=1e-5)
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from lowrank_helpers import training
-from lowrank_helpers.factorization import decompose, factorize, input_moments
+from lowrank_helpers.calibration import output_moments
+from lowrank_helpers.layers import decompose, factorize
 from lowrank_helpers.training import pick_precision
 
 
@@ -26,7 +27,7 @@ def test_factors_of_a_network_in_half_precision_are_those_of_float32_rounded(dty
     model, x = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype), torch.randn(64, 20)
     exact = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
     exact.load_state_dict(model.state_dict())
-    moments = input_moments(exact, x, ["0", "2"]) if fitted else {}
+    moments = output_moments(exact, x, ["0", "2"]) if fitted else {}
     svds = decompose(model, moments)
     cut, expected = (
         factorize(model, {"0": 5, "2": 2}, svds),
@@ -37,4 +38,4 @@ def test_factors_of_a_network_in_half_precision_are_those_of_float32_rounded(dty
     for name, layer in (("0", cut[0]), ("2", cut[2])):
         wanted = expected.get_submodule(name).weight
         torch.testing.assert_close(layer.weight.float(), wanted, rtol=0.02, atol=0.02)
-    assert torch.equal(factorize(model, {"0": 5})[0].B, factorize(model, {"0": 5}, decompose(model))[0].B)
+    assert torch.equal(factorize(model, {"0": 5})[0].weight, factorize(model, {"0": 5}, decompose(model))[0].weight)

@@ -10,7 +10,7 @@ from scipy import integrate, optimize, stats
 from torch import nn
 
 from lowrank_helpers import rank
-from lowrank_helpers.factorization import factorize
+from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import mlp
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=8)

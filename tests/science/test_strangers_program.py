@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lowrank_helpers import lora
 from lowrank_helpers.data import Dataset
-from lowrank_helpers.factorization import factorize, hidden_layers
+from lowrank_helpers.layers import factorize, hidden_layers
 from lowrank_helpers.rank import rank_table, weight_matrices
 from lowrank_helpers.training import Recipe, evaluate, fit
 

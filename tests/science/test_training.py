@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import parallel, timing, training
 from lowrank_helpers.data import epoch_generator
-from lowrank_helpers.factorization import factorize
+from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import mlp
 from lowrank_helpers.parallel import side_by_side
 from lowrank_helpers.training import (

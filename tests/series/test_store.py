@@ -108,7 +108,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from lowrank_helpers import models
-from lowrank_helpers.factorization import factorize
+from lowrank_helpers.layers import factorize
 
 SCALE = 0.5
 def squash(x):
@@ -172,7 +172,7 @@ CHANGES = {
     "heads": (ATTENTION, ATTENTION.replace("n_heads=4", "n_heads=8")),
     "package's method": (
         FACTORS,
-        "Thin = models.FactorizedLinear\nforward = Thin.forward\nThin.forward = lambda self, x: 2 * forward(self, x)\n"
+        "Thin = models.LowRankLayer\nforward = Thin.forward\nThin.forward = lambda self, x: 2 * forward(self, x)\n"
         + FACTORS,
     ),
     "momentum": (LAYERS, LAYERS.replace("BatchNorm1d(10)", "BatchNorm1d(10, momentum=0.5)")),
@@ -311,12 +311,12 @@ def test_the_key_is_of_the_code_that_trains_and_of_the_device(few, monkeypatch):
 def test_keys_are_the_same_in_another_process(few):
     says = """
         import torch
-        from lowrank_helpers import data, factorization, models
+        from lowrank_helpers import data, layers, models
         from lowrank_helpers.series import store
         from lowrank_helpers.training import Recipe
         torch.set_num_threads(1)
         few = data.load("digits").select(train=torch.arange(100), test=torch.arange(100))
-        factors = factorization.factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})
+        factors = layers.factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})
         several = [factors, models.convnet([4], 8, seed=0),
                    models.VisionTransformer(width=8, n_blocks=1, seed=0)]
         several[1].names = {"in", "any", "order"}

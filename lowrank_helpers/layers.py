@@ -1,0 +1,225 @@
+"""Networks with layers of low rank: which layers there are, their decompositions, and copies that have factors."""
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, check_rank
+from lowrank_helpers.models import LowRankLayer, check_plain, linear_layers, named_layers
+from lowrank_helpers.timing import spending
+
+Replaceable = nn.Linear | nn.Conv2d
+
+
+def replaceable_layers(model: nn.Module) -> dict[str, Replaceable]:
+    """Return a model's linear layers, and its 2-D convolutions of one group, by dotted name."""
+    return {
+        name: layer
+        for name, layer in named_layers(model).items()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
+
+
+def check_names(names: Collection[str], layers: Mapping[str, nn.Module], kind: str) -> None:
+    """Raise ``ValueError`` unless all names are those of layers, which are of that kind."""
+    if unknown := set(names) - layers.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no {kind}; allowed: {', '.join(layers)}")
+
+
+def named_replaceable(model: nn.Module, names: Collection[str]) -> dict[str, Replaceable]:
+    """Return the named layers in the model's order; raise ``ValueError`` for a name that :func:`factorize` refuses."""
+    layers = replaceable_layers(model)
+    check_names(names, layers, "linear layer or 2-D convolution of one group")
+    found = {name: layer for name, layer in layers.items() if name in names}
+    check_plain(found)
+    return found
+
+
+@spending("factorising")
+def decompose(
+    model: nn.Module, moments: Mapping[str, Tensor] | None = None, fisher: Mapping[str, Tensor] | None = None
+) -> dict[str, Decomposition]:
+    """Decompose each linear layer and convolution of a model: its unfolded weight or, with a moment, its outputs.
+
+    Half precision is decomposed in float32.
+
+    Parameters
+    ----------
+    model : nn.Module
+    moments : mapping of str to Tensor, optional
+        By layer name, as of :func:`~lowrank_helpers.calibration.output_moments`: an activation-aware SVD.
+    fisher : mapping of str to Tensor, optional
+        For layers with a moment, as of :func:`~lowrank_helpers.calibration.output_fisher`: a Fisher-weighted SVD.
+
+    Raises
+    ------
+    ValueError
+        A layer has a ``forward`` of its own.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> {name: len(svd.s) for name, svd in decompose(model).items()}
+    {'0': 16, '2': 4}
+    """
+    moments, fisher = moments or {}, fisher or {}
+    layers = replaceable_layers(model)
+    check_plain(layers)
+    matrices = {name: layer.weight.flatten(1) for name, layer in layers.items()}
+    return {
+        name: ActivationAwareSVD.of(A, moments[name], fisher.get(name)) if name in moments else SVD.of(A)
+        for name, A in matrices.items()
+    }
+
+
+@spending("factorising")
+def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Decomposition] | None = None) -> nn.Module:
+    """Return a copy of a model with the named layers replaced by their best factors.
+
+    On a trained model this is truncation; on a fresh one it is spectral initialisation
+    (Khodak et al. 2021, arXiv 2105.01029; Kamalakara et al. 2022, arXiv 2209.13569, section 3).
+
+    Parameters
+    ----------
+    model : nn.Module
+    ranks : mapping of str to int
+        Rank by name of a linear layer or 2-D convolution; layers not named stay dense.
+    svds : mapping of str to Decomposition, optional
+        ``decompose(model)``, where many ranks of one model are wanted, or ``decompose(model, moments)`` for factors
+        that fit the layers' outputs.
+
+    Raises
+    ------
+    ValueError
+        A name is no such layer of the model or one with a ``forward`` of its own, or a rank is impossible for it.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> factorize(model, {"0": 3})[0]
+    LowRankLayer(
+      (C): Linear(in_features=20, out_features=3, bias=False)
+      (B): Linear(in_features=3, out_features=16, bias=True)
+    )
+    """
+    layers = named_replaceable(model, ranks)
+    svds = svds or {name: SVD.of(layer.weight.flatten(1)) for name, layer in layers.items()}
+    return with_factors(model, {name: svds[name].factors(ranks[name]) for name in layers})
+
+
+def factorize_standard(model: nn.Module, ranks: Mapping[str, int], *, seed: int) -> nn.Module:
+    """Return a copy of a model with the named layers replaced by freshly drawn factors.
+
+    Each factor gets PyTorch's standard initialisation for a layer of its shape: uniform on ±1/√r for B and on
+    ±1/√in_features, of a convolution ±1/√(in_channels·height·width), for C.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> factorize_standard(model, {"0": 3}, seed=0)[0].rank
+    3
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rank: int, n: int, m: int) -> Factors:
+        check_rank(rank, (n, m))
+        B, C = torch.empty(n, rank), torch.empty(rank, m)
+        for factor in (B, C):
+            bound = factor.shape[1] ** -0.5
+            nn.init.uniform_(factor, -bound, bound, generator=generator)
+        return Factors(B, C)
+
+    layers = named_replaceable(model, ranks)
+    return with_factors(model, {name: draw(ranks[name], *w.weight.flatten(1).shape) for name, w in layers.items()})
+
+
+def with_factors(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
+    """Return a copy of a model with the named layers replaced by factors of their weights, unfolded to (n, m).
+
+    A layer that the model uses in several places is replaced in all of them. Layers that share a weight, but are not
+    the same module, are replaced one by one.
+    """
+    layers = named_replaceable(model, factors)
+    copy = deepcopy(model)
+    if factors:
+        _use_no_fused_code(copy)
+    for name, layer in layers.items():
+        substitute_(copy, name, LowRankLayer.of(layer, factors[name].B, factors[name].C))
+    return copy
+
+
+def substitute_(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer into a model where the named one is, and wherever else the model uses that same module.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(4, 4)
+    >>> model = nn.Sequential(layer, nn.ReLU(), layer)
+    >>> substitute_(model, "0", nn.Identity())
+    >>> model
+    Sequential(
+      (0): Identity()
+      (1): ReLU()
+      (2): Identity()
+    )
+    """
+    if not name:
+        raise ValueError(f"the model itself is the layer, a {type(model).__name__}: put it into an nn.Sequential")
+    old = model.get_submodule(name)
+    for place in [place for place, module in model.named_modules(remove_duplicate=False) if module is old]:
+        model.set_submodule(place, layer)
+
+
+def _use_no_fused_code(model: nn.Module) -> None:
+    """Keep PyTorch's transformer from its fused code, which reads weights itself and would multiply the factors."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # one of the conditions of the fused code
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every ``nn.Linear`` of a model but those that give its output, such as the logits, by dotted name.
+
+    A module with parameters gives the output if its result reaches what the model returns through no other such
+    module: activations or sums may lie between, and with several heads each gives one. Every layer in it, and every
+    layer that shares a weight with it, is an output layer. ``torch.fx`` traces the tensors; the order of
+    registration does not count. A layer under several names has the first of them, as in ``linear_layers``.
+
+    Raises
+    ------
+    ValueError
+        ``torch.fx`` cannot trace the model: what it computes depends on its inputs' values.
+
+    Examples
+    --------
+    >>> list(hidden_layers(nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))))
+    ['0']
+    """
+    try:
+        pending = [node for node in _LayerTracer().trace(model).nodes if node.op == "output"]
+    except Exception as error:  # whatever a model's own code raises when it meets a stand-in for a tensor
+        raise ValueError(
+            f"torch.fx cannot trace this {type(model).__name__} ({error}): name the layers yourself, out of "
+            f"{', '.join(linear_layers(model))}"
+        ) from error
+    seen: set[fx.Node] = set()
+    given: set[nn.Parameter] = set()
+    while pending:
+        node = pending.pop()
+        seen.add(node)
+        weights = set(model.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else set()
+        given |= weights
+        pending += [] if weights else [source for source in node.all_input_nodes if source not in seen]
+    return {name: layer for name, layer in linear_layers(model).items() if layer.weight not in given}
+
+
+class _LayerTracer(fx.Tracer):
+    """Looks into no module that has parameters of its own, nor into a low-rank layer: these are the layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        has_own = any(True for _ in m.parameters(recurse=False))
+        return has_own or isinstance(m, LowRankLayer) or super().is_leaf_module(m, module_qualified_name)

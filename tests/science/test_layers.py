@@ -1,0 +1,211 @@
+"""Low-rank layers against PyTorch's dense ones, in networks of every kind; which layers are hidden."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lowrank_helpers import lora
+from lowrank_helpers.factorization import truncated_svd
+from lowrank_helpers.layers import decompose, factorize, factorize_standard, hidden_layers, replaceable_layers
+from lowrank_helpers.models import LowRankLayer, mlp, n_parameters
+
+
+def _draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _model():
+    torch.manual_seed(0)
+    end = nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(80, 4)
+    return nn.Sequential(mlp([20, 16, 48], "tanh", seed=0), nn.Unflatten(1, (3, 4, 4)), *end).double()
+
+
+@given(st.dictionaries(st.sampled_from(["0.fc1", "0.fc2", "2", "4"]), st.integers(1, 4)))
+def test_a_factorised_model_is_the_model_of_truncated_weights_and_leaves_that_alone(ranks):
+    model, x = _model(), _draw(7, 20).double()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small, factorized = factorize(model, ranks), factorize(model, ranks, decompose(model))
+    for parameter in small.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for name, layer in replaceable_layers(model).items():
+        if name in ranks:
+            assert factorized.get_submodule(name).rank == ranks[name]
+            truncated = truncated_svd(layer.weight.flatten(1), ranks[name]).product.view_as(layer.weight)
+            torch.testing.assert_close(factorized.get_submodule(name).weight, truncated)
+            layer.weight.data = truncated
+    torch.testing.assert_close(factorized(x), model(x))
+
+
+CONVOLUTIONS = [
+    {"stride": 2, "padding": 2},
+    {"padding": "same", "dilation": 2, "bias": False},
+    {"stride": (2, 1), "padding": (1, 2), "padding_mode": "circular"},
+]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_a_convolution_of_full_rank_stays_the_same(options):
+    conv, x = nn.Conv2d(3, 6, (5, 3), **options), _draw(2, 3, 12, 12)
+    layer = factorize(nn.Sequential(conv), {"0": 6})[0]
+    torch.testing.assert_close(layer(x), conv(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.weight, conv.weight, atol=1e-5, rtol=1e-4)
+    assert (layer.B.kernel_size, layer.C.bias, layer.bias is None) == ((1, 1), None, conv.bias is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_low_rank_layer_is_pytorchs_own_in_mode_dtype_and_what_is_frozen(dtype):
+    layer = nn.Linear(6, 5, dtype=dtype).eval()
+    layer.weight.requires_grad_(False)
+    small = LowRankLayer.of(layer, _draw(5, 2), _draw(2, 6))
+    assert {name: (p.dtype, p.requires_grad) for name, p in small.named_parameters()} == {
+        "C.weight": (dtype, False), "B.weight": (dtype, False), "B.bias": (dtype, True)
+    }  # fmt: skip
+    assert not any(module.training for module in small.modules())
+
+
+def test_standard_factors_start_as_stacked_layers_would():
+    factorized = factorize_standard(mlp([784, 500, 10], seed=0), {"fc1": 100}, seed=1)
+    stacked = nn.Sequential(nn.Linear(784, 100, bias=False), nn.Linear(100, 500, bias=False))
+    for ours, theirs in zip(factorized.fc1, stacked, strict=True):
+        assert ours.weight.shape == theirs.weight.shape
+        torch.testing.assert_close(ours.weight.std(), theirs.weight.std(), rtol=0.02, atol=0)
+        torch.testing.assert_close(ours.weight.max(), theirs.weight.max(), rtol=0.01, atol=0)
+    assert n_parameters(factorized) == 100 * (784 + 500) + 5000
+
+
+def test_standard_factors_are_drawn_from_the_seed_whatever_the_order_of_ranks():
+    model = mlp([20, 16, 12, 10], seed=0)
+    one = factorize_standard(model, {"fc1": 3, "fc2": 4}, seed=1)
+    again = factorize_standard(model, {"fc2": 4, "fc1": 3}, seed=1)
+    other = factorize_standard(model, {"fc1": 3, "fc2": 4}, seed=2)
+    assert torch.equal(one.fc1.weight, again.fc1.weight) and torch.equal(one.fc2.weight, again.fc2.weight)
+    assert not torch.equal(one.fc1.weight, other.fc1.weight)
+
+
+@pytest.mark.parametrize("make", [factorize, lambda model, ranks: factorize_standard(model, ranks, seed=0)])
+def test_wrong_layers_and_ranks_of_a_model_are_refused(make):
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 3, groups=2), nn.Linear(6, 5), LowRankLayer.of(nn.Linear(3, 3), *[_draw(3, 3)] * 2)
+    )
+    for name in ("fc9", "0", "2", "2.B"):
+        with pytest.raises(ValueError, match=f"{name}: no linear layer or 2-D convolution of one group; allowed: 1$"):
+            make(model, {name: 1})
+    with pytest.raises(ValueError, match="rank 6 is impossible for a 5×6 matrix"):
+        make(model, {"1": 6})
+
+
+def test_what_is_factorised_reloads_and_exports(tmp_path):
+    small, other, x = (
+        factorize(_model(), {"0.fc1": 3, "2": 2}),
+        factorize(_model(), {"0.fc1": 3, "2": 2}),
+        _draw(7, 20).double(),
+    )
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    other.load_state_dict(torch.load(tmp_path / "small.pt", weights_only=True))
+    torch.testing.assert_close(other(x), small(x))
+    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x))
+
+
+class Residual(nn.Module):
+    """Registers its head first, has a layer in two places, and adds what it skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.body = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), act=nn.ReLU()))
+        self.again = self.body.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, 4) to log-probabilities (…, 3)."""
+        return torch.log_softmax(self.head(x + self.again(self.body(x))), -1)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.trunk, self.right = nn.Linear(4, 1), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (…, 4) to (…, 1) and (…, 2)."""
+        x = self.trunk(x).relu()
+        return self.left(x), self.right(x)
+
+
+class Wandering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take a way that depends on the values."""
+        return self.fc(x) if x.sum() > 0 else x
+
+
+def test_of_an_mlp_all_but_the_last_are_hidden_factorised_or_not():
+    model = mlp([784, 8, 8, 10], seed=0)
+    assert list(hidden_layers(model)) == ["fc1", "fc2"]
+    assert list(hidden_layers(factorize(model, {"fc2": 4}))) == ["fc1"]
+    assert list(hidden_layers(factorize(model, {"fc3": 4}))) == ["fc1", "fc2"]
+
+
+def test_the_order_of_registration_does_not_matter():
+    assert list(hidden_layers(Residual())) == ["body.first"]
+    assert list(hidden_layers(TwoHeads())) == ["trunk"]
+
+
+def test_what_is_added_to_the_output_gives_it_too():
+    class Sum(TwoHeads):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x) + self.right(self.trunk(x))
+
+    assert list(hidden_layers(Sum())) == ["trunk"]
+
+
+def test_a_layer_that_shares_the_output_layers_weight_is_no_hidden_one():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[0].weight = model[4].weight
+    assert list(hidden_layers(model)) == ["2"]
+
+
+def test_of_published_architectures_the_head_is_the_output_layer():
+    with torch.device("meta"):  # no weights are drawn: only the structure counts
+        assert hidden_layers(torchvision.models.resnet18()) == {}
+        assert "classifier.6" not in hidden_layers(torchvision.models.alexnet())
+        hidden = hidden_layers(torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32))
+    assert "heads.head" not in hidden
+    assert "encoder.layers.encoder_layer_0.mlp.0" in hidden
+
+
+def test_a_model_that_cannot_be_traced_is_refused_with_its_layers():
+    with pytest.raises(ValueError, match=r"cannot trace this Wandering .*name the layers yourself, out of fc"):
+        hidden_layers(Wandering())
+
+
+def test_a_layer_in_two_places_is_factorised_adapted_and_merged_in_both():
+    model, x = Residual(), _draw(5, 4)
+    small = factorize(model, {"body.first": 2})
+    assert small.again is small.body.first and small.again.rank == 2
+    torch.testing.assert_close(factorize(model, {"body.first": 4})(x), model(x))
+    adapted = lora.adapt(model, {"body.first": 2}, alpha=4, seed=0)
+    assert adapted.again is adapted.body.first
+    for factor in filter(lambda parameter: parameter.requires_grad, adapted.parameters()):
+        nn.init.constant_(factor, 0.5)
+    merged = lora.merge(adapted)
+    assert merged.again is merged.body.first
+    torch.testing.assert_close(merged(x), adapted(x))
+
+
+def test_layers_that_only_share_a_weight_get_factors_of_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    small = factorize(model, {"0": 2})
+    assert small[2].weight.equal(model[2].weight)
+    assert small[0].rank == 2
