@@ -18,6 +18,8 @@ from nbconvert.filters.strings import html2text
 from nbformat import NotebookNode
 from traitlets import default
 
+from lowrank_helpers import PROJECT
+
 TEMPLATES = Path(__file__).parent / "templates"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
@@ -40,7 +42,9 @@ class PageExporter(HTMLExporter):
     @pass_context
     def markdown2html(self, context: Context, source: str) -> str:
         """Render Markdown, and note its headings in ``resources`` for the page's list of contents."""
-        renderer = PageRenderer(escape=False, attachments=context.get("cell", {}).get("attachments", {}))
+        attachments = context.get("cell", {}).get("attachments", {})
+        drawings = {"embed_images": True, "path": str(PROJECT / "notebooks")}
+        renderer = PageRenderer(escape=False, attachments=attachments, **drawings)
         html = MarkdownWithMath(renderer=renderer).render(source)
         if "resources" in context:
             context["resources"].setdefault("headings", []).extend(renderer.headings)
