@@ -1,7 +1,7 @@
 """The ranks of somebody else's network: every matrix of a file of weights, or of a model, by every measure.
 
-A tensor at a time is read and measured, so that a file may be larger than memory. No code of a file is ever executed:
-safetensors hold none, and of PyTorch's files only tensors and plain containers are unpickled.
+Files are mapped and measured a tensor at a time, so that a file may be larger than memory. No code of a file is ever
+executed: safetensors hold none, and of PyTorch's files only tensors and plain containers are unpickled.
 """
 
 import importlib
@@ -29,14 +29,13 @@ from lowrank_helpers import rank
 from lowrank_helpers.rank import Array
 from lowrank_helpers.unfold import LAYERS, RECURRENT, Unfolded, times, unfold
 
-SAFETENSORS_FILES, PYTORCH_FILES = (".safetensors",), (".pt", ".pth", ".bin")
-FILES = ", ".join(SAFETENSORS_FILES + PYTORCH_FILES)
 OPTIMISER = "an optimiser's state, no weight"
 # What PyTorch's optimisers call their state of a weight, as a part of a tensor's name.
 MOMENTS = re.compile(r"(^|\.)(max_exp_avg_sq|exp_avg_sq|exp_avg|exp_inf|momentum_buffer|square_avg|acc_delta)(\.|$)")
 ROUNDING = 1e-9  # by which five equal directions may measure as more than five
 HALF = ("float16", "bfloat16")
 BEYOND = "beyond Marchenko–Pastur"  # the column of directions beyond the edge
+NO_VALUES = torch.empty(1, device="meta")  # in place of a tensor that has none or cannot be read
 
 
 class AnalysisError(ValueError):
@@ -50,23 +49,22 @@ class Weight(NamedTuple):
     ----------
     name : str
     read : callable
-        Returns the tensor; only then is it in memory.
+        Returns the tensor; a file is read, and a product computed, only then.
     shape : tuple of int
-        Of the tensor; empty if it is not known before it is read.
     layer : nn.Module, optional
         Whose tensor it is, where that is known.
     unwanted : str
         Why it is not to be measured; empty if it is.
-    n_stored : int, optional
-        Of a tensor that is computed from parameters, how many numbers those have: factors for their product.
+    n_stored : int
+        How many numbers the parameters have that it is computed from, such as factors; 0 if it is not computed.
     """
 
     name: str
     read: Callable[[], Tensor]
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
     layer: nn.Module | None = None
     unwanted: str = ""
-    n_stored: int | None = None
+    n_stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,40 +130,32 @@ def analyze(source: str) -> Analysis:
     rows: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for weight in tqdm(weights, desc="measuring", unit="tensor"):
-        measured, reason = _measured(weight, shapes)
-        for name, row in measured.items():
-            rows[_unused(name, rows)] = row
-        if reason:
-            skipped[weight.name] = reason
+        try:
+            for name, row in _measured(weight, shapes).items():
+                rows[_unused(name, rows)] = row
+        except ValueError as reason:
+            skipped[weight.name] = str(reason)
     if not rows:
-        raise AnalysisError(f"{source} has no matrix to measure: {_first_reasons(skipped)}")
+        reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
+        said = ", ".join(reasons[:3] + ["…"] * (len(reasons) > 3)) or "it holds no tensors"
+        raise AnalysisError(f"{source} has no matrix to measure: {said}")
     return Analysis(source, pd.DataFrame.from_dict(rows, orient="index").rename_axis("matrix"), skipped)
 
 
-def _first_reasons(skipped: Mapping[str, str]) -> str:
-    named = [f"{name} ({reason})" for name, reason in list(skipped.items())[:3]]
-    return (", ".join(named) or "it holds no tensors") + (", …" if len(skipped) > 3 else "")
-
-
 @torch.no_grad()
-def _measured(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return a row of the table for each matrix of a tensor, or why there is none."""
+def _measured(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+    """Return a row of the table for each matrix of a tensor, or raise a ``ValueError`` that says why there is none."""
     if weight.unwanted:
-        return {}, weight.unwanted
+        raise ValueError(weight.unwanted)
     try:
         tensor = weight.read()
-    except (SafetensorError, TypeError, KeyError, RuntimeError) as error:  # numbers that this PyTorch does not have
-        return {}, f"cannot be read: {_one_line(error)}"
-    if reason := _no_matrix(tensor) or _elementwise(weight, tensor, shapes):
-        return {}, reason
-    n_stored = weight.n_stored or tensor.numel()
-    try:
+        if reason := _no_matrix(tensor) or _elementwise(weight, tensor, shapes):
+            raise ValueError(reason)
+        n_stored, n = weight.n_stored or tensor.numel(), tensor.numel()
         parts = _unfolded(weight, tensor, shapes)
-        return {name: _row(part, n_stored * part.matrix.numel() // tensor.numel()) for name, part in parts.items()}, ""
-    except ValueError as error:
-        return {}, str(error)
+        return {name: _row(part, n_stored * part.matrix.numel() // n) for name, part in parts.items()}
     except (RuntimeError, MemoryError) as error:  # PyTorch says "can't allocate memory" by a RuntimeError
-        return {}, f"could not be measured: {_one_line(error)}"
+        raise ValueError(f"could not be measured: {_one_line(error)}") from error
 
 
 def _unfolded(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Unfolded]:
@@ -236,7 +226,7 @@ def _no_matrix(tensor: Tensor) -> str:
     reasons = {
         "quantised: integers that stand for values by a scale": lambda: tensor.is_quantized,
         f"sparse ({str(tensor.layout).removeprefix('torch.')})": lambda: tensor.layout != torch.strided,
-        "without values (on the device meta)": lambda: tensor.is_meta,
+        "without values: not initialised, or of a type that this PyTorch cannot read": lambda: tensor.is_meta,
         f"complex numbers ({dtype})": tensor.is_complex,
         f"integers ({dtype}): counts, indices or quantised values": lambda: not tensor.is_floating_point(),
         f"quantised ({dtype}), which means something only with its scales": lambda: tensor.dtype.itemsize == 1,
@@ -281,34 +271,33 @@ def _weights(source: str) -> list[Weight]:
     file = Path(source)
     if not file.exists() and ":" in source:
         return of_model(_called(source))
-    if not file.is_file():
-        kind = "a folder" if file.is_dir() else "no file"
-        raise AnalysisError(f"{source} is {kind}; give a file ({FILES}) or package.module:callable")
-    if file.suffix in SAFETENSORS_FILES:
-        return _of_safetensors(file)
-    if file.suffix in PYTORCH_FILES:
-        return _together(list(_listed(_loaded(file)).values()))
-    raise AnalysisError(f"{source} ends in none of {FILES}: its format is not known")
+    if not file.is_file() or file.suffix not in READERS:
+        kind = "a folder" if file.is_dir() else "of no known format" if file.is_file() else "no file"
+        raise AnalysisError(f"{source} is {kind}; give a file ({', '.join(READERS)}) or package.module:callable")
+    return _together(_listed(READERS[file.suffix](file)))
 
 
-def _of_safetensors(file: Path) -> list[Weight]:
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file, which has no order of its own: layer 2 comes before layer 10."""
+
+    def natural(name: str) -> list[tuple[str, int]]:
+        return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+    def tensor(name: str) -> Tensor:
+        try:
+            return stored.get_tensor(name)
+        except (SafetensorError, TypeError, KeyError, RuntimeError):  # a type that this PyTorch does not have
+            return NO_VALUES
+
     try:
-        stored = safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as stored:
+            return {name: tensor(name) for name in sorted(stored.keys(), key=natural)}
     except (SafetensorError, OSError) as error:
         raise AnalysisError(f"{file} cannot be read as safetensors: {_one_line(error)}") from error
-    weights = []
-    for name in sorted(stored.keys(), key=_natural):  # the format keeps no order of its own: layer 2 before layer 10
-        shape, unwanted = tuple(stored.get_slice(name).get_shape()), OPTIMISER if MOMENTS.search(name) else ""
-        weights.append(Weight(_printable(name), partial(stored.get_tensor, name), shape, unwanted=unwanted))
-    return _together(weights)
 
 
-def _natural(name: str) -> list[tuple[str, int]]:
-    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
-
-
-def _loaded(file: Path) -> Any:
-    """Load what a file of PyTorch's holds: tensors, mapped rather than read where its format allows, and containers."""
+def _read_pytorch(file: Path) -> Any:
+    """Load the tensors and containers of a file; tensors are mapped where its format allows."""
     try:
         zipped = zipfile.is_zipfile(file)
         if zipped:
@@ -324,6 +313,12 @@ def _loaded(file: Path) -> Any:
                 "save the model's state_dict() instead"
             ) from error
         raise AnalysisError(f"{file} is damaged, unreadable or no file of PyTorch's: {_one_line(error)}") from error
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": _read_safetensors,
+    **dict.fromkeys((".pt", ".pth", ".bin"), _read_pytorch),
+}
 
 
 def _check_archive(file: Path) -> None:
@@ -353,18 +348,15 @@ def _listed(loaded: Any) -> dict[str, Weight]:
     first: dict[tuple[Any, ...], str] = {}
     for path, tensor, unwanted in _tensors_in(loaded):
         name = _unused(_printable(path), weights)
-        if is_lazy(tensor):
-            unwanted = "not initialised: the model must run once before it has this"
-        elif (place := _place(tensor)) and (same := first.setdefault(place, name)) != name:
+        if (place := _place(tensor)) and (same := first.setdefault(place, name)) != name:
             unwanted = f"the same tensor as {same}"
-        shape = () if is_lazy(tensor) else tuple(tensor.shape)
-        weights[name] = Weight(name, partial(Tensor.detach, tensor), shape, unwanted=unwanted)
+        weights[name] = Weight(name, tensor.detach, tuple(tensor.shape), unwanted=unwanted)
     return weights
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Say which part of memory holds a tensor's entries; nothing of a tensor without a part of its own."""
-    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return ()
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
 
@@ -379,12 +371,13 @@ def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor, str]]:
     entered: set[int] = set()
     while pending:
         name, value, unwanted = pending.pop()
+        unwanted = OPTIMISER if MOMENTS.search(name) else unwanted
         if isinstance(value, Tensor):
-            yield name or "tensor", value if is_lazy(value) else value.detach(), unwanted
+            yield name or "tensor", NO_VALUES if is_lazy(value) else value.detach(), unwanted
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in entered:
             entered.add(id(value))
             items = value if isinstance(value, Mapping) else dict(enumerate(value))
-            if {"state", "param_groups"} <= items.keys() or {"mu", "nu"} <= items.keys() or MOMENTS.search(name):
+            if {"state", "param_groups"} <= items.keys() or {"mu", "nu"} <= items.keys():
                 unwanted = OPTIMISER
             pending += [(f"{name}.{key}".removeprefix("."), item, unwanted) for key, item in items.items()][::-1]
 
@@ -399,22 +392,22 @@ def of_model(model: nn.Module) -> list[Weight]:
     layers = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = _listed(model.state_dict())
-    places = {_place(weight.read()) for weight in stored.values() if weight.shape}
+    places = {_place(weight.read()) for weight in stored.values()} - {()}
     weights: dict[str, Weight] = {}
     for name, weight in stored.items():
         unwanted = weight.unwanted
-        for computed in _candidates(name, len(weight.shape)):
-            owner, _, part = computed.rpartition(".")
+        for whole in _candidates(name, len(weight.shape)):
+            owner, _, part = whole.rpartition(".")
             try:
                 value = getattr(layers.get(owner), part, None)
             except Exception:  # a property of the user's own may raise anything
                 continue
-            if computed not in stored and isinstance(value, Tensor) and _place(value) not in places:
-                whole = Weight(computed, partial(getattr, layers[owner], part), tuple(value.shape), layers[owner])
-                n_stored = weights.get(computed, whole).n_stored or 0
-                n_stored += math.prod(weight.shape) if name in parameters else 0
-                weights[computed] = whole._replace(n_stored=n_stored)
-                unwanted = f"a part of {computed}"
+            if whole not in stored and isinstance(value, Tensor) and _place(value) not in places:
+                n_stored = math.prod(weight.shape) if name in parameters else 0
+                n_stored += weights[whole].n_stored if whole in weights else 0
+                read = partial(getattr, layers[owner], part)
+                weights[whole] = Weight(whole, read, tuple(value.shape), layers[owner], n_stored=n_stored)
+                unwanted = f"a part of {whole}"
                 break
         if name not in parameters and len(weight.shape) > 1:
             unwanted = unwanted or "a buffer, no parameter"
@@ -459,10 +452,10 @@ JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
 ]
 
 
-def _together(weights: list[Weight]) -> list[Weight]:
+def _together(stored: Mapping[str, Weight]) -> list[Weight]:
     """Put together what a file keeps apart and only names and shapes connect."""
-    named = {f".{weight.name}": weight for weight in weights if not weight.unwanted}
-    together = {weight.name: [weight] for weight in weights}
+    named = {f".{name}": weight for name, weight in stored.items() if not weight.unwanted}
+    together = {name: [weight] for name, weight in stored.items()}
     for endings, name, apply in JOINED:
         for stem in [first.removesuffix(endings[0]) for first in named if first.endswith(endings[0])]:
             parts = [named[stem + ending] for ending in endings if stem + ending in named]

@@ -1,21 +1,21 @@
 """Networks and files that are not ours: what is measured, what is not and why, and that no code of a file runs."""
 
-import io
 import json
 import os
 import pickle
-import zipfile
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 from torchvision.models import VisionTransformer, resnet18
 
-from lowrank_helpers import analysis, rank
+from lowrank_helpers import rank
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
 from lowrank_helpers.factorization import factorize
 from lowrank_helpers.lora import adapt
@@ -34,6 +34,11 @@ def _of_rank(k, shape=(40, 30), seed=0):
     return torch.from_numpy(draw((shape[0], k)) @ draw((k, shape[1])))
 
 
+def _stable_rank(matrix):
+    s = np.linalg.svd(matrix.detach().numpy(), compute_uv=False)
+    return (s**2).sum() / s[0] ** 2
+
+
 def _written(folder, tensors, name="net.safetensors"):
     file = folder / name
     if file.suffix == ".safetensors":
@@ -41,6 +46,17 @@ def _written(folder, tensors, name="net.safetensors"):
     else:
         torch.save(tensors, file)
     return str(file)
+
+
+@pytest.fixture
+def analyzed(monkeypatch):
+    """Return a function that analyses a model as what a callable returns."""
+
+    def analyzed(model):
+        monkeypatch.setitem(sys.modules, "stranger", SimpleNamespace(build=lambda: model))
+        return analyze("stranger:build")
+
+    return analyzed
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pt", "net.pth", "net.bin"])
@@ -127,8 +143,9 @@ def test_what_is_no_matrix_is_listed_with_its_reason(tmp_path):
         assert part in found.skipped[name], name
 
 
-@pytest.mark.parametrize("kept", [*OPTIMISERS])
-@pytest.mark.parametrize("place", ["optimizer", "last_optimizer_state", "g_optim", "opt", "a.b"])
+@pytest.mark.parametrize(
+    ("kept", "place"), [*zip(OPTIMISERS, ["optimizer", "last_optimizer_state", "g_optim", "a.b"], strict=True)]
+)
 def test_an_optimisers_state_is_left_out_wherever_it_lies(tmp_path, kept, place):
     model = mlp([8, 6, 4], seed=0)
     optimiser = OPTIMISERS[kept](model.parameters())
@@ -151,16 +168,10 @@ def test_moments_are_known_without_pytorchs_mapping_and_other_names_do_not_matte
     assert list(found.table.index) == ["optimizer_net"] and found.skipped.keys() == {"state.0.momentum_buffer"}
 
 
-def test_tied_tensors_are_measured_once(tmp_path, monkeypatch):
+def test_tied_tensors_are_measured_once(tmp_path, analyzed):
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
     model["head"].weight = model["embedding"].weight
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "tied_network.py").write_text("model = None\ndef build():\n    return model\n")
-    import tied_network
-
-    tied_network.model = model
-    for source in (_written(tmp_path, model.state_dict(), "tied.pt"), "tied_network:build"):
-        found = analyze(source)
+    for found in (analyze(_written(tmp_path, model.state_dict(), "tied.pt")), analyzed(model)):
         assert list(found.table.index) == ["embedding"]
         assert found.skipped == {"head.weight": "the same tensor as embedding.weight"}
     assert list(rank.weight_matrices(model)) == ["embedding"]
@@ -193,15 +204,6 @@ def test_layers_of_safetensors_stand_in_counting_order(tmp_path):
     assert list(analyze(_written(tmp_path, tensors)).table.index) == [f"layer.{i}" for i in range(12)]
 
 
-def test_a_resnets_convolutions_are_seen():
-    model = resnet18()
-    matrices = rank.weight_matrices(model)
-    expected = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if p.dim() > 1}
-    assert list(matrices) == list(expected) and len(expected) == 21
-    for name, weight in expected.items():
-        assert torch.equal(matrices[name], weight.reshape(len(weight), -1))
-
-
 @pytest.mark.slow
 def test_a_resnet_is_measured_whole():
     found = analyze("torchvision.models:resnet18")
@@ -220,24 +222,19 @@ def test_a_transformers_packed_projections_are_split(tmp_path):
     packed = model.get_submodule(attention).in_proj_weight.detach()
     for part, matrix in zip("qkv", (packed[:32], packed[32:64], packed[64:]), strict=True):
         row = found.table.loc[f"{attention}.{part}"]
-        s = np.linalg.svd(matrix.numpy(), compute_uv=False)
-        assert row["stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
+        assert row["stable rank"] == pytest.approx(_stable_rank(matrix), rel=1e-4)
         assert row["remark"] == "packed q, k, v, split by rows"
     assert found.table.loc["encoder.pos_embedding", "unfolded"] == "5×32"
     layers = set(found.table.index) - {"encoder.pos_embedding"}
     assert set(rank.weight_matrices(model)) == layers
 
 
-def test_a_model_knows_what_its_file_does_not(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "known_layers.py").write_text(
-        "from torch import nn\n"
-        "def build():\n"
-        "    return nn.Sequential(nn.ConvTranspose2d(6, 4, 3, groups=2), nn.Conv1d(8, 8, 5, groups=8))\n"
-    )
-    table = analyze("known_layers:build").table
-    assert list(table["unfolded"]) == ["4×3·3·3", "8×1·5"]
-    assert list(table["remark"]) == ["transposed, 2 groups, below each other", "8 groups, below each other"]
+def test_a_model_knows_what_its_file_does_not(analyzed):
+    layers = nn.ConvTranspose2d(6, 4, 3, groups=2), nn.Conv1d(8, 8, 5, groups=8), nn.LazyLinear(3)
+    found = analyzed(nn.Sequential(*layers))
+    assert list(found.table["unfolded"]) == ["4×3·3·3", "8×1·5"]
+    assert list(found.table["remark"]) == ["transposed, 2 groups, below each other", "8 groups, below each other"]
+    assert "not initialised" in found.skipped["2.weight"]
 
 
 class _Recurrent(nn.Module):
@@ -257,8 +254,7 @@ def test_gates_are_split_in_a_file_as_in_its_model(tmp_path):
         table = analyze(_written(tmp_path, model.state_dict(), name)).table
         assert sorted(table.index) == sorted(of_model)
         for matrix, values in of_model.items():
-            s = np.linalg.svd(values.numpy(), compute_uv=False)
-            assert table.loc[matrix, "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
+            assert table.loc[matrix, "stable rank"] == pytest.approx(_stable_rank(values), rel=1e-4)
     assert table.loc["gru.weight_ih_l0.n", "remark"] == "packed gates r, z, n, split by rows"
     assert {"rnn.weight_ih_l0", "projected.weight_hr_l0", "lstm.weight_hh_l1_reverse.f"} <= set(table.index)
 
@@ -268,42 +264,10 @@ def test_gates_that_a_file_does_not_tell_stay_together(tmp_path):
     assert dict(analyze(_written(tmp_path, tensors)).table["rows"]) == {"other.weight_hh": 10, "weight_ih_l0": 12}
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
-def test_what_weight_norm_keeps_apart_is_measured_together(tmp_path, norm):
-    torch.manual_seed(0)
-    model = nn.Sequential(norm(nn.Linear(6, 5)), norm(nn.Conv1d(4, 5, 3)), norm(nn.ConvTranspose1d(4, 5, 3), dim=1))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    found = analyze(_written(tmp_path, model.state_dict(), "net.pt"))
-    model[0](torch.zeros(1, 6)), model[1](torch.zeros(1, 4, 3)), model[2](torch.zeros(1, 4, 3))  # computes the weights
-    assert list(found.table.index) == ["0", "1", "2"]
-    for i, layer in enumerate(model):
-        s = np.linalg.svd(layer.weight.detach().flatten(1).numpy(), compute_uv=False)
-        assert found.table.loc[str(i), "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
-    assert sum(reason == "a part of 0.weight" for reason in found.skipped.values()) == 2
-
-
 def test_two_tensors_that_do_not_fit_each_other_are_measured_apart(tmp_path):
     shapes = {"a.weight_v": (4, 3), "a.weight_g": (4, 4), "b.B": (4, 3), "b.C": (4, 3), "c.weight_orig": (4, 4)}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     assert set(analyze(_written(tmp_path, tensors)).table.index) == shapes.keys()
-
-
-def test_a_models_layers_are_measured_as_they_work(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "normed_layers.py").write_text(
-        "from torch import nn\n"
-        "from torch.nn.utils.parametrizations import spectral_norm, weight_norm\n"
-        "def build():\n"
-        "    layers = weight_norm(nn.Linear(6, 5)), spectral_norm(nn.Linear(5, 4)), nn.LazyLinear(3)\n"
-        "    return nn.Sequential(*layers)\n"
-    )
-    found = analyze("normed_layers:build")
-    assert list(found.table["unfolded"].items()) == [("0", "5×6"), ("1", "4×5")]
-    assert "not initialised" in found.skipped["2.weight"]
-    assert found.skipped["1.parametrizations.weight.original"] == "a part of 1.weight"
 
 
 def test_equal_entries_have_one_direction_by_every_measure(tmp_path):
@@ -334,36 +298,46 @@ def _pruned(layer, *names):
     return layer
 
 
+def _normed(norm, layer, **options):
+    normed = norm(layer, **options)
+    for parameter in normed.parameters():
+        nn.init.normal_(parameter)
+    return normed
+
+
 COMPUTED = {  # a layer; the numbers in its weight's parts, or None where a file does not tell what the layer computes
     "factors": (lambda: factorize(mlp([30, 20], seed=0), {"fc1": 4}).fc1, 4 * (20 + 30)),
     "lora": (lambda: adapt(mlp([30, 20], seed=0), {"fc1": 4}, alpha=2, seed=0).fc1, None),
     "own": (_OwnFactors, None),
     "pruned": (lambda: _pruned(nn.Linear(6, 5), "weight", "bias"), 30),
     "pruned convolution": (lambda: _pruned(nn.Conv1d(4, 5, 3), "weight"), 60),
-    "spectral": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), None),
+    "weight_norm": (lambda: _normed(parametrizations.weight_norm, nn.Linear(6, 5)), 35),
+    "old weight_norm": (lambda: _normed(nn.utils.weight_norm, nn.Conv1d(4, 5, 3)), 65),
+    "weight_norm of columns": (lambda: _normed(parametrizations.weight_norm, nn.ConvTranspose1d(4, 5, 3), dim=1), 65),
+    "spectral": (lambda: parametrizations.spectral_norm(nn.Linear(6, 5)), None),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("kind", COMPUTED)
-def test_what_a_layer_computes_is_measured_once_and_in_place_of_its_parts(tmp_path, kind):
+def test_what_a_layer_computes_is_measured_once_and_in_place_of_its_parts(tmp_path, kind, analyzed):
     make, n_stored = COMPUTED[kind]
     model = nn.Sequential(make(), nn.Linear(20, 1))
     model.register_module("alias", model[1])
-    weights = {weight.name: weight for weight in analysis.of_model(model)}
-    measured = [name for name, weight in weights.items() if not weight.unwanted and len(weight.shape) > 1]
-    assert measured == ["0.weight", "1.weight"]
-    assert model[0].training
-    weight = weights["0.weight"].read().clone()
-    if weight.dim() == 2:  # a layer's own pass says what it applies
-        layer, inputs = model[0].eval(), torch.eye(weight.shape[1])
-        applied = layer(inputs) - layer(torch.zeros_like(inputs))
-        torch.testing.assert_close(weight.T, applied, rtol=1e-4, atol=1e-5)
+    found = analyzed(model)
+    assert list(found.table.index) == ["0", "1"] and model[0].training
+    assert found.skipped["alias.weight"] == "the same tensor as 1.weight"
+    assert "a part of 0.weight" in found.skipped.values()
+    if len(model[0].weight.shape) == 2:  # a layer's own pass says what it applies
+        layer, inputs = model[0].eval(), torch.eye(model[0].weight.shape[1])
+        applied = (layer(inputs) - layer(torch.zeros_like(inputs))).T.detach()
+        assert found.table.loc["0", "stable rank"] == pytest.approx(_stable_rank(applied), rel=1e-4)
     if n_stored:
-        found = analyze(_written(tmp_path, model.state_dict(), "net.pt"))
-        s = rank.singular_values(model[0].weight.detach().flatten(1))
-        assert found.table.loc["0", "effective rank"] == pytest.approx(rank.effective_rank(s), rel=1e-4)
-        assert found.table.loc["0", "parameters"] == n_stored == weights["0.weight"].n_stored
-        assert list(found.table.index) == ["0", "1"]
+        of_file = analyze(_written(tmp_path, model.state_dict(), "net.pt"))
+        assert list(of_file.table.index) == ["0", "1"]
+        for table in (found.table, of_file.table):
+            assert table.loc["0", "stable rank"] == pytest.approx(_stable_rank(model[0].weight.flatten(1)), rel=1e-4)
+            assert table.loc["0", "parameters"] == n_stored
 
 
 def test_gates_of_a_pruned_layer_are_split_and_share_its_parameters(tmp_path):
@@ -381,7 +355,7 @@ def test_adapters_in_a_file_are_their_product(tmp_path):
     assert sorted(analyze(_written(tmp_path, own)).table.index) == ["fc1.base", "fc1.lora"]
 
 
-def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers():
+def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers(analyzed):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -397,11 +371,10 @@ def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers():
             raise NotImplementedError
 
     for model in (Tied(), Abstract()):
-        names = [weight.name for weight in analysis.of_model(model) if not weight.unwanted]
-        assert names == ["embedding.weight", "fc.weight", "fc.bias"]
+        assert list(analyzed(model).table.index) == ["embedding", "fc"]
 
 
-def test_a_stack_is_a_matrix_each_and_a_convolution_is_one(tmp_path, monkeypatch):
+def test_a_stack_is_a_matrix_each_and_a_convolution_is_one(tmp_path):
     tensors = {
         "experts.gate_up_proj": torch.randn(4, 32, 16),
         "mlp.weight": torch.randn(3, 16, 8),
@@ -423,28 +396,20 @@ def test_a_stack_is_a_matrix_each_and_a_convolution_is_one(tmp_path, monkeypatch
     }
     assert found.skipped["mlp.bias"] == "biases, a vector for each matrix of a stack"
     assert found.table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
-    s = np.linalg.svd(tensors["mlp.weight"][2].numpy(), compute_uv=False)
-    assert found.table.loc["mlp.2", "stable rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-4)
+    assert found.table.loc["mlp.2", "stable rank"] == pytest.approx(_stable_rank(tensors["mlp.weight"][2]), rel=1e-4)
 
 
-def test_a_models_own_stacks_and_convolutions_are_told_by_their_layer():
+def test_a_models_own_stacks_and_convolutions_are_told_by_their_layer(analyzed):
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(32, 4, 8))  # more experts than rows
 
     model = nn.ModuleDict({"experts": Experts(), "conv": nn.Conv1d(64, 4, 9, bias=False), "both": nn.Bilinear(4, 5, 3)})
-    assert [len(found) for found in _found(model)] == [32, 1, 1]
+    assert list(analyzed(model).table.index) == [*(f"experts.{i}" for i in range(32)), "conv", "both"]
 
 
-def _found(model):
-    """Return the rows of each of a model's tensors that has any."""
-    weights = analysis.of_model(model)
-    shapes = {weight.name: weight.shape for weight in weights}
-    return [rows for rows, _ in (analysis._measured(weight, shapes) for weight in weights) if rows]
-
-
-def test_what_works_entry_by_entry_is_left_out_by_name(tmp_path):
+def test_what_works_entry_by_entry_is_left_out_by_name(tmp_path, analyzed):
     tensors = {f"norm.{name}": torch.randn(1, 264) for name in ("weight", "bias")}
     tensors |= {f"norm2.{name}": torch.randn(6, 8) for name in ("weight", "bias")}
     tensors |= {"scale": torch.randn(1, 8), "head.weight": torch.randn(1, 8), "head.bias": torch.randn(1)}
@@ -455,7 +420,7 @@ def test_what_works_entry_by_entry_is_left_out_by_name(tmp_path):
     assert found.skipped["scale"] == "a vector"
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm([6, 8], bias=False), nn.RMSNorm([6, 8]))
     model.register_buffer("codes", torch.randn(4, 4))
-    assert [list(rows) for rows in _found(model)] == [["0"]]
+    assert list(analyzed(model).table.index) == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -523,20 +488,17 @@ def test_a_whole_model_is_refused_with_what_to_save_instead(tmp_path):
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pt", "legacy.pt"])
 def test_truncated_and_altered_files_are_refused(tmp_path, name):
     file = tmp_path / name
-    tensors = {"weight": torch.randn(50, 50)}
     if name == "legacy.pt":
-        torch.save(tensors, file, _use_new_zipfile_serialization=False)
+        torch.save({"weight": torch.randn(50, 50)}, file, _use_new_zipfile_serialization=False)
     else:
-        _written(tmp_path, tensors, name)
+        _written(tmp_path, {"weight": torch.randn(50, 50)}, name)
     whole = file.read_bytes()
-    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:length])
+    parts = [whole[:length] for length in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+    for content in [*parts, b"no weights, just words"]:
+        file.write_bytes(content)
         with pytest.raises(AnalysisError, match=name) as refused:
             analyze(str(file))
         assert "\n" not in str(refused.value)
-    file.write_bytes(b"no weights, just words")
-    with pytest.raises(AnalysisError, match=name):
-        analyze(str(file))
 
 
 def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path):
@@ -555,6 +517,7 @@ def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path):
     [
         ("nowhere.pt", "no file"),
         (".", "a folder"),
+        (__file__, r"of no known format; give a file \(\.safetensors, \.pt, \.pth, \.bin\)"),
         ("nowhere:build", "ModuleNotFoundError"),
         ("torchvision.models:resnet", "resnet"),
         ("os:getcwd", "returns str"),
@@ -567,14 +530,3 @@ def test_what_cannot_be_analysed_is_refused_by_name(source, said):
     with pytest.raises(AnalysisError, match=said) as refused:
         analyze(source)
     assert source in str(refused.value)
-
-
-def test_other_kinds_of_file_are_refused(tmp_path):
-    file = tmp_path / "net.onnx"
-    file.write_bytes(b"")
-    with pytest.raises(AnalysisError, match=r"\.safetensors, \.pt, \.pth, \.bin"):
-        analyze(str(file))
-    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
-        archive.writestr("readme", io.BytesIO(b"words").read())
-    with pytest.raises(AnalysisError, match=r"other\.pt"):
-        analyze(str(tmp_path / "other.pt"))
