@@ -313,7 +313,7 @@ COMPUTED = {  # a layer; the numbers in its weight's parts, or None where a file
     "pruned convolution": (lambda: _pruned(nn.Conv1d(4, 5, 3), "weight"), 60),
     "weight_norm": (lambda: _normed(parametrizations.weight_norm, nn.Linear(6, 5)), 35),
     "old weight_norm": (lambda: _normed(nn.utils.weight_norm, nn.Conv1d(4, 5, 3)), 65),
-    "weight_norm of columns": (lambda: _normed(parametrizations.weight_norm, nn.ConvTranspose1d(4, 5, 3), dim=1), 65),
+    "weight_norm of columns": (lambda: _normed(parametrizations.weight_norm, nn.Conv1d(4, 5, 3), dim=1), 64),
     "spectral": (lambda: parametrizations.spectral_norm(nn.Linear(6, 5)), None),
 }
 
