@@ -32,14 +32,13 @@ BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in which a network's parameters are compared
 
-# A config's keys by what becomes of them. First, what the factors say too, or what matters to a training alone.
-BESIDE_THE_POINT = {
-    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
-    *("layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision"),
-    *("target_modules", "task_type"),
+# What a config of PEFT's may say. First, what the factors say too, what is read, and what matters to training alone.
+ANY_VALUE = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"),
+    *("qalora_group_size", "revision", "target_modules", "task_type"),
 }
-PER_LAYER = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
-DONE = {  # what else may be said; of any other key only that it is not used
+ONE_OF = {  # any other key may only say that it is not used
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal"),  # others change the base's weights, or may
@@ -295,14 +294,14 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
             "freeze them if they are as they were, or merge and save the whole network"
         )
     first = next(iter(layers.values()))
-    exactly = {name: f"^{re.escape(name)}" for name in layers}  # PEFT takes names as patterns of their ends
+    exactly = {f"^{re.escape(name)}": layer for name, layer in layers.items()}  # PEFT takes names as their ends
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(map(re.escape, layers)),
         "r": first.rank,
         "lora_alpha": first.alpha,
-        "rank_pattern": {exactly[name]: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
-        "alpha_pattern": {exactly[name]: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+        "rank_pattern": {pattern: layer.rank for pattern, layer in exactly.items()},
+        "alpha_pattern": {pattern: layer.alpha for pattern, layer in exactly.items()},
         "bias": "none",
         "inference_mode": True,
     }
@@ -351,16 +350,19 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
             raise AdapterError(f"{folder} adapts layer {stored!r}; the model's linear layers are {', '.join(names)}")
         layer = layers[names[plain]]
         check_plain({plain: layer})
-        if layer.weight.shape != (len(B), A.shape[1]):
-            found = "×".join(map(str, layer.weight.shape))
-            raise AdapterError(f"{folder} adapts {stored!r} of {len(B)}×{A.shape[1]}; the model's is {found}")
-        rank = _of_layer(config, stored, "rank_pattern", "r")
-        if not rank == len(A) == B.shape[1]:
-            raise AdapterError(f"{folder} has rank {rank} for {stored!r}, with factors of {len(A)} and {B.shape[1]}")
-        alpha = _of_layer(config, stored, "alpha_pattern", "lora_alpha")
-        if config.get("use_rslora"):  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
-            alpha *= rank**0.5
-        substitute(copy, names[plain], LoRALinear(layer, A, B, alpha))
+        try:
+            rank, alpha = (
+                _of_layer(config, stored, "rank_pattern", "r"),
+                _of_layer(config, stored, "alpha_pattern", "lora_alpha"),
+            )
+            if config.get("use_rslora"):  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
+                alpha *= rank**0.5
+            adapter = LoRALinear(layer, A, B, alpha)
+            if adapter.rank != rank:
+                raise ValueError(f"rank {rank}, with factors of rank {adapter.rank}")
+        except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
+            raise AdapterError(f"{folder} has an impossible adapter for layer {stored!r}: {error}") from error
+        substitute(copy, names[plain], adapter)
     for stored, tensor in others.items():
         if stored not in buffers or buffers[stored].shape != tensor.shape:
             raise AdapterError(f"{folder} is no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}")
@@ -410,21 +412,10 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise AdapterError(f"{file} cannot be read as an adapter's config: {error}") from error
     if not isinstance(read, dict) or read.get("peft_type") != "LORA":
         raise AdapterError(f"{file} is no config of a LoRA adapter: it has no peft_type 'LORA'")
-    config: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}} | read
-    try:
-        numbers = [config["r"], config["lora_alpha"]]
-        for name in ("rank_pattern", "alpha_pattern"):
-            numbers += config[name].values()
-            for pattern in config[name]:
-                re.compile(pattern)
-        if not all(0 < number < math.inf for number in numbers):
-            raise ValueError(f"{numbers} must all be finite and above 0")
-    except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
-        raise AdapterError(f"{file} has impossible ranks or α: {error!r}") from error
-    for key, value in config.items():
-        if value and key not in BESIDE_THE_POINT | PER_LAYER and value not in DONE.get(key, ()):
+    for key, value in read.items():
+        if value and key not in ANY_VALUE and value not in ONE_OF.get(key, ()):
             raise AdapterError(f"{file} has {key} = {value!r}, which is not done here: merge it with PEFT instead")
-    return config
+    return {"rank_pattern": {}, "alpha_pattern": {}} | read
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
