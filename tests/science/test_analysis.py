@@ -100,47 +100,125 @@ def test_half_precision_keeps_the_rank_that_was_rounded(tmp_path, dtype):
     assert set(table["dtype"]) == {str(dtype).removeprefix("torch.")}
 
 
-def test_what_is_no_matrix_is_listed_with_its_reason(tmp_path):
-    tensors = {
-        "matrix": torch.eye(3),
-        "bias": torch.ones(3),
-        "class_token": torch.ones(1, 1, 8),
-        "scale": torch.tensor(2.0),
-        "empty": torch.ones(0, 5),
-        "ids": torch.ones(3, 3, dtype=torch.int64),
-        "mask": torch.ones(3, 3, dtype=torch.bool),
-        "complex": torch.ones(3, 3, dtype=torch.complex64),
-        "eighth": torch.ones(3, 3).to(torch.float8_e4m3fn),
-        "nan": torch.tensor([[1.0, torch.nan], [0, 1]]),
-        "inf": torch.tensor([[1.0, torch.inf], [0, 1]]),
-        "sparse": torch.eye(3).to_sparse(),
-        "quantised": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
-        "large": torch.full((3, 3), 1e308, dtype=torch.float64),
-        "meta": torch.ones(3, 3, device="meta"),
-        "huge": torch.ones(1).expand(10**6, 10**6),
-    }
+NORM, MOMENT = "as a normalisation's", "an optimiser's state, no weight"
+MASKS = {
+    "causal": torch.tril(torch.ones(1, 1, 8, 8)),
+    "large": torch.triu(torch.full((8, 8), -1e9), 1),
+    "infinite": torch.triu(torch.full((8, 8), -torch.inf), 1),
+    "local": torch.tril(torch.ones(1, 1, 8, 8)) - torch.tril(torch.ones(8, 8), -3),
+}
+NO_MASKS = {
+    "identity": torch.eye(8),
+    "triangle": torch.tril(torch.ones(8, 8)) + torch.eye(8),
+    "binary": torch.ones(8, 8) - 2 * torch.eye(8).flip(0),
+    "any": torch.randn(1, 1, 8, 8),
+}
+NO_MATRICES = {  # tensors by a part of what is said of them
+    "a vector": torch.ones(3),
+    "a vector ": torch.ones(1, 1, 8),
+    "a vector  ": torch.ones(1, 8),
+    "a single number": torch.tensor(2.0),
+    "empty, 0×5": torch.ones(0, 5),
+    "integers (int64)": torch.ones(3, 3, dtype=torch.int64),
+    "integers (bool)": torch.ones(3, 3, dtype=torch.bool),
+    "complex numbers (complex64)": torch.ones(3, 3, dtype=torch.complex64),
+    "quantised (float8_e4m3fn)": torch.ones(3, 3).to(torch.float8_e4m3fn),
+    "NaN or infinite": torch.tensor([[1.0, torch.nan], [0, 1]]),
+    "NaN or infinite ": torch.tensor([[1.0, torch.inf], [0, 1]]),
+    "sparse": torch.eye(3).to_sparse(),
+    "quantised: integers": torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8),
+    "too large in norm": torch.full((3, 3), 1e308, dtype=torch.float64),
+    "without values": torch.ones(3, 3, device="meta"),
+    "a view of fewer numbers": torch.ones(1).expand(10**6, 10**6),
+}
+FILES = {  # what a file holds: the shape of each matrix that is measured, and why others are not
+    "no matrices": (NO_MATRICES | {"fc": torch.eye(2)}, {"fc": "2×2"}, {name: name.strip() for name in NO_MATRICES}),
+    "masks": (MASKS | {"fc": torch.eye(2)}, {"fc": "2×2"}, dict.fromkeys(MASKS, "a mask")),
+    "no masks": (NO_MASKS, dict.fromkeys(NO_MASKS, "8×8"), {}),
+    "moments without PyTorch's mapping": (
+        {
+            "opt": {"exp_avg": {"0": torch.eye(3)}, "tree": {"mu": {"fc": torch.eye(3)}, "nu": {"fc": torch.eye(3)}}},
+            "state.0.momentum_buffer": torch.eye(3),
+            "optimal_head": {"optim.weight": torch.eye(4)},
+        },
+        {"optimal_head.optim": "4×4"},
+        dict.fromkeys(["opt.exp_avg.0", "opt.tree.mu.fc", "opt.tree.nu.fc", "state.0.momentum_buffer"], MOMENT),
+    ),
+    "names that are alike": (
+        {"fc": torch.eye(2), "fc.weight": torch.eye(3), "a": {"b": torch.eye(4)}, "a.b": torch.eye(5)},
+        {"fc": "2×2", "fc′": "3×3", "a.b": "4×4", "a.b′": "5×5"},
+        {},
+    ),
+    "a name that commands the terminal": ({"\x1b[2J\nx": torch.eye(2)}, {"�[2J�x": "2×2"}, {}),
+    "gates without a hidden size": (
+        {"weight_ih_l0": torch.randn(12, 3), "other.weight_hh": torch.randn(10, 4)},
+        {"weight_ih_l0": "12×3", "other.weight_hh": "10×4"},
+        {},
+    ),
+    "gates of a pruned layer": (
+        {"weight_hh_l0_orig": torch.randn(20, 5), "weight_hh_l0_mask": torch.ones(20, 5)},
+        {f"weight_hh_l0.{gate}": "5×5" for gate in "ifgo"},
+        dict.fromkeys(["weight_hh_l0_orig", "weight_hh_l0_mask"], "a part of weight_hh_l0"),
+    ),
+    "parts that do not fit": (
+        {"a.weight_v": torch.randn(4, 3), "a.weight_g": torch.randn(4, 4), "c.weight_orig": torch.randn(4, 4)},
+        {"a.weight_v": "4×3", "a.weight_g": "4×4", "c.weight_orig": "4×4"},
+        {},
+    ),
+    "an adapter of PEFT's": (
+        {"fc.lora_A.weight": torch.randn(4, 32), "fc.lora_B.weight": torch.randn(48, 4)},
+        {"fc.lora": "48×32"},
+        dict.fromkeys(["fc.lora_A.weight", "fc.lora_B.weight"], "a part of fc.lora"),
+    ),
+    "stacks and convolutions": (
+        {
+            "experts.gate_up_proj": torch.randn(4, 32, 16),
+            "mlp.weight": torch.randn(3, 16, 8),
+            "mlp.bias": torch.randn(3, 16),
+            "grid": torch.randn(1, 2, 8, 8),
+            "position": torch.randn(1, 1, 9, 8),
+            "conv1.weight": torch.randn(16, 3, 5),
+            "conv2.weight": torch.randn(4, 64, 9),
+            "conv2.bias": torch.randn(4),
+            "conv3.weight": torch.randn(3, 4, 5, 6, 7),
+        },
+        {
+            **{f"experts.gate_up_proj.{i}": "32×16" for i in range(4)},
+            **{f"mlp.{i}": "16×8" for i in range(3)},
+            **{"grid.0": "8×8", "grid.1": "8×8", "position": "9×8"},
+            **{"conv1": "16×3·5", "conv2": "4×64·9", "conv3": "3×4·5·6·7"},
+        },
+        {"mlp.bias": "biases, a vector for each matrix of a stack", "conv2.bias": "a vector"},
+    ),
+    "normalisations": (
+        {f"norm{n}.{name}": torch.randn(n, 264) for n in (1, 6) for name in ("weight", "bias")}
+        | {"head.weight": torch.randn(1, 8), "head.bias": torch.randn(1)},
+        {"head": "1×8"},
+        {f"norm{n}.{name}": NORM for n in (1, 6) for name in ("weight", "bias")} | {"head.bias": "a single number"},
+    ),
+}
+
+
+@pytest.mark.parametrize("holds", FILES)
+def test_what_a_file_holds_is_measured_or_skipped_with_its_reason(tmp_path, holds):
+    tensors, shapes, reasons = FILES[holds]
     found = analyze(_written(tmp_path, tensors, "net.pt"))
-    assert list(found.table.index) == ["matrix"]
-    said = {
-        "bias": "a vector",
-        "class_token": "a vector",
-        "scale": "a single number",
-        "empty": "empty, 0×5",
-        "ids": "integers (int64)",
-        "mask": "integers (bool)",
-        "complex": "complex numbers (complex64)",
-        "eighth": "quantised (float8_e4m3fn)",
-        "nan": "NaN or infinite",
-        "inf": "NaN or infinite",
-        "sparse": "sparse",
-        "quantised": "quantised",
-        "large": "too large in norm",
-        "meta": "without values",
-        "huge": "a view of fewer numbers",
-    }
-    assert found.skipped.keys() == said.keys()
-    for name, part in said.items():
+    assert dict(found.table["unfolded"]) == shapes
+    assert found.skipped.keys() == reasons.keys()
+    for name, part in reasons.items():
         assert part in found.skipped[name], name
+
+
+def test_a_product_and_a_stack_are_measured_as_such(tmp_path):
+    tensors = {"fc.lora_A.weight": torch.randn(4, 32), "fc.lora_B.weight": torch.randn(48, 4)}
+    tensors |= {"ones": torch.ones(30, 40), "mlp.weight": torch.randn(3, 16, 8), "mlp.bias": torch.randn(3, 16)}
+    tensors |= {"weight_hh_l0_orig": torch.randn(20, 5), "weight_hh_l0_mask": torch.ones(20, 5)}
+    table = analyze(_written(tmp_path, tensors)).table
+    assert table.loc["fc.lora", ["numerical rank", "parameters"]].tolist() == [4, 320]
+    assert table.loc["ones", ["numerical rank", BEYOND, "energy rank 99 %"]].tolist() == [1, 1, 1]
+    assert table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
+    assert table.loc["mlp.2", "stable rank"] == pytest.approx(_stable_rank(tensors["mlp.weight"][2]), rel=1e-4)
+    assert table.loc["weight_hh_l0.f", "parameters"] == 25
 
 
 @pytest.mark.parametrize(
@@ -156,16 +234,7 @@ def test_an_optimisers_state_is_left_out_wherever_it_lies(tmp_path, kept, place)
     found = analyze(_written(tmp_path, saved, "checkpoint.pt"))
     assert list(found.table.index) == ["model.fc1", "model.fc2", "old.0"]
     assert {name.partition(".")[0] for name in found.skipped} == {place.partition(".")[0]}
-    assert set(found.skipped.values()) == {"an optimiser's state, no weight"}
-
-
-def test_moments_are_known_without_pytorchs_mapping_and_other_names_do_not_matter(tmp_path):
-    moments = {"exp_avg": {"0": torch.eye(3)}, "tree": {"mu": {"fc": torch.eye(3)}, "nu": {"fc": torch.eye(3)}}}
-    found = analyze(_written(tmp_path, {"opt": moments, "optimal_head": {"optim.weight": torch.eye(4)}}, "net.pt"))
-    assert list(found.table.index) == ["optimal_head.optim"] and len(found.skipped) == 3
-    tensors = {"state.0.momentum_buffer": torch.eye(3), "optimizer_net.weight": torch.eye(4)}
-    found = analyze(_written(tmp_path, tensors))
-    assert list(found.table.index) == ["optimizer_net"] and found.skipped.keys() == {"state.0.momentum_buffer"}
+    assert set(found.skipped.values()) == {MOMENT}
 
 
 def test_tied_tensors_are_measured_once(tmp_path, analyzed):
@@ -177,31 +246,18 @@ def test_tied_tensors_are_measured_once(tmp_path, analyzed):
     assert list(rank.weight_matrices(model)) == ["embedding"]
 
 
-def test_no_name_hides_another_or_commands_the_terminal(tmp_path):
-    tensors = {"fc": torch.eye(2), "fc.weight": torch.eye(3), "a": {"b": torch.eye(4)}, "a.b": torch.eye(5)}
-    found = analyze(_written(tmp_path, tensors, "net.pt"))
-    assert dict(found.table["rows"]) == {"fc": 2, "fc′": 3, "a.b": 4, "a.b′": 5}
-    for name in ("net.pt", "net.safetensors"):
-        found = analyze(_written(tmp_path, {"\x1b[2J\nx": torch.eye(2)}, name))
-        assert list(found.table.index) == ["�[2J�x"]
-
-
-def test_numbers_that_this_pytorch_cannot_read_are_listed(tmp_path):
-    entries = {"good": ("F32", 16), "strange": ("F4", 2)}
+def test_safetensors_are_read_in_counting_order_but_for_types_that_this_pytorch_does_not_have(tmp_path):
+    entries = {"layer.10.weight": ("F32", 16), "layer.9.weight": ("F32", 16), "strange": ("F6_E2M3", 3)}
     header, offset = {}, 0
     for name, (dtype, size) in entries.items():
         header[name] = {"dtype": dtype, "shape": [2, 2], "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
-    content = len(text).to_bytes(8, "little") + text + torch.eye(2).numpy().tobytes() + bytes(2)
+    content = len(text).to_bytes(8, "little") + text + 2 * torch.eye(2).numpy().tobytes() + bytes(3)
     (tmp_path / "new.safetensors").write_bytes(content)
     found = analyze(str(tmp_path / "new.safetensors"))
-    assert list(found.table.index) == ["good"] and found.skipped.keys() == {"strange"}
-
-
-def test_layers_of_safetensors_stand_in_counting_order(tmp_path):
-    tensors = {f"layer.{i}.weight": torch.eye(2) * (i + 1) for i in range(12)}
-    assert list(analyze(_written(tmp_path, tensors)).table.index) == [f"layer.{i}" for i in range(12)]
+    assert list(found.table.index) == ["layer.9", "layer.10"]
+    assert found.skipped == {"strange": "without values: not initialised, or of a type that this PyTorch cannot read"}
 
 
 @pytest.mark.slow
@@ -257,22 +313,6 @@ def test_gates_are_split_in_a_file_as_in_its_model(tmp_path):
             assert table.loc[matrix, "stable rank"] == pytest.approx(_stable_rank(values), rel=1e-4)
     assert table.loc["gru.weight_ih_l0.n", "remark"] == "packed gates r, z, n, split by rows"
     assert {"rnn.weight_ih_l0", "projected.weight_hr_l0", "lstm.weight_hh_l1_reverse.f"} <= set(table.index)
-
-
-def test_gates_that_a_file_does_not_tell_stay_together(tmp_path):
-    tensors = {"weight_ih_l0": torch.randn(12, 3), "other.weight_hh": torch.randn(10, 4)}
-    assert dict(analyze(_written(tmp_path, tensors)).table["rows"]) == {"other.weight_hh": 10, "weight_ih_l0": 12}
-
-
-def test_two_tensors_that_do_not_fit_each_other_are_measured_apart(tmp_path):
-    shapes = {"a.weight_v": (4, 3), "a.weight_g": (4, 4), "b.B": (4, 3), "b.C": (4, 3), "c.weight_orig": (4, 4)}
-    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    assert set(analyze(_written(tmp_path, tensors)).table.index) == shapes.keys()
-
-
-def test_equal_entries_have_one_direction_by_every_measure(tmp_path):
-    row = analyze(_written(tmp_path, {"ones": torch.ones(30, 40)})).table.loc["ones"]
-    assert (row["numerical rank"], row[BEYOND], row["energy rank 99 %"]) == (1, 1, 1)
 
 
 class _OwnFactors(nn.Module):
@@ -340,21 +380,6 @@ def test_what_a_layer_computes_is_measured_once_and_in_place_of_its_parts(tmp_pa
             assert table.loc["0", "parameters"] == n_stored
 
 
-def test_gates_of_a_pruned_layer_are_split_and_share_its_parameters(tmp_path):
-    layer = _pruned(nn.LSTM(6, 5), "weight_hh_l0")
-    table = analyze(_written(tmp_path, layer.state_dict())).table
-    assert list(table["parameters"]) == 4 * [25] + 4 * [30]
-    assert list(table.index)[:4] == [f"weight_hh_l0.{gate}" for gate in "ifgo"]
-
-
-def test_adapters_in_a_file_are_their_product(tmp_path):
-    tensors = {f"model.fc.lora_{k}.weight": torch.randn(shape) for k, shape in {"A": (4, 32), "B": (48, 4)}.items()}
-    table = analyze(_written(tmp_path, tensors)).table
-    assert table.loc["model.fc.lora", ["numerical rank", "rows", "columns", "parameters"]].tolist() == [4, 48, 32, 320]
-    own = adapt(mlp([30, 20], seed=0), {"fc1": 4}, alpha=2, seed=0).state_dict()
-    assert sorted(analyze(_written(tmp_path, own)).table.index) == ["fc1.base", "fc1.lora"]
-
-
 def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers(analyzed):
     class Tied(nn.Module):
         def __init__(self):
@@ -374,71 +399,19 @@ def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers(analyzed):
         assert list(analyzed(model).table.index) == ["embedding", "fc"]
 
 
-def test_a_stack_is_a_matrix_each_and_a_convolution_is_one(tmp_path):
-    tensors = {
-        "experts.gate_up_proj": torch.randn(4, 32, 16),
-        "mlp.weight": torch.randn(3, 16, 8),
-        "mlp.bias": torch.randn(3, 16),
-        "grid": torch.randn(1, 2, 8, 8),
-        "position": torch.randn(1, 1, 9, 8),
-        "conv1.weight": torch.randn(16, 3, 5),
-        "conv2.weight": torch.randn(4, 64, 9),
-        "conv2.bias": torch.randn(4),
-        "conv3.weight": torch.randn(3, 4, 5, 6, 7),
-    }
-    found = analyze(_written(tmp_path, tensors))
-    rows = dict(found.table["unfolded"])
-    assert rows == {
-        **{f"experts.gate_up_proj.{i}": "32×16" for i in range(4)},
-        **{f"mlp.{i}": "16×8" for i in range(3)},
-        **{"grid.0": "8×8", "grid.1": "8×8", "position": "9×8"},
-        **{"conv1": "16×3·5", "conv2": "4×64·9", "conv3": "3×4·5·6·7"},
-    }
-    assert found.skipped["mlp.bias"] == "biases, a vector for each matrix of a stack"
-    assert found.table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
-    assert found.table.loc["mlp.2", "stable rank"] == pytest.approx(_stable_rank(tensors["mlp.weight"][2]), rel=1e-4)
-
-
-def test_a_models_own_stacks_and_convolutions_are_told_by_their_layer(analyzed):
+def test_a_models_stacks_convolutions_and_normalisations_are_told_by_their_layer(analyzed):
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(32, 4, 8))  # more experts than rows
+            self.register_buffer("codes", torch.randn(4, 4))
 
-    model = nn.ModuleDict({"experts": Experts(), "conv": nn.Conv1d(64, 4, 9, bias=False), "both": nn.Bilinear(4, 5, 3)})
-    assert list(analyzed(model).table.index) == [*(f"experts.{i}" for i in range(32)), "conv", "both"]
-
-
-def test_what_works_entry_by_entry_is_left_out_by_name(tmp_path, analyzed):
-    tensors = {f"norm.{name}": torch.randn(1, 264) for name in ("weight", "bias")}
-    tensors |= {f"norm2.{name}": torch.randn(6, 8) for name in ("weight", "bias")}
-    tensors |= {"scale": torch.randn(1, 8), "head.weight": torch.randn(1, 8), "head.bias": torch.randn(1)}
-    found = analyze(_written(tmp_path, tensors))
-    assert list(found.table.index) == ["head"]
-    normalised = {name for name, reason in found.skipped.items() if "normalisation" in reason}
-    assert normalised == {"norm.weight", "norm.bias", "norm2.weight", "norm2.bias"}
-    assert found.skipped["scale"] == "a vector"
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm([6, 8], bias=False), nn.RMSNorm([6, 8]))
-    model.register_buffer("codes", torch.randn(4, 4))
-    assert list(analyzed(model).table.index) == ["0"]
-
-
-@pytest.mark.parametrize(
-    ("mask", "is_one"),
-    [
-        (torch.tril(torch.ones(1, 1, 8, 8)), True),
-        (torch.triu(torch.full((8, 8), -1e9), 1), True),
-        (torch.triu(torch.full((8, 8), -torch.inf), 1), True),
-        (torch.tril(torch.ones(1, 1, 8, 8)) - torch.tril(torch.ones(8, 8), -3), True),  # of local attention
-        (torch.eye(8), False),
-        (torch.tril(torch.ones(8, 8)) + torch.eye(8), False),
-        (torch.randn(8, 8).sign(), False),  # a binary weight
-        (torch.randn(1, 1, 8, 8), False),
-    ],
-)
-def test_masks_are_left_out_by_name(tmp_path, mask, is_one):
-    found = analyze(_written(tmp_path, {"h.attn.bias": mask.contiguous(), "fc": torch.eye(3)}))
-    assert ("mask" in found.skipped.get("h.attn.bias", "")) == is_one
+    layers = {"experts": Experts(), "conv": nn.Conv1d(64, 4, 9, bias=False), "both": nn.Bilinear(4, 5, 3)}
+    norms = {"norm": nn.LayerNorm([6, 8], bias=False), "rms": nn.RMSNorm([6, 8])}
+    found = analyzed(nn.ModuleDict(layers | norms))
+    assert list(found.table.index) == [*(f"experts.{i}" for i in range(32)), "conv", "both"]
+    assert found.skipped["experts.codes"] == "a buffer, no parameter"
+    assert NORM in found.skipped["norm.weight"] and NORM in found.skipped["rms.weight"]
 
 
 class _Command:
