@@ -27,7 +27,7 @@ from lowrank_helpers.models import check_plain, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PREFIX = "base_model.model."  # PEFT's, of every name
-FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+FACTORS = (".lora_A.weight", ".lora_B.weight")  # how the names of both end
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in which a network's parameters are compared
@@ -340,32 +340,28 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         An adapted layer of the model has a ``forward`` of its own.
     """
     folder = Path(folder)
-    config, (header, factors, others) = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
+    config, (header, tensors) = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
     copy = deepcopy(model).requires_grad_(False)
     layers, buffers = linear_layers(copy), _buffers(copy)
     names = {_plain_name(copy, name): name for name in layers}
-    for stored, (A, B) in factors.items():
+    stems = [name.removesuffix(FACTORS[0]) for name in tensors if name.endswith(FACTORS[0])]
+    for stored in [stem for stem in stems if stem + FACTORS[1] in tensors]:
         plain = stored if stored in names else stored.removeprefix("module.")
         if plain not in names:
             raise AdapterError(f"{folder} adapts layer {stored!r}; the model's linear layers are {', '.join(names)}")
         layer = layers[names[plain]]
         check_plain({plain: layer})
+        A, B = (tensors.pop(stored + end) for end in FACTORS)
         try:
-            rank, alpha = (
-                _of_layer(config, stored, "rank_pattern", "r"),
-                _of_layer(config, stored, "alpha_pattern", "lora_alpha"),
-            )
-            if config.get("use_rslora"):  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
-                alpha *= rank**0.5
-            adapter = LoRALinear(layer, A, B, alpha)
-            if adapter.rank != rank:
-                raise ValueError(f"rank {rank}, with factors of rank {adapter.rank}")
+            adapter = LoRALinear(layer, A, B, _alpha(config, stored, len(A)))
         except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
             raise AdapterError(f"{folder} has an impossible adapter for layer {stored!r}: {error}") from error
         substitute(copy, names[plain], adapter)
-    for stored, tensor in others.items():
+    for stored, tensor in tensors.items():
         if stored not in buffers or buffers[stored].shape != tensor.shape:
-            raise AdapterError(f"{folder} is no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}")
+            raise AdapterError(
+                f"{folder} is damaged or no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}"
+            )
         buffers[stored].copy_(tensor)
     dtype = min((p.dtype for p in model.parameters() if p.dtype in DTYPES), key=DTYPES.index, default=DTYPES[0])
     if header.get(f"{BASE}_{dtype}", "") not in ("", _checksum(model, dtype)):
@@ -415,32 +411,30 @@ def _read_config(file: Path) -> dict[str, Any]:
     for key, value in read.items():
         if value and key not in ANY_VALUE and value not in ONE_OF.get(key, ()):
             raise AdapterError(f"{file} has {key} = {value!r}, which is not done here: merge it with PEFT instead")
-    return {"rank_pattern": {}, "alpha_pattern": {}} | read
+    return read
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Return the header of a file of PEFT's, A and B by layer, and its other tensors; without the prefixes of names."""
+def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the header and the tensors of a file of PEFT's, by names without the prefixes that it has for all."""
     try:
         with safe_open(file, framework="pt") as stored:
-            header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+            header = stored.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} cannot be read as an adapter: {error}") from error
-    layers: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in tensors.items():
-        name = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix(PREFIX)
-        found = FACTOR.fullmatch(name)
-        if found and tensor.dim() == 2:
-            layers.setdefault(found["layer"], {})[found["factor"]] = tensor
-        else:
-            others[name] = tensor
-    if halves := [name for name, factors in layers.items() if len(factors) < 2]:
-        raise AdapterError(f"{file} is damaged: one of the factors of {', '.join(halves)} is missing")
-    return header, {name: (factors["A"], factors["B"]) for name, factors in layers.items()}, others
+    plain = {name: name.replace("_orig_mod.", "").removeprefix("module.").removeprefix(PREFIX) for name in tensors}
+    return header, {plain[name]: tensor for name, tensor in tensors.items()}
 
 
-def _of_layer(config: Mapping[str, Any], layer: str, patterns: str, default: str) -> Any:
-    """Return a layer's number as PEFT does, of the first pattern that the end of its name matches, or the default."""
-    matching = (value for key, value in config[patterns].items() if re.match(rf"(.*\.)?({key})$", layer))
-    return next(matching, config[default])
+def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return the α of a layer whose factors have that rank; refuse a config that gives it another rank."""
+
+    def given(patterns: str, default: str) -> Any:
+        """Return, as PEFT does, the number of the first pattern that the end of the name matches, or the default."""
+        matching = (value for key, value in config.get(patterns, {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+        return next(matching, config[default])
+
+    if given("rank_pattern", "r") != rank:
+        raise ValueError(f"rank {given('rank_pattern', 'r')}, with factors of rank {rank}")
+    scale = rank**0.5 if config.get("use_rslora") else 1  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
+    return given("alpha_pattern", "lora_alpha") * scale
