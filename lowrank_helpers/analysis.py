@@ -39,7 +39,7 @@ NO_VALUES = torch.empty(1, device="meta")  # in place of a tensor that has none 
 
 
 class AnalysisError(ValueError):
-    """What was given cannot be analysed; the message says why, in one line."""
+    """A source cannot be analysed; the message says why, in one line."""
 
 
 class Weight(NamedTuple):
@@ -52,11 +52,11 @@ class Weight(NamedTuple):
         Returns the tensor; a file is read, and a product computed, only then.
     shape : tuple of int
     layer : nn.Module, optional
-        Whose tensor it is, where that is known.
+        The layer that the tensor belongs to, if known.
     unwanted : str
-        Why it is not to be measured; empty if it is.
+        Why the tensor is not measured; empty if it is.
     n_stored : int
-        How many numbers the parameters have that it is computed from, such as factors; 0 if it is not computed.
+        Size of the parameters that a computed tensor is made of, such as two factors; 0 if the tensor itself is stored.
     """
 
     name: str
@@ -159,7 +159,7 @@ def _measured(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 
 
 def _unfolded(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Unfolded]:
-    """Return the matrices of a tensor by name: of a stack, such as that of a layer's experts, a matrix each."""
+    """Return the matrices of a tensor by name; a stack, such as a layer's experts, has several."""
     if tensor.dim() == 2 or _is_convolution(weight, shapes):
         return unfold(weight.name, tensor, weight.layer, _hidden_size(weight.name, shapes))
     while tensor.dim() > 2 and len(tensor) == 1:
@@ -172,10 +172,10 @@ def _unfolded(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ..
 
 
 def _is_convolution(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Say whether a tensor of three axes or more is a convolution's or bilinear layer's weight, no stack of matrices.
+    """Return whether a tensor of three axes or more is a convolution's or bilinear layer's weight, and no stack.
 
-    The layer tells. Of a tensor alone, a convolution's is called ``weight``. With three axes it has also a vector of
-    biases, where a stack has a matrix; or more filters than a filter has rows or columns.
+    The layer decides, if it is known. Otherwise a convolution's weight is called ``weight``. One with three axes also
+    has a vector of biases, whereas a stack has a matrix; or it has more filters than a filter has rows or columns.
     """
     if isinstance(weight.layer, nn.Bilinear) or hasattr(weight.layer, "kernel_size"):
         return True
@@ -187,7 +187,7 @@ def _is_convolution(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> bo
 
 
 def _hidden_size(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return the hidden size of the recurrent layer that a weight is of, as its weights from hidden units tell."""
+    """Return the hidden size of a weight's recurrent layer: the columns of its weight for the hidden units."""
     if not (found := RECURRENT.search(name)):
         return None
     beside = [f"{name[: found.start()]}weight_{kind}{found[2] or ''}" for kind in ("hr", "hh")]
@@ -195,7 +195,7 @@ def _hidden_size(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None
 
 
 def _elementwise(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Say why a tensor with the shape of a matrix maps no vectors; nothing of one that may."""
+    """Return why a tensor with the shape of a matrix is none, by its name, layer or values; empty if it is one."""
     owner, _, part = weight.name.rpartition(".")
     of_weight, of_bias = (shapes.get(f"{owner}.{name}".removeprefix("."), ()) for name in ("weight", "bias"))
     scales = part in ("weight", "bias") and of_weight == of_bias
@@ -210,7 +210,7 @@ def _elementwise(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int,
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Say whether a square tensor holds zero and one other value; one with two axes must have it in one triangle."""
+    """Return whether a square tensor holds zero and one other value; with two axes, all of it in one triangle."""
     n, lowest, highest = tensor.shape[-1], tensor.min(), tensor.max()
     if n < 3 or tensor.shape[-2] != n or bool(lowest) == bool(highest):
         return False
@@ -221,7 +221,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def _no_matrix(tensor: Tensor) -> str:
-    """Say why a tensor is no matrix to measure; nothing of one that is."""
+    """Return why a tensor of this type and shape cannot be measured; empty if it can."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     reasons = {
         "quantised: integers that stand for values by a scale": lambda: tensor.is_quantized,
@@ -331,7 +331,7 @@ def _check_archive(file: Path) -> None:
 
 
 def _printable(name: str) -> str:
-    """Return a name from a file without what a terminal would obey."""
+    """Return a name from a file without control characters, which a terminal would obey."""
     return "".join(letter if letter.isprintable() else "�" for letter in name)
 
 
@@ -355,17 +355,17 @@ def _listed(loaded: Any) -> dict[str, Weight]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Say which part of memory holds a tensor's entries; nothing of a tensor without a part of its own."""
+    """Return where in memory a tensor's entries lie; empty if it has none of its own."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return ()
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
 
 
 def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield tensors by dotted name, in order, each with why not to measure it: an optimiser keeps it.
+    """Yield tensors by dotted name, in order, each with the reason to skip it: it belongs to an optimiser.
 
     An optimiser's state is a mapping with PyTorch's ``state`` and ``param_groups`` or with optax's ``mu`` and ``nu``.
-    A container that is met twice, as in itself, is entered once.
+    A container that holds itself is entered once.
     """
     pending: list[tuple[str, Any, str]] = [("", loaded, "")]
     entered: set[int] = set()
@@ -383,7 +383,7 @@ def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor, str]]:
 
 
 def of_model(model: nn.Module) -> list[Weight]:
-    """List the tensors of a model's ``state_dict``, with what layers compute in place of what they compute it from.
+    """List the tensors of a model's ``state_dict``; a weight that a layer computes takes the place of its parts.
 
     A layer of factors has their product, an adapted one W + ΔW, and a pruned or parametrized one, as by ``weight_norm``
     or ``spectral_norm``, the weight that it works with.
@@ -416,7 +416,7 @@ def of_model(model: nn.Module) -> list[Weight]:
 
 
 def _candidates(name: str, n_axes: int) -> Iterator[str]:
-    """Yield what a layer may compute from a stored tensor: ``weight`` from ``weight_orig`` or ``base.weight``."""
+    """Yield names that a layer may compute from a stored tensor: ``weight`` from ``weight_orig`` or ``base.weight``."""
     path = name.replace("parametrizations.", "")
     owners = [path[: dot.start()] for dot in re.finditer(r"\.", path)][::-1]
     yield from (path.rpartition("_")[0], *owners)
@@ -426,7 +426,7 @@ def _candidates(name: str, n_axes: int) -> Iterator[str]:
 
 @torch.no_grad()
 def _compute(model: nn.Module) -> None:
-    """Bring up to date what ``torch.nn.utils`` computes only before a layer's pass, such as a pruned weight."""
+    """Update weights that ``torch.nn.utils`` computes only before a layer's pass, such as pruned ones."""
     for layer in model.modules():
         for hook in layer._forward_pre_hooks.values():
             if type(hook).__module__.startswith("torch.nn.utils."):
@@ -441,7 +441,7 @@ def _normed(directions: Tensor, lengths: Tensor) -> Tensor:
     return directions * (lengths / directions.norm(dim=across, keepdim=True))
 
 
-# How a file keeps a weight in several tensors: how their names end, how that of the whole does, and what it is.
+# A file keeps some weights as two tensors: the ends of their names, the end of the weight's, and how to compute it.
 JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
     (("_v", "_g"), "", _normed),
     ((".original1", ".original0"), "", _normed),
@@ -453,7 +453,7 @@ JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
 
 
 def _together(stored: Mapping[str, Weight]) -> list[Weight]:
-    """Put together what a file keeps apart and only names and shapes connect."""
+    """Put together the weights that a file keeps as two tensors, connected by their names and shapes alone."""
     named = {f".{name}": weight for name, weight in stored.items() if not weight.unwanted}
     together = {name: [weight] for name, weight in stored.items()}
     for endings, name, apply in JOINED:

@@ -47,7 +47,7 @@ ONE_OF = {  # any other key may only say that it is not used
 
 
 class AdapterError(ValueError):
-    """A folder holds no adapter, that of another network, or a kind that is not done here; the message says which."""
+    """A folder holds no adapter, that of another network, or an unsupported kind; the message says which."""
 
 
 class LoRALinear(nn.Module):
@@ -133,7 +133,7 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
     ----------
     model : nn.Module
     ranks : mapping of str to int
-        r by layer name, as in ``linear_layers(model)``; from 1 to min(out_features, in_features).
+        Rank r by layer name, as in ``linear_layers(model)``; from 1 to min(out_features, in_features).
     alpha : float
         α of every adapter.
     seed : int
@@ -321,8 +321,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """Return a copy of a model with the adapters and buffers of a folder that :func:`save_adapter` or PEFT wrote.
 
-    Whether the model's parameters are those that the adapter was trained on, or these in another precision, is known
-    only of our own adapters; of PEFT's, names and shapes are compared.
+    Our own adapters also know the parameters that they were trained on, in any precision; for PEFT's, only names and
+    shapes are compared.
 
     Parameters
     ----------
@@ -391,8 +391,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
     """Return the checksum of a model's parameters in one precision.
 
-    So a network rounded to half precision has in it the checksum of the original, and converted back to float32 still
-    that of its own in float32.
+    A network that is rounded to half precision has the checksum that the original has in that precision.
     """
     named = model.named_parameters(remove_duplicate=False)  # a weight may be shared here and not there
     return checksum(
@@ -401,7 +400,7 @@ def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Read a config of PEFT's, and refuse by name what changes the computation and is not done here."""
+    """Read a config of PEFT's, and refuse by name what changes the computation and is not supported."""
     try:
         read = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -410,7 +409,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise AdapterError(f"{file} is no config of a LoRA adapter: it has no peft_type 'LORA'")
     for key, value in read.items():
         if value and key not in ANY_VALUE and value not in ONE_OF.get(key, ()):
-            raise AdapterError(f"{file} has {key} = {value!r}, which is not done here: merge it with PEFT instead")
+            raise AdapterError(f"{file} has {key} = {value!r}, which is not supported: merge it with PEFT instead")
     return read
 
 

@@ -1,4 +1,4 @@
-"""Measures of rank. Each takes singular values, as an array, a tensor or a list, so that one SVD serves them all.
+"""Measures of rank. Each takes singular values as an array, a tensor or a list, so that one SVD serves them all.
 
 Exact rank says nothing of a trained network: noise makes almost every matrix full-rank. The measures here say
 how many directions carry the matrix, each with its own idea of "carry".
@@ -71,7 +71,7 @@ def _triangle(matrix: Tensor) -> Tensor:
 
 
 def _of_singular_values(measure: Callable[Concatenate[Array, P], Result]) -> Callable[Concatenate[Numbers, P], Result]:
-    """Let a measure take singular values as a tensor, an array or a list, and refuse what is none: a matrix above all.
+    """Let a measure take singular values as a tensor, an array or a list, and refuse anything else, such as a matrix.
 
     Raises
     ------
@@ -244,7 +244,7 @@ def marchenko_pastur_edges(shape: Shape, std: float) -> tuple[float, float]:
 def rank_beyond_edge(s: Array, shape: Shape, std: float) -> int:
     """Count singular values beyond the Marchenko–Pastur edge of a random matrix with entries of this ``std``.
 
-    Of a large random matrix none or one is beyond, as its largest one scatters about the edge.
+    A large random matrix has none or one beyond it: its largest singular value scatters about the edge.
     """
     return int((s > marchenko_pastur_edges(shape, std)[1]).sum())
 

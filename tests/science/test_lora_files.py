@@ -232,8 +232,8 @@ def test_we_load_pefts(tmp_path, config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora = True, which is not done here"),
-        ({"bias": "all"}, "bias = 'all', which is not done"),
+        ({"use_dora": True}, "use_dora = True, which is not supported"),
+        ({"bias": "all"}, "bias = 'all', which is not supported"),
         ({"modules_to_save": ["fc3"], "target_modules": ["fc1"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -247,7 +247,7 @@ def test_we_load_pefts(tmp_path, config):
         ({"rank_pattern": {"(": 4}}, "impossible adapter"),
     ],
 )
-def test_a_config_that_cannot_be_or_is_not_done_here_is_refused(edit, config, message):
+def test_a_config_that_cannot_be_or_is_not_supported_is_refused(edit, config, message):
     with pytest.raises(AdapterError, match=message):
         lora.load_adapter(mlp(WIDTHS, seed=0), edit(**{"rank_pattern": {}, "alpha_pattern": {}} | config))
 
