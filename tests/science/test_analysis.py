@@ -161,8 +161,9 @@ FILES = {  # what a file holds: the shape of each matrix that is measured, and w
         dict.fromkeys(["weight_hh_l0_orig", "weight_hh_l0_mask"], "a part of weight_hh_l0"),
     ),
     "parts that do not fit": (
-        {"a.weight_v": torch.randn(4, 3), "a.weight_g": torch.randn(4, 4), "c.weight_orig": torch.randn(4, 4)},
-        {"a.weight_v": "4×3", "a.weight_g": "4×4", "c.weight_orig": "4×4"},
+        {"a.weight_v": torch.randn(4, 3), "a.weight_g": torch.randn(4, 4), "c.weight_orig": torch.randn(4, 4)}
+        | {f"b.{factor}.weight": torch.randn(4, 3) for factor in "BC"},
+        {"a.weight_v": "4×3", "a.weight_g": "4×4", "c.weight_orig": "4×4", "b.B": "4×3", "b.C": "4×3"},
         {},
     ),
     "an adapter of PEFT's": (
