@@ -1,7 +1,7 @@
 """The ranks of somebody else's network: every matrix of a file of weights, or of a model, by every measure.
 
-A tensor at a time is read and measured, so that a file may be larger than memory. No code of a file is ever executed:
-safetensors hold none, and of PyTorch's files only tensors and plain containers are unpickled.
+Files are mapped and measured a tensor at a time, so that a file may be larger than memory. No code of a file is ever
+executed: safetensors hold none, and of PyTorch's files only tensors and plain containers are unpickled.
 """
 
 import importlib
@@ -29,18 +29,17 @@ from lowrank_helpers import rank
 from lowrank_helpers.rank import Array
 from lowrank_helpers.unfold import LAYERS, RECURRENT, Unfolded, format_shape, unfold
 
-SAFETENSORS_FILES, PYTORCH_FILES = (".safetensors",), (".pt", ".pth", ".bin")
-FILES = ", ".join(SAFETENSORS_FILES + PYTORCH_FILES)
 OPTIMISER = "an optimiser's state, no weight"
 # What PyTorch's optimisers call their state of a weight, as a part of a tensor's name.
 MOMENTS = re.compile(r"(^|\.)(max_exp_avg_sq|exp_avg_sq|exp_avg|exp_inf|momentum_buffer|square_avg|acc_delta)(\.|$)")
 ROUNDING = 1e-9  # by which five equal directions may measure as more than five
 HALF = ("float16", "bfloat16")
 BEYOND = "beyond Marchenko–Pastur"  # the column of directions beyond the edge
+NO_VALUES = torch.empty(1, device="meta")  # in place of a tensor that has none or cannot be read
 
 
 class AnalysisError(ValueError):
-    """What was given cannot be analysed; the message says why, in one line."""
+    """A source cannot be analysed; the message says why, in one line."""
 
 
 class Weight(NamedTuple):
@@ -50,23 +49,22 @@ class Weight(NamedTuple):
     ----------
     name : str
     read : callable
-        Returns the tensor; only then is it in memory.
+        Returns the tensor; a file is read, and a product computed, only then.
     shape : tuple of int
-        Of the tensor; empty if it is not known before it is read.
     layer : nn.Module, optional
-        Whose tensor it is, where that is known.
+        The layer that the tensor belongs to, if known.
     unwanted : str
-        Why it is not to be measured; empty if it is.
-    n_stored : int, optional
-        Of a tensor that is computed from parameters, how many numbers those have: factors for their product.
+        Why the tensor is not measured; empty if it is.
+    n_stored : int
+        Size of the parameters that a computed tensor is made of, such as two factors; 0 if the tensor itself is stored.
     """
 
     name: str
     read: Callable[[], Tensor]
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
     layer: nn.Module | None = None
     unwanted: str = ""
-    n_stored: int | None = None
+    n_stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,44 +130,36 @@ def analyze(source: str) -> Analysis:
     rows: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     for weight in tqdm(weights, desc="measuring", unit="tensor"):
-        measured, reason = _measured(weight, shapes)
-        for name, row in measured.items():
-            rows[_unused(name, rows)] = row
-        if reason:
-            skipped[weight.name] = reason
+        try:
+            for name, row in _measured(weight, shapes).items():
+                rows[_unused(name, rows)] = row
+        except ValueError as reason:
+            skipped[weight.name] = str(reason)
     if not rows:
-        raise AnalysisError(f"{source} has no matrix to measure: {_first_reasons(skipped)}")
+        reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
+        said = ", ".join(reasons[:3] + ["…"] * (len(reasons) > 3)) or "it holds no tensors"
+        raise AnalysisError(f"{source} has no matrix to measure: {said}")
     return Analysis(source, pd.DataFrame.from_dict(rows, orient="index").rename_axis("matrix"), skipped)
 
 
-def _first_reasons(skipped: Mapping[str, str]) -> str:
-    named = [f"{name} ({reason})" for name, reason in list(skipped.items())[:3]]
-    return (", ".join(named) or "it holds no tensors") + (", …" if len(skipped) > 3 else "")
-
-
 @torch.no_grad()
-def _measured(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return a row of the table for each matrix of a tensor, or why there is none."""
+def _measured(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+    """Return a row of the table for each matrix of a tensor, or raise a ``ValueError`` that says why there is none."""
     if weight.unwanted:
-        return {}, weight.unwanted
+        raise ValueError(weight.unwanted)
     try:
         tensor = weight.read()
-    except (SafetensorError, TypeError, KeyError, RuntimeError) as error:  # numbers that this PyTorch does not have
-        return {}, f"cannot be read: {_one_line(error)}"
-    if reason := _no_matrix(tensor) or _elementwise(weight, tensor, shapes):
-        return {}, reason
-    n_stored = weight.n_stored or tensor.numel()
-    try:
+        if reason := _no_matrix(tensor) or _elementwise(weight, tensor, shapes):
+            raise ValueError(reason)
+        n_stored, n = weight.n_stored or tensor.numel(), tensor.numel()
         parts = _unfolded(weight, tensor, shapes)
-        return {name: _row(part, n_stored * part.matrix.numel() // tensor.numel()) for name, part in parts.items()}, ""
-    except ValueError as error:
-        return {}, str(error)
+        return {name: _row(part, n_stored * part.matrix.numel() // n) for name, part in parts.items()}
     except (RuntimeError, MemoryError) as error:  # PyTorch says "can't allocate memory" by a RuntimeError
-        return {}, f"could not be measured: {_one_line(error)}"
+        raise ValueError(f"could not be measured: {_one_line(error)}") from error
 
 
 def _unfolded(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Unfolded]:
-    """Return the matrices of a tensor by name: of a stack, such as that of a layer's experts, a matrix each."""
+    """Return the matrices of a tensor by name; a stack, such as a layer's experts, has several."""
     if tensor.dim() == 2 or _is_convolution(weight, shapes):
         return unfold(weight.name, tensor, weight.layer, _hidden_size(weight.name, shapes))
     while tensor.dim() > 2 and len(tensor) == 1:
@@ -182,10 +172,10 @@ def _unfolded(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ..
 
 
 def _is_convolution(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Say whether a tensor of three axes or more is a convolution's or bilinear layer's weight, no stack of matrices.
+    """Return whether a tensor of three axes or more is a convolution's or bilinear layer's weight, and no stack.
 
-    The layer tells. Of a tensor alone, a convolution's is called ``weight``. With three axes it has also a vector of
-    biases, where a stack has a matrix; or more filters than a filter has rows or columns.
+    The layer decides, if it is known. Otherwise a convolution's weight is called ``weight``. One with three axes also
+    has a vector of biases, whereas a stack has a matrix; or it has more filters than a filter has rows or columns.
     """
     if isinstance(weight.layer, nn.Bilinear) or hasattr(weight.layer, "kernel_size"):
         return True
@@ -197,7 +187,7 @@ def _is_convolution(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> bo
 
 
 def _hidden_size(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return the hidden size of the recurrent layer that a weight is of, as its weights from hidden units tell."""
+    """Return the hidden size of a weight's recurrent layer: the columns of its weight for the hidden units."""
     if not (found := RECURRENT.search(name)):
         return None
     beside = [f"{name[: found.start()]}weight_{kind}{found[2] or ''}" for kind in ("hr", "hh")]
@@ -205,7 +195,7 @@ def _hidden_size(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None
 
 
 def _elementwise(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Say why a tensor with the shape of a matrix maps no vectors; nothing of one that may."""
+    """Return why a tensor with the shape of a matrix is none, by its name, layer or values; empty if it is one."""
     owner, _, part = weight.name.rpartition(".")
     of_weight, of_bias = (shapes.get(f"{owner}.{name}".removeprefix("."), ()) for name in ("weight", "bias"))
     scales = part in ("weight", "bias") and of_weight == of_bias
@@ -220,7 +210,7 @@ def _elementwise(weight: Weight, tensor: Tensor, shapes: Mapping[str, tuple[int,
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Say whether a square tensor holds zero and one other value; one with two axes must have it in one triangle."""
+    """Return whether a square tensor holds zero and one other value; with two axes, all of it in one triangle."""
     n, lowest, highest = tensor.shape[-1], tensor.min(), tensor.max()
     if n < 3 or tensor.shape[-2] != n or bool(lowest) == bool(highest):
         return False
@@ -231,12 +221,12 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def _no_matrix(tensor: Tensor) -> str:
-    """Say why a tensor is no matrix to measure; nothing of one that is."""
+    """Return why a tensor of this type and shape cannot be measured; empty if it can."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     reasons = {
         "quantised: integers that stand for values by a scale": lambda: tensor.is_quantized,
         f"sparse ({str(tensor.layout).removeprefix('torch.')})": lambda: tensor.layout != torch.strided,
-        "without values (on the device meta)": lambda: tensor.is_meta,
+        "without values: not initialised, or of a type that this PyTorch cannot read": lambda: tensor.is_meta,
         f"complex numbers ({dtype})": tensor.is_complex,
         f"integers ({dtype}): counts, indices or quantised values": lambda: not tensor.is_floating_point(),
         f"quantised ({dtype}), which means something only with its scales": lambda: tensor.dtype.itemsize == 1,
@@ -281,34 +271,33 @@ def _weights(source: str) -> list[Weight]:
     file = Path(source)
     if not file.exists() and ":" in source:
         return of_model(_called(source))
-    if not file.is_file():
-        kind = "a folder" if file.is_dir() else "no file"
-        raise AnalysisError(f"{source} is {kind}; give a file ({FILES}) or package.module:callable")
-    if file.suffix in SAFETENSORS_FILES:
-        return _of_safetensors(file)
-    if file.suffix in PYTORCH_FILES:
-        return _together(list(_listed(_loaded(file)).values()))
-    raise AnalysisError(f"{source} ends in none of {FILES}: its format is not known")
+    if not file.is_file() or file.suffix not in READERS:
+        kind = "a folder" if file.is_dir() else "of no known format" if file.is_file() else "no file"
+        raise AnalysisError(f"{source} is {kind}; give a file ({', '.join(READERS)}) or package.module:callable")
+    return _together(_listed(READERS[file.suffix](file)))
 
 
-def _of_safetensors(file: Path) -> list[Weight]:
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file, which has no order of its own: layer 2 comes before layer 10."""
+
+    def natural(name: str) -> list[tuple[str, int]]:
+        return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+    def tensor(name: str) -> Tensor:
+        try:
+            return stored.get_tensor(name)
+        except (SafetensorError, TypeError, KeyError, RuntimeError):  # a type that this PyTorch does not have
+            return NO_VALUES
+
     try:
-        stored = safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as stored:
+            return {name: tensor(name) for name in sorted(stored.keys(), key=natural)}
     except (SafetensorError, OSError) as error:
         raise AnalysisError(f"{file} cannot be read as safetensors: {_one_line(error)}") from error
-    weights = []
-    for name in sorted(stored.keys(), key=_natural):  # the format keeps no order of its own: layer 2 before layer 10
-        shape, unwanted = tuple(stored.get_slice(name).get_shape()), OPTIMISER if MOMENTS.search(name) else ""
-        weights.append(Weight(_printable(name), partial(stored.get_tensor, name), shape, unwanted=unwanted))
-    return _together(weights)
 
 
-def _natural(name: str) -> list[tuple[str, int]]:
-    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
-
-
-def _loaded(file: Path) -> Any:
-    """Load what a file of PyTorch's holds: tensors, mapped rather than read where its format allows, and containers."""
+def _read_pytorch(file: Path) -> Any:
+    """Load the tensors and containers of a file; tensors are mapped where its format allows."""
     try:
         zipped = zipfile.is_zipfile(file)
         if zipped:
@@ -326,6 +315,12 @@ def _loaded(file: Path) -> Any:
         raise AnalysisError(f"{file} is damaged, unreadable or no file of PyTorch's: {_one_line(error)}") from error
 
 
+READERS: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": _read_safetensors,
+    **dict.fromkeys((".pt", ".pth", ".bin"), _read_pytorch),
+}
+
+
 def _check_archive(file: Path) -> None:
     """Refuse an archive with a damaged record, which PyTorch would load unseen, or with a program."""
     with zipfile.ZipFile(file) as archive:
@@ -336,7 +331,7 @@ def _check_archive(file: Path) -> None:
 
 
 def _printable(name: str) -> str:
-    """Return a name from a file without what a terminal would obey."""
+    """Return a name from a file without control characters, which a terminal would obey."""
     return "".join(letter if letter.isprintable() else "�" for letter in name)
 
 
@@ -353,44 +348,42 @@ def _listed(loaded: Any) -> dict[str, Weight]:
     first: dict[tuple[Any, ...], str] = {}
     for path, tensor, unwanted in _tensors_in(loaded):
         name = _unused(_printable(path), weights)
-        if is_lazy(tensor):
-            unwanted = "not initialised: the model must run once before it has this"
-        elif (place := _place(tensor)) and (same := first.setdefault(place, name)) != name:
+        if (place := _place(tensor)) and (same := first.setdefault(place, name)) != name:
             unwanted = f"the same tensor as {same}"
-        shape = () if is_lazy(tensor) else tuple(tensor.shape)
-        weights[name] = Weight(name, partial(Tensor.detach, tensor), shape, unwanted=unwanted)
+        weights[name] = Weight(name, tensor.detach, tuple(tensor.shape), unwanted=unwanted)
     return weights
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Say which part of memory holds a tensor's entries; nothing of a tensor without a part of its own."""
-    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
+    """Return where in memory a tensor's entries lie; empty if it has none of its own."""
+    if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return ()
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
 
 
 def _tensors_in(loaded: Any) -> Iterator[tuple[str, Tensor, str]]:
-    """Yield tensors by dotted name, in order, each with why not to measure it: an optimiser keeps it.
+    """Yield tensors by dotted name, in order, each with the reason to skip it: it belongs to an optimiser.
 
     An optimiser's state is a mapping with PyTorch's ``state`` and ``param_groups`` or with optax's ``mu`` and ``nu``.
-    A container that is met twice, as in itself, is entered once.
+    A container that holds itself is entered once.
     """
     pending: list[tuple[str, Any, str]] = [("", loaded, "")]
     entered: set[int] = set()
     while pending:
         name, value, unwanted = pending.pop()
+        unwanted = OPTIMISER if MOMENTS.search(name) else unwanted
         if isinstance(value, Tensor):
-            yield name or "tensor", value if is_lazy(value) else value.detach(), unwanted
+            yield name or "tensor", NO_VALUES if is_lazy(value) else value.detach(), unwanted
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in entered:
             entered.add(id(value))
             items = value if isinstance(value, Mapping) else dict(enumerate(value))
-            if {"state", "param_groups"} <= items.keys() or {"mu", "nu"} <= items.keys() or MOMENTS.search(name):
+            if {"state", "param_groups"} <= items.keys() or {"mu", "nu"} <= items.keys():
                 unwanted = OPTIMISER
             pending += [(f"{name}.{key}".removeprefix("."), item, unwanted) for key, item in items.items()][::-1]
 
 
 def of_model(model: nn.Module) -> list[Weight]:
-    """List the tensors of a model's ``state_dict``, with what layers compute in place of what they compute it from.
+    """List the tensors of a model's ``state_dict``; a weight that a layer computes takes the place of its parts.
 
     A layer of factors has their product, an adapted one W + ΔW, and a pruned or parametrized one, as by ``weight_norm``
     or ``spectral_norm``, the weight that it works with.
@@ -399,22 +392,22 @@ def of_model(model: nn.Module) -> list[Weight]:
     layers = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = _listed(model.state_dict())
-    places = {_place(weight.read()) for weight in stored.values() if weight.shape}
+    places = {_place(weight.read()) for weight in stored.values()} - {()}
     weights: dict[str, Weight] = {}
     for name, weight in stored.items():
         unwanted = weight.unwanted
-        for computed in _candidates(name, len(weight.shape)):
-            owner, _, part = computed.rpartition(".")
+        for whole in _candidates(name, len(weight.shape)):
+            owner, _, part = whole.rpartition(".")
             try:
                 value = getattr(layers.get(owner), part, None)
             except Exception:  # a property of the user's own may raise anything
                 continue
-            if computed not in stored and isinstance(value, Tensor) and _place(value) not in places:
-                whole = Weight(computed, partial(getattr, layers[owner], part), tuple(value.shape), layers[owner])
-                n_stored = weights.get(computed, whole).n_stored or 0
-                n_stored += math.prod(weight.shape) if name in parameters else 0
-                weights[computed] = whole._replace(n_stored=n_stored)
-                unwanted = f"a part of {computed}"
+            if whole not in stored and isinstance(value, Tensor) and _place(value) not in places:
+                n_stored = math.prod(weight.shape) if name in parameters else 0
+                n_stored += weights[whole].n_stored if whole in weights else 0
+                read = partial(getattr, layers[owner], part)
+                weights[whole] = Weight(whole, read, tuple(value.shape), layers[owner], n_stored=n_stored)
+                unwanted = f"a part of {whole}"
                 break
         if name not in parameters and len(weight.shape) > 1:
             unwanted = unwanted or "a buffer, no parameter"
@@ -423,7 +416,7 @@ def of_model(model: nn.Module) -> list[Weight]:
 
 
 def _candidates(name: str, n_axes: int) -> Iterator[str]:
-    """Yield what a layer may compute from a stored tensor: ``weight`` from ``weight_orig`` or ``base.weight``."""
+    """Yield names that a layer may compute from a stored tensor: ``weight`` from ``weight_orig`` or ``base.weight``."""
     path = name.replace("parametrizations.", "")
     owners = [path[: dot.start()] for dot in re.finditer(r"\.", path)][::-1]
     yield from (path.rpartition("_")[0], *owners)
@@ -433,7 +426,7 @@ def _candidates(name: str, n_axes: int) -> Iterator[str]:
 
 @torch.no_grad()
 def _compute(model: nn.Module) -> None:
-    """Bring up to date what ``torch.nn.utils`` computes only before a layer's pass, such as a pruned weight."""
+    """Update weights that ``torch.nn.utils`` computes only before a layer's pass, such as pruned ones."""
     for layer in model.modules():
         for hook in layer._forward_pre_hooks.values():
             if type(hook).__module__.startswith("torch.nn.utils."):
@@ -453,7 +446,7 @@ def _product(B: Tensor, C: Tensor) -> Tensor:
     return (B.flatten(1) @ C.flatten(1)).view(len(B), *C.shape[1:])
 
 
-# How a file keeps a weight in several tensors: how their names end, how that of the whole does, and what it is.
+# A file keeps some weights as two tensors: the ends of their names, the end of the weight's, and how to compute it.
 JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
     (("_v", "_g"), "", _normed),
     ((".original1", ".original0"), "", _normed),
@@ -464,10 +457,10 @@ JOINED: list[tuple[tuple[str, ...], str, Callable[..., Tensor]]] = [
 ]
 
 
-def _together(weights: list[Weight]) -> list[Weight]:
-    """Put together what a file keeps apart and only names and shapes connect."""
-    named = {f".{weight.name}": weight for weight in weights if not weight.unwanted}
-    together = {weight.name: [weight] for weight in weights}
+def _together(stored: Mapping[str, Weight]) -> list[Weight]:
+    """Put together the weights that a file keeps as two tensors, connected by their names and shapes alone."""
+    named = {f".{name}": weight for name, weight in stored.items() if not weight.unwanted}
+    together = {name: [weight] for name, weight in stored.items()}
     for endings, name, apply in JOINED:
         for stem in [first.removesuffix(endings[0]) for first in named if first.endswith(endings[0])]:
             parts = [named[stem + ending] for ending in endings if stem + ending in named]

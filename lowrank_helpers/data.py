@@ -63,7 +63,7 @@ class Dataset:
         aside.
     train_labels, validation_labels, test_labels : Tensor of int64, shape (n,)
         Classes from 0 on. Training labels may also be float32 probabilities of the classes, (n, n_classes), such as
-        another network's answers (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+        another network's outputs (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
     mean, std : float
         Those of all training pixels, on a scale from 0 to 1: pixel = image·std + mean.
     """
@@ -115,8 +115,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """Return the SHA-256 of all images and labels as they are now, however they came to be so.
 
-        It is computed anew each time, 0.2 s for MNIST's 220 MB: NumPy changes a tensor without PyTorch's knowledge, so
-        that nothing cheaper tells whether an earlier hash still holds.
+        It is computed anew each time, 0.2 s for MNIST's 220 MB: NumPy can change a tensor without PyTorch's knowledge,
+        so an earlier hash may no longer hold.
         """
         return checksum(self._tensors())
 

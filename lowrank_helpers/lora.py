@@ -28,19 +28,18 @@ from lowrank_helpers.models import check_plain, linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PREFIX = "base_model.model."  # PEFT's, of every name
-FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+FACTORS = (".lora_A.weight", ".lora_B.weight")  # how the names of both end
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in which a network's parameters are compared
 
-# A config's keys by what becomes of them. First, what the factors say too, or what matters to a training alone.
-BESIDE_THE_POINT = {
-    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
-    *("layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision"),
-    *("target_modules", "task_type"),
+# What a config of PEFT's may say. First, what the factors say too, what is read, and what matters to training alone.
+ANY_VALUE = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"),
+    *("qalora_group_size", "revision", "target_modules", "task_type"),
 }
-PER_LAYER = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
-DONE = {  # what else may be said; of any other key only that it is not used
+ONE_OF = {  # any other key may only say that it is not used
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal"),  # others change the base's weights, or may
@@ -49,7 +48,7 @@ DONE = {  # what else may be said; of any other key only that it is not used
 
 
 class AdapterError(ValueError):
-    """A folder holds no adapter, that of another network, or a kind that is not done here; the message says which."""
+    """A folder holds no adapter, that of another network, or an unsupported kind; the message says which."""
 
 
 class LoRALinear(nn.Module):
@@ -135,7 +134,7 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
     ----------
     model : nn.Module
     ranks : mapping of str to int
-        r by layer name, as in ``linear_layers(model)``; from 1 to min(out_features, in_features).
+        Rank r by layer name, as in ``linear_layers(model)``; from 1 to min(out_features, in_features).
     alpha : float
         α of every adapter.
     seed : int
@@ -297,14 +296,14 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
             "freeze them if they are as they were, or merge and save the whole network"
         )
     first = next(iter(layers.values()))
-    exactly = {name: f"^{re.escape(name)}" for name in layers}  # PEFT takes names as patterns of their ends
+    exactly = {f"^{re.escape(name)}": layer for name, layer in layers.items()}  # PEFT takes names as their ends
     config = {
         "peft_type": "LORA",
         "target_modules": "|".join(map(re.escape, layers)),
         "r": first.rank,
         "lora_alpha": first.alpha,
-        "rank_pattern": {exactly[name]: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
-        "alpha_pattern": {exactly[name]: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+        "rank_pattern": {pattern: layer.rank for pattern, layer in exactly.items()},
+        "alpha_pattern": {pattern: layer.alpha for pattern, layer in exactly.items()},
         "bias": "none",
         "inference_mode": True,
     }
@@ -324,8 +323,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """Return a copy of a model with the adapters and buffers of a folder that :func:`save_adapter` or PEFT wrote.
 
-    Whether the model's parameters are those that the adapter was trained on, or these in another precision, is known
-    only of our own adapters; of PEFT's, names and shapes are compared.
+    Our own adapters also know the parameters that they were trained on, in any precision; for PEFT's, only names and
+    shapes are compared.
 
     Parameters
     ----------
@@ -343,29 +342,28 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         An adapted layer of the model has a ``forward`` of its own.
     """
     folder = Path(folder)
-    config, (header, factors, others) = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
+    config, (header, tensors) = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
     copy = deepcopy(model).requires_grad_(False)
     layers, buffers = linear_layers(copy), _buffers(copy)
     names = {_plain_name(copy, name): name for name in layers}
-    for stored, (A, B) in factors.items():
+    stems = [name.removesuffix(FACTORS[0]) for name in tensors if name.endswith(FACTORS[0])]
+    for stored in [stem for stem in stems if stem + FACTORS[1] in tensors]:
         plain = stored if stored in names else stored.removeprefix("module.")
         if plain not in names:
             raise AdapterError(f"{folder} adapts layer {stored!r}; the model's linear layers are {', '.join(names)}")
         layer = layers[names[plain]]
         check_plain({plain: layer})
-        if layer.weight.shape != (len(B), A.shape[1]):
-            found = "×".join(map(str, layer.weight.shape))
-            raise AdapterError(f"{folder} adapts {stored!r} of {len(B)}×{A.shape[1]}; the model's is {found}")
-        rank = _of_layer(config, stored, "rank_pattern", "r")
-        if not rank == len(A) == B.shape[1]:
-            raise AdapterError(f"{folder} has rank {rank} for {stored!r}, with factors of {len(A)} and {B.shape[1]}")
-        alpha = _of_layer(config, stored, "alpha_pattern", "lora_alpha")
-        if config.get("use_rslora"):  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
-            alpha *= rank**0.5
-        substitute_(copy, names[plain], LoRALinear(layer, A, B, alpha))
-    for stored, tensor in others.items():
+        A, B = (tensors.pop(stored + end) for end in FACTORS)
+        try:
+            adapter = LoRALinear(layer, A, B, _alpha(config, stored, len(A)))
+        except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
+            raise AdapterError(f"{folder} has an impossible adapter for layer {stored!r}: {error}") from error
+        substitute_(copy, names[plain], adapter)
+    for stored, tensor in tensors.items():
         if stored not in buffers or buffers[stored].shape != tensor.shape:
-            raise AdapterError(f"{folder} is no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}")
+            raise AdapterError(
+                f"{folder} is damaged or no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}"
+            )
         buffers[stored].copy_(tensor)
     dtype = min((p.dtype for p in model.parameters() if p.dtype in DTYPES), key=DTYPES.index, default=DTYPES[0])
     if header.get(f"{BASE}_{dtype}", "") not in ("", _checksum(model, dtype)):
@@ -395,8 +393,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
     """Return the checksum of a model's parameters in one precision.
 
-    So a network rounded to half precision has in it the checksum of the original, and converted back to float32 still
-    that of its own in float32.
+    A network that is rounded to half precision has the checksum that the original has in that precision.
     """
     named = model.named_parameters(remove_duplicate=False)  # a weight may be shared here and not there
     return checksum(
@@ -405,53 +402,40 @@ def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """Read a config of PEFT's, and refuse by name what changes the computation and is not done here."""
+    """Read a config of PEFT's, and refuse by name what changes the computation and is not supported."""
     try:
         read = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read as an adapter's config: {error}") from error
     if not isinstance(read, dict) or read.get("peft_type") != "LORA":
         raise AdapterError(f"{file} is no config of a LoRA adapter: it has no peft_type 'LORA'")
-    config: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}} | read
-    try:
-        numbers = [config["r"], config["lora_alpha"]]
-        for name in ("rank_pattern", "alpha_pattern"):
-            numbers += config[name].values()
-            for pattern in config[name]:
-                re.compile(pattern)
-        if not all(0 < number < math.inf for number in numbers):
-            raise ValueError(f"{numbers} must all be finite and above 0")
-    except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
-        raise AdapterError(f"{file} has impossible ranks or α: {error!r}") from error
-    for key, value in config.items():
-        if value and key not in BESIDE_THE_POINT | PER_LAYER and value not in DONE.get(key, ()):
-            raise AdapterError(f"{file} has {key} = {value!r}, which is not done here: merge it with PEFT instead")
-    return config
+    for key, value in read.items():
+        if value and key not in ANY_VALUE and value not in ONE_OF.get(key, ()):
+            raise AdapterError(f"{file} has {key} = {value!r}, which is not supported: merge it with PEFT instead")
+    return read
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Return the header of a file of PEFT's, A and B by layer, and its other tensors; without the prefixes of names."""
+def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the header and the tensors of a file of PEFT's, by names without the prefixes that it has for all."""
     try:
         with safe_open(file, framework="pt") as stored:
-            header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+            header = stored.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} cannot be read as an adapter: {error}") from error
-    layers: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in tensors.items():
-        name = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix(PREFIX)
-        found = FACTOR.fullmatch(name)
-        if found and tensor.dim() == 2:
-            layers.setdefault(found["layer"], {})[found["factor"]] = tensor
-        else:
-            others[name] = tensor
-    if halves := [name for name, factors in layers.items() if len(factors) < 2]:
-        raise AdapterError(f"{file} is damaged: one of the factors of {', '.join(halves)} is missing")
-    return header, {name: (factors["A"], factors["B"]) for name, factors in layers.items()}, others
+    plain = {name: name.replace("_orig_mod.", "").removeprefix("module.").removeprefix(PREFIX) for name in tensors}
+    return header, {plain[name]: tensor for name, tensor in tensors.items()}
 
 
-def _of_layer(config: Mapping[str, Any], layer: str, patterns: str, default: str) -> Any:
-    """Return a layer's number as PEFT does, of the first pattern that the end of its name matches, or the default."""
-    matching = (value for key, value in config[patterns].items() if re.match(rf"(.*\.)?({key})$", layer))
-    return next(matching, config[default])
+def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return the α of a layer whose factors have that rank; refuse a config that gives it another rank."""
+
+    def given(patterns: str, default: str) -> Any:
+        """Return, as PEFT does, the number of the first pattern that the end of the name matches, or the default."""
+        matching = (value for key, value in config.get(patterns, {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+        return next(matching, config[default])
+
+    if given("rank_pattern", "r") != rank:
+        raise ValueError(f"rank {given('rank_pattern', 'r')}, with factors of rank {rank}")
+    scale = rank**0.5 if config.get("use_rslora") else 1  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
+    return given("alpha_pattern", "lora_alpha") * scale

@@ -4,6 +4,7 @@ All are without biases, Dropout or BatchNorm, take images as rows, and draw PyTo
 seed: uniform on ±1/√(inputs of one output) (He et al. 2015 with a = √5).
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -95,9 +96,7 @@ def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
     for i, (before, after) in enumerate(pairwise([1, *channels]), start=1):
         layers[f"conv{i}"] = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
         layers[f"act{i}"] = nn.ReLU()
-    side = IMAGE_SIDE
-    for _ in channels:
-        side = (side + 1) // 2
+    side = math.ceil(IMAGE_SIDE / 2 ** len(channels))
     layers["flatten"] = nn.Flatten()
     layers["fc1"] = nn.Linear(channels[-1] * side**2, width, bias=False)
     layers["act"] = nn.ReLU()

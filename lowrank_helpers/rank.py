@@ -1,4 +1,4 @@
-"""Measures of rank. Each takes singular values, as an array, a tensor or a list, so that one SVD serves them all.
+"""Measures of rank. Each takes singular values as an array, a tensor or a list, so that one SVD serves them all.
 
 Exact rank says nothing of a trained network: noise makes almost every matrix full-rank. The measures here say
 how many directions carry the matrix, each with its own idea of "carry".
@@ -23,7 +23,6 @@ Shape = tuple[int, int]
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-IN_BLOCKS_FROM = 2**24  # entries; from 128 MiB in float64 on, a thin matrix is decomposed a block at a time
 ROWS_AT_ONCE = 1024  # where all entries are gone through, so that no temporary is as large as the matrix
 
 
@@ -47,11 +46,7 @@ def singular_values(matrix: Numbers) -> Array:
         raise ValueError(f"a matrix is needed, not an array of shape {tuple(array.shape)}")
     if not all(block.isfinite().all() for block in array.split(ROWS_AT_ONCE)):
         raise ValueError("the matrix holds NaN or infinite entries")
-    tall = array if array.shape[0] >= array.shape[1] else array.T
-    if tall.numel() >= IN_BLOCKS_FROM and tall.shape[0] >= 4 * tall.shape[1]:
-        s = torch.linalg.svdvals(_triangle(tall))
-    else:
-        s = torch.linalg.svdvals(array.to(_exact(array)))
+    s = torch.linalg.svdvals(_triangle(array if array.shape[0] >= array.shape[1] else array.T))
     if not s.isfinite().all():
         raise ValueError("the matrix is too large in norm for float64")
     return s.numpy()
@@ -62,26 +57,21 @@ def _tensor(numbers: Numbers) -> Tensor:
     return numbers.detach().cpu() if isinstance(numbers, Tensor) else torch.as_tensor(np.array(numbers))
 
 
-def _exact(array: Tensor) -> torch.dtype:
-    """Return the type to decompose in."""
-    return torch.complex128 if array.is_complex() else torch.float64
+def _triangle(matrix: Tensor) -> Tensor:
+    """Return a matrix in double precision, or a smaller one with its singular values if it is tall.
 
-
-def _triangle(tall: Tensor) -> Tensor:
-    """Return R of the QR decomposition of a tall matrix, which has its singular values, in double precision.
-
-    One block of rows after the other goes through a QR with the R so far, so that a few times m² numbers are held at
-    once rather than several copies of the matrix (Demmel et al. 2008, arXiv 0809.2407, *sequential TSQR*).
+    That is R of the QR decomposition. One block of rows after the other goes through a QR with the R so far, so that no
+    copy of a tall matrix is held (Demmel et al. 2008, arXiv 0809.2407, *sequential TSQR*).
     """
-    m = tall.shape[1]
-    R = torch.zeros(0, m, dtype=_exact(tall))
-    for block in tall.split(4 * m):
+    first, *others = matrix.split(max(ROWS_AT_ONCE, 4 * matrix.shape[1]))
+    R = first.to(torch.complex128 if matrix.is_complex() else torch.float64)
+    for block in others:
         R = torch.linalg.qr(torch.cat([R, block.to(R.dtype)]), mode="r").R
     return R
 
 
 def _of_singular_values(measure: Callable[Concatenate[Array, P], Result]) -> Callable[Concatenate[Numbers, P], Result]:
-    """Let a measure take singular values as a tensor, an array or a list, and refuse what is none: a matrix above all.
+    """Let a measure take singular values as a tensor, an array or a list, and refuse anything else, such as a matrix.
 
     Raises
     ------
@@ -254,7 +244,7 @@ def marchenko_pastur_edges(shape: Shape, std: float) -> tuple[float, float]:
 def rank_beyond_edge(s: Array, shape: Shape, std: float) -> int:
     """Count singular values beyond the Marchenko–Pastur edge of a random matrix with entries of this ``std``.
 
-    Of a large random matrix none or one is beyond, as its largest one scatters about the edge.
+    A large random matrix has none or one beyond it: its largest singular value scatters about the edge.
     """
     return int((s > marchenko_pastur_edges(shape, std)[1]).sum())
 

@@ -20,8 +20,8 @@ class Interval:
     n: int
 
 
-def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval:
-    """Return the mean of independent values with Student's t interval; of one value the limits are infinite.
+def interval(values: npt.ArrayLike) -> Interval:
+    """Return the mean of independent values with its 95 % interval (Student's t); of one value the limits are infinite.
 
     Raises
     ------
@@ -33,7 +33,7 @@ def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     >>> interval([97.0, 98.0, 99.0])
     Interval(mean=98.0, low=95.51..., high=100.48..., n=3)
     """
-    return _around_mean(values, confidence, extra_variance=0)
+    return _around_mean(values, CONFIDENCE, extra_variance=0)
 
 
 def prediction_interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval:
@@ -62,16 +62,12 @@ def _around_mean(values: npt.ArrayLike, confidence: float, extra_variance: int) 
 
 
 @dataclass(frozen=True)
-class RelativeDifference:
+class RelativeDifference(Interval):
     """How much larger one of two quantities is on average, as a share of the mean of both, and what it amounts to.
 
     ``verdict`` is ``larger``, ``smaller``, ``alike`` or ``not settled``.
     """
 
-    mean: float
-    low: float
-    high: float
-    n: int
     verdict: str
 
     def __str__(self) -> str:
@@ -109,14 +105,10 @@ def relative_difference(
     pairs = np.array(both, dtype=float).reshape(-1, 2)
     scale = np.abs(pairs).mean() if len(pairs) else 0.0
     found = interval((pairs[:, 0] - pairs[:, 1]) / (scale or 1))
-    return RelativeDifference(found.mean, found.low, found.high, found.n, _verdict(found, margin))
-
-
-def _verdict(found: Interval, margin: float) -> str:
     if found.low > margin:
-        return "larger"
-    if found.high < -margin:
-        return "smaller"
-    if -margin <= found.low and found.high <= margin:
-        return "alike"
-    return "not settled"
+        verdict = "larger"
+    elif found.high < -margin:
+        verdict = "smaller"
+    else:
+        verdict = "alike" if -margin <= found.low and found.high <= margin else "not settled"
+    return RelativeDifference(found.mean, found.low, found.high, found.n, verdict)

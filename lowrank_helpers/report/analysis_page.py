@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lowrank_helpers.analysis import BEYOND, HALF, Analysis, AnalysisError
-from lowrank_helpers.rank import MEASURES
 from lowrank_helpers.series.store import write_atomically
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ FORMAT = 1
 WIDTH = 100  # columns of the terminal
 NAMED = 4  # tensors that are named where others share their reason; --output names all
 DRAWN = ("effective rank", "energy rank 90 %", BEYOND)
-SHORT = {
+COLUMNS = {
     "effective rank": "effective",
     "stable rank": "stable",
     "energy rank 90 %": "90 %",
@@ -30,7 +29,6 @@ SHORT = {
     "Gavish–Donoho rank": "GD",
     BEYOND: "MP",
 }
-COLUMNS = {name: SHORT.get(name, name) for name in (*MEASURES, BEYOND) if name != "numerical rank"}
 MEANING = {
     "rank": "numerical rank of the full one, min(rows, columns): singular values above rounding",
     "effective": "exp of the entropy of the singular values (Roy & Vetterli 2007)",
@@ -131,16 +129,16 @@ def _number(value: float) -> str:
 
 
 def _by_reason(label: str, reasons: Mapping[str, str]) -> list[str]:
-    grouped: dict[str, list[str]] = {}
+    """Return a line a reason, with the first names that it applies to."""
+    named: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        if reason:
-            grouped.setdefault(reason, []).append(name)
-    return [f"{label}, {reason}: {_some(names)}" for reason, names in grouped.items()]
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f", and {more} more (--output names all)" if more > 0 else "")
+        named.setdefault(reason, []).append(name)
+    named.pop("", None)
+    more = {reason: f", and {len(names) - NAMED} more (--output names all)" for reason, names in named.items()}
+    return [
+        f"{label}, {reason}: {', '.join(names[:NAMED])}{more[reason] if len(names) > NAMED else ''}"
+        for reason, names in named.items()
+    ]
 
 
 def check(folder: Path) -> None:

@@ -151,28 +151,21 @@ def test_files_of_other_sets_are_read_as_they_lie(tmp_path):
         data.load("fashion_mnist", tmp_path)
 
 
-def test_digits_are_standardised_stratified_and_always_the_same(digits):
+def test_digits_are_scikit_learns_enlarged_stratified_and_always_the_same(digits):
+    from sklearn.datasets import load_digits
+
     assert (len(digits.train_images), len(digits.test_images)) == (1437, 360)
     std, mean = torch.std_mean(digits.train_images)
     assert (mean.item(), std.item()) == pytest.approx((0, 1), abs=1e-4)
     for labels in (digits.train_labels, digits.test_labels):
-        shares = torch.bincount(labels) / len(labels)
-        assert shares.sub(0.1).abs().max() < 0.01
-    again = data.load("digits")
-    assert again.fingerprint() == digits.fingerprint() and torch.equal(again.train_images, digits.train_images)
+        assert (torch.bincount(labels) / len(labels)).sub(0.1).abs().max() < 0.01
+    assert data.load("digits").fingerprint() == digits.fingerprint()
     rows = {row.numpy().tobytes() for row in digits.train_images}
     assert not any(row.numpy().tobytes() in rows for row in digits.test_images)
-
-
-def test_digits_show_scikit_learns_images_enlarged(digits):
-    from sklearn.datasets import load_digits
-
-    def small(images):
-        """Average each image, back in grey levels 0 to 1: resampling keeps the mean of what it enlarges."""
-        return np.sort((images * digits.std + digits.mean).mean(dim=1).numpy())
-
-    together = small(torch.cat([digits.train_images, digits.test_images]))
-    np.testing.assert_allclose(together, np.sort(load_digits().images.mean(axis=(1, 2)) / 16), atol=0.02)
+    # Resampling keeps the mean of each image that it enlarges.
+    together = torch.cat([digits.train_images, digits.test_images]) * digits.std + digits.mean
+    expected = np.sort(load_digits().images.mean(axis=(1, 2)) / 16)
+    np.testing.assert_allclose(np.sort(together.mean(dim=1).numpy()), expected, atol=0.02)
 
 
 def test_a_part_of_a_set_is_that_part_with_its_own_fingerprint(digits):
@@ -185,29 +178,17 @@ def test_a_part_of_a_set_is_that_part_with_its_own_fingerprint(digits):
     assert 7 not in digits.select(train=mask).train_labels and len(digits.select(train=mask).test_labels) == 360
 
 
-def _shuffled_labels(data):
-    data.train_labels[:] = data.train_labels.flip(0)
-    return data
-
-
-def _shuffled_by_numpy(data):
-    data.train_labels.numpy()[:] = data.train_labels.numpy()[::-1].copy()
-    return data
-
-
-def _noise_in_place(data):
-    data.train_images.add_(0.1)
+def _by_numpy(data):
+    data.train_labels.numpy()[:] = data.train_labels.numpy()[::-1].copy()  # unknown to PyTorch
     return data
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        _shuffled_labels,
-        _shuffled_by_numpy,
-        _noise_in_place,
+        _by_numpy,
+        lambda data: data.train_images.add_(0.1) is None or data,
         lambda data: replace(data, train_labels=data.train_labels.flip(0)),
-        lambda data: replace(data, train_images=data.train_images + 0.1 * torch.randn_like(data.train_images)),
         lambda data: data.select(train=torch.arange(100)),
         lambda data: data.select(train=torch.arange(len(data.train_labels)).flip(0)),
         lambda data: data.select(validation=torch.arange(10)),

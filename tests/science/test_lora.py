@@ -80,29 +80,15 @@ def test_a_starts_with_a_spread_of_one_over_the_root_of_its_inputs():
     assert not torch.equal(other.fc1.lora_A, model.fc1.lora_A)
 
 
-def test_only_the_factors_of_the_chosen_layers_are_trained():
-    model = adapted(layers=["fc2"], rank=4)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained == ["fc2.lora_A", "fc2.lora_B"]
-    assert n_trainable(model) == 4 * (12 + 9)
-
-
 def test_each_layer_has_its_rank_and_the_same_factors_in_whatever_order_they_are_named():
     base = mlp(WIDTHS, seed=0)
     model = lora.adapt(base, {"fc1": 2, "fc3": 5}, alpha=1, seed=3)
     assert {name: layer.rank for name, layer in lora.adapters(model).items()} == {"fc1": 2, "fc3": 5}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["fc1.lora_A", "fc1.lora_B", "fc3.lora_A", "fc3.lora_B"]
+    assert n_trainable(model) == 2 * (784 + 12) + 5 * (9 + 10)
     swapped = lora.adapt(base, {"fc3": 5, "fc1": 2}, alpha=1, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), swapped.parameters(), strict=True))
-
-
-def test_a_training_moves_the_factors_alone():
-    model = adapted(trained=False)
-    before = deepcopy(model.state_dict())
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.randn(5, 784)).square().mean().backward()
-    optimiser.step()
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {f"{name}.lora_B" for name in LAYERS}  # A has no gradient while B is zero
 
 
 def test_adapting_leaves_the_given_model_alone_and_removing_gives_it_back():
@@ -115,43 +101,34 @@ def test_adapting_leaves_the_given_model_alone_and_removing_gives_it_back():
     assert all(parameter.requires_grad for parameter in removed.parameters())
 
 
-def test_merging_gives_plain_layers_with_the_same_outputs():
-    model, x = adapted(), torch.randn(50, 784)
+def test_merging_gives_plain_layers_with_the_same_outputs_and_an_update_of_that_rank():
+    model, base, x = adapted(rank=3), mlp(WIDTHS, seed=0), torch.randn(50, 784)
     merged = lora.merge(model)
     assert {type(layer) for layer in linear_layers(merged).values()} == {nn.Linear}
     assert linear_layers(merged).keys() == set(LAYERS)
     torch.testing.assert_close(merged(x), model(x), rtol=1e-5, atol=1e-5)
     assert all(parameter.requires_grad for parameter in merged.parameters())
+    after, before = rank.weight_matrices(merged), rank.weight_matrices(base)
+    for name in LAYERS:
+        assert torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4) == 3
 
 
-def test_state_dict_deepcopy_and_another_dtype():
+def test_state_dict_deepcopy_and_another_dtype_or_device():
     model, x = adapted(), torch.randn(3, 784)
     fresh = adapted(trained=False)
     assert not torch.equal(fresh(x), model(x))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))
-    assert torch.equal(deepcopy(model)(x), model(x))
     double = deepcopy(model).to(torch.float64)
     assert {tensor.dtype for tensor in double.state_dict().values()} == {torch.float64}
     torch.testing.assert_close(double(x.double()).float(), model(x), rtol=1e-5, atol=1e-5)
-
-
-def test_every_tensor_moves_to_another_device():
-    moved = adapted().to("meta")
-    assert {tensor.device.type for tensor in moved.state_dict().values()} == {"meta"}
-    assert moved(torch.empty(3, 784, device="meta")).shape == (3, 10)
+    assert {tensor.device.type for tensor in deepcopy(model).to("meta").state_dict().values()} == {"meta"}
 
 
 def test_a_rank_above_what_the_layer_has_is_of_use_to_pefts_adapters_alone():
     layer = LoRALinear(nn.Linear(3, 2), torch.ones(5, 3), torch.ones(2, 5), 10)
     torch.testing.assert_close(layer.delta, torch.full((2, 3), 10.0))
     assert layer.base.weight.requires_grad, "the layer that is given stays as it was"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_outputs_on_cuda_are_those_on_the_cpu():
-    model, x = adapted(), torch.randn(3, 784)
-    torch.testing.assert_close(deepcopy(model).cuda()(x.cuda()).cpu(), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_computes_in_bfloat16_and_trains_in_float32():
@@ -176,13 +153,6 @@ def test_adapts_the_linear_layers_of_a_transformer():
     torch.testing.assert_close(lora.merge(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_merged_weights_are_what_the_rank_report_sees():
-    model, base = adapted(rank=3), mlp(WIDTHS, seed=0)
-    after, before = rank.weight_matrices(lora.merge(model)), rank.weight_matrices(base)
-    for name in LAYERS:
-        assert torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4) == 3
-
-
 def test_an_adapter_stays_on_a_base_that_is_factorized():
     model, x = adapted(), torch.randn(4, 784)
     factorized = layers.factorize(model, {"fc2.base": 9})
@@ -199,13 +169,10 @@ def test_a_rehearsal_set_has_few_kept_images_of_the_other_classes_as_often_as_wa
         shown, available = (size, count) if label == labels[0] else (size // 2, min(count, n_kept))
         assert len(chosen) == shown
         assert len(chosen.unique()) == min(shown, available)
-
-
-def test_a_rehearsal_set_is_drawn_by_its_seed():
-    labels = torch.arange(1000) % 10
-    sets = [lora.rehearsal(labels, 7, size=100, n_kept=5, share=0.5, seed=seed) for seed in (0, 0, 1)]
-    assert torch.equal(sets[0], sets[1])
-    assert not torch.equal(sets[0], sets[2])
+    again, other = (
+        lora.rehearsal(torch.arange(1000) % 10, 7, size=100, n_kept=5, share=0.5, seed=s) for s in (seed, seed + 1)
+    )
+    assert not torch.equal(again, other), "the seed draws it"
 
 
 def test_extracted_adapters_are_as_close_to_an_update_as_their_rank_allows():

@@ -12,10 +12,10 @@ FLOATS = st.floats(-1e3, 1e3, allow_subnormal=False)  # training flushes them to
 VALUES = st.lists(FLOATS, min_size=2, max_size=12).filter(lambda values: np.std(values) > 1e-3)
 
 
-@given(VALUES, st.sampled_from([0.8, 0.95, 0.999]))
-def test_interval_is_scipys(values, confidence):
-    found = interval(values, confidence)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(confidence)
+@given(VALUES)
+def test_interval_is_scipys(values):
+    found = interval(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-9)
     assert found.mean == pytest.approx(np.mean(values)) and found.n == len(values)
 

@@ -69,14 +69,10 @@ def test_other_threads_pause_too():
     thread.join()
 
 
-def test_who_times_does_not_wait_for_itself():
+def test_what_is_timed_may_have_workers_and_waits_neither_for_itself_nor_for_them(monkeypatch):
+    monkeypatch.setattr(parallel, "_n_side_by_side", 2)
     with exclusive_timing(), exclusive_timing():
         wait_for_timing()
-
-
-def test_what_is_timed_may_have_workers_and_does_not_wait_for_them(monkeypatch):
-    monkeypatch.setattr(parallel, "_n_side_by_side", 2)
-    with exclusive_timing():
         assert side_by_side([lambda stop: wait_for_timing()] * 2, torch.device("cpu")) == [None, None]
 
 
