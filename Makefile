@@ -59,8 +59,8 @@ record: $(VENV)/ready
 	$(BIN)/python scripts/record.py
 
 evidence: $(VENV)/ready
-	$(BIN)/lowrank evidence
-	$(BIN)/lowrank evidence -p dataset digits
+	$(BIN)/python scripts/evidence.py
+	$(BIN)/python scripts/evidence.py -p dataset digits
 
 figures: $(VENV)/ready
 	$(BIN)/python scripts/readme_figures.py

@@ -16,7 +16,11 @@ def main() -> None:
         data.resolve("mnist")  # not digits in its place, which a run would take
     except DatasetError as error:
         sys.exit(f"Error: {error}")
-    cli.main(["run", "--output", str(LATEST)], standalone_mode=False)
+    try:
+        cli.main(["run", "--output", str(LATEST)])
+    except SystemExit as ended:
+        if ended.code:
+            raise
     execution.record(LATEST)
     index.publish(LATEST, PROJECT / "reports" / "reference")
     print("Recorded in notebooks/ and reports/reference/.")
