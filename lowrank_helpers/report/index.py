@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -50,13 +49,6 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
         write_atomically(folder / f"{name}.html", html.encode())
     template = pages.environment().get_template("index.html.j2")
     write_atomically(folder / "index.html", template.render(_index(notebooks, results)).encode())
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Copy a run's pages and results, but not its networks, to a folder that is committed."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in [*folder.glob("*.html"), folder / "results.json"]:
-        shutil.copyfile(file, target / file.name)
 
 
 def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:

@@ -286,19 +286,6 @@ def _claimed(executed: nbformat.NotebookNode) -> set[str]:
     return {mark["claim"] for mark in marks if "claim" in mark}
 
 
-def record(folder: Path) -> None:
-    """Write the outputs of a run of the whole series back into ``notebooks/``."""
-    for name in notebook_names():
-        recorded = nbformat.read(notebook_path(name), as_version=4)
-        executed = {cell.id: cell for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells}
-        for cell in recorded.cells:
-            if cell.cell_type == "code":
-                cell.outputs = executed[cell.id].outputs
-                cell.execution_count = executed[cell.id].execution_count
-        recorded.metadata.setdefault("lowrank", {})["outputs"] = outputs_checksum(recorded)
-        write_atomically(notebook_path(name), (nbformat.writes(recorded) + "\n").encode())
-
-
 def outputs_checksum(notebook: nbformat.NotebookNode) -> str:
     """Hash all outputs of a notebook, which carries the hash so that no digit of them changes unseen."""
     outputs = [[cell.id, cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
