@@ -7,8 +7,7 @@ PYTHON ?= python3
 
 help:
 	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
-	@echo "make test     run all tests: unit tests first; then real runs, sweeps, the browser, and with"
-	@echo "              MNIST at hand the recorded notebooks again, but for those that take long"
+	@echo "make test     run all tests: unit tests, real runs, sweeps, the browser, and the shortest recorded notebooks"
 	@echo "make check    execute all recorded notebooks again, compare their words, and their claims with the evidence"
 	@echo "make test-fast       the unit tests alone, in a minute"
 	@echo "make test-machines   check them from other seeds, under other arithmetic and numbers of workers; takes an hour"
@@ -25,12 +24,11 @@ help:
 report: $(VENV)/ready
 	$(BIN)/lowrank run
 
-# Unit tests first, so that a mistake shows at once. Then two halves side by side: one executes notebooks, in one process
-# for most of the time, and the other starts commands, which wait for one another as much as they work.
+# Three parts, two at a time: unit tests; what starts commands; and what executes notebooks of the series.
 NOTEBOOKS := tests/checking tests/series/test_exercises.py
 
-test: test-fast
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-notebooks test-commands
+test: $(VENV)/ready
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-fast test-commands test-notebooks
 
 test-notebooks: $(VENV)/ready
 	$(BIN)/pytest -m slow $(NOTEBOOKS)
@@ -59,8 +57,8 @@ record: $(VENV)/ready
 	$(BIN)/python scripts/record.py
 
 evidence: $(VENV)/ready
-	$(BIN)/lowrank evidence
-	$(BIN)/lowrank evidence -p dataset digits
+	$(BIN)/python scripts/evidence.py
+	$(BIN)/python scripts/evidence.py -p dataset digits
 
 figures: $(VENV)/ready
 	$(BIN)/python scripts/readme_figures.py

@@ -65,7 +65,7 @@ def claims_of(name: str, given: dict[str, Any], fault: str) -> dict[str, Claim]:
             notebook = nbformat.read(NOTEBOOKS / f"{other}.ipynb", as_version=4)
             notebook.cells.insert(0, nbformat.v4.new_code_cell(START + fault))
             nbformat.write(notebook, execution.notebook_path(other))
-        ended = list(execution.execute(planned, folder, progress=False))
+        ended = list(execution.execute(planned, folder))
         execution.NOTEBOOK_FOLDER = NOTEBOOKS
         click.echo("".join(f"  {each.notebook} failed: {each.error}\n" for each in ended if each.error), nl=False)
         return claims_in(folder, name)
@@ -73,7 +73,7 @@ def claims_of(name: str, given: dict[str, Any], fault: str) -> dict[str, Claim]:
 
 def claims_in(folder: Path, name: str) -> dict[str, Claim]:
     """Return what a notebook claimed in a run."""
-    return {id: Claim.from_json(filed) for id, filed in read_claims(folder)[name]["claims"].items()}
+    return read_claims(folder)[name]["claims"]
 
 
 @click.command()
@@ -86,7 +86,9 @@ def main(name: str, pairs: tuple[tuple[str, str], ...], runs: int) -> None:
     dataset = execution.settle_dataset({name: given})
     known = {each: found for each in execution.notebook_names() if (found := evidence.read(each, dataset))}
     if name not in known:
-        raise click.ClickException(f"{name} has no evidence on {dataset}: `lowrank evidence {name}` records it")
+        raise click.ClickException(
+            f"{name} has no evidence on {dataset}: `python scripts/evidence.py {name}` records it"
+        )
     n_values = sum(each.n_values for each in known.values())
     for fault, source in FAULTS.items():
         claimed = [claims_of(name, given | {"seed": seed}, source) for seed in range(101, 101 + runs)]

@@ -1,13 +1,29 @@
 """Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/: ``make record``."""
 
+import shutil
 import sys
+from pathlib import Path
+
+import nbformat
 
 from lowrank_helpers import PROJECT, cli, data
 from lowrank_helpers.data import DatasetError
-from lowrank_helpers.report import index
-from lowrank_helpers.series import execution
+from lowrank_helpers.series.execution import notebook_names, notebook_path, outputs_checksum
+from lowrank_helpers.series.store import write_atomically
 
 LATEST = PROJECT / "reports" / "latest"
+REFERENCE = PROJECT / "reports" / "reference"
+
+
+def write_outputs(name: str, executed: Path) -> None:
+    """Write the outputs of an executed notebook back into the notebook of the series."""
+    recorded = nbformat.read(notebook_path(name), as_version=4)
+    cells = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
+    for cell in recorded.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = cells[cell.id].outputs, cells[cell.id].execution_count
+    recorded.metadata.setdefault("lowrank", {})["outputs"] = outputs_checksum(recorded)
+    write_atomically(notebook_path(name), (nbformat.writes(recorded) + "\n").encode())
 
 
 def main() -> None:
@@ -16,9 +32,16 @@ def main() -> None:
         data.resolve("mnist")  # not digits in its place, which a run would take
     except DatasetError as error:
         sys.exit(f"Error: {error}")
-    cli.main(["run", "--output", str(LATEST)], standalone_mode=False)
-    execution.record(LATEST)
-    index.publish(LATEST, PROJECT / "reports" / "reference")
+    try:
+        cli.main(["run", "--output", str(LATEST)])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    for name in notebook_names():
+        write_outputs(name, LATEST / f"{name}.ipynb")
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for file in [*LATEST.glob("*.html"), LATEST / "results.json"]:
+        shutil.copyfile(file, REFERENCE / file.name)
     print("Recorded in notebooks/ and reports/reference/.")
 
 

@@ -1,5 +1,6 @@
-"""Two small notebooks, one of which fails, run for real and rendered: what the tests of the report look at."""
+"""Small notebooks in place of the project's: two for the report, one of which fails, and three for runs that resume."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -11,13 +12,13 @@ from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, results
 
 PARAMETERS = 'dataset = "digits"\ndata_dir = ""\nseed = 3\ndevice = "cpu"\nprecision = "float32"\nrecipes = {}'
-SETUP = (
-    "import pandas as pd\n"
-    "from lowrank_helpers import models, plots\n"
-    "from lowrank_helpers.report import panel\n"
-    "from lowrank_helpers.series.run import Run\n"
-    'run = Run("{name}", globals())'
-)
+SETUP = """import time
+import pandas as pd
+from lowrank_helpers import models, plots
+from lowrank_helpers.report import panel
+from lowrank_helpers.series.run import Run
+from lowrank_helpers.training import Recipe
+run = Run("{name}", globals())"""
 THEORY = r"""## Theory
 
 Inline $\sigma_1^2$ and, on a line of its own,
@@ -44,38 +45,28 @@ CLAIM = """run.claim(
 PART = 'run.claim("3.1/spread", "Seeds do not matter.", holds=False, measured={"spread (%)": 25})'
 
 
+def notebook(*cells: NotebookNode | str, reads: Sequence[str] = ()) -> NotebookNode:
+    """Return a notebook of a parameters cell and others; a text is the source of a code cell."""
+    code = [new_code_cell(cell) if isinstance(cell, str) else cell for cell in cells]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    return new_notebook(cells=[parameters, *code], metadata={"kernelspec": kernel, "lowrank": {"reads": [*reads]}})
+
+
 def rank_notebook() -> NotebookNode:
-    return _notebook(
-        "03_rank",
-        new_markdown_cell("# 03 · A small notebook"),
-        new_markdown_cell(THEORY),
-        new_code_cell(TABLE),
-        new_code_cell(FIGURE),
-        new_code_cell("for line in range(60):\n    print(line)"),
-        new_markdown_cell("## Answers"),
-        new_code_cell(CLAIM),
-        new_code_cell(PART),
-        new_code_cell(PANEL),
-    )
+    code = [SETUP.format(name="03_rank"), TABLE, FIGURE, "for line in range(60):\n    print(line)"]
+    texts = [new_markdown_cell(text) for text in ("# 03 · A small notebook", THEORY, "## Answers")]
+    return notebook(*texts[:2], *code, texts[2], CLAIM, PART, PANEL)
 
 
 def panel_notebook() -> NotebookNode:
     """Return a notebook short enough to fit a screen: JupyterLab draws only what is in sight."""
-    return _notebook("03_rank", new_markdown_cell("# A panel"), new_code_cell(PANEL))
-
-
-def _notebook(name: str, *cells: NotebookNode) -> NotebookNode:
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
-    setup = new_code_cell(SETUP.format(name=name))
-    return new_notebook(cells=[cells[0], parameters, setup, *cells[1:]], metadata=kernel)
+    return notebook(new_markdown_cell("# A panel"), SETUP.format(name="03_rank"), PANEL)
 
 
 def run_and_render(sources: Path, folder: Path) -> None:
     """Write the notebooks into one folder, execute them into another, and render that."""
-    failing = _notebook(
-        "04_overfit", new_markdown_cell("# 04 · One that fails"), new_code_cell('raise ValueError("no luck")')
-    )
+    failing = notebook(new_markdown_cell("# 04 · One that fails"), 'raise ValueError("no luck")')
     sources.mkdir()
     nbformat.write(rank_notebook(), sources / "03_rank.ipynb")
     nbformat.write(failing, sources / "04_overfit.ipynb")
@@ -83,3 +74,33 @@ def run_and_render(sources: Path, folder: Path) -> None:
         patch.setattr(execution, "NOTEBOOK_FOLDER", sources)
         outcomes = list(execution.execute({"03_rank": {"seed": 5}, "04_overfit": {}}, folder))
         index.render(folder, results.gather(folder, outcomes))
+
+
+TRAIN = """
+start = time.perf_counter()
+model, history = run.train(models.mlp([784, 64, 10], seed=seed), Recipe(epochs=2, batch_size=64, learning_rate=1e-3))
+accuracy = history.final("test").accuracy
+run.claim("{id}", "Most are right.", holds=accuracy > 0.5, measured={{"accuracy": accuracy}})
+run.claim("{id}/took", "It takes time.", holds=True, timings={{"seconds": time.perf_counter() - start}})
+"""
+FIRST, SAME, LAST = "01_data", "02_train", "07_conclusions"
+
+
+def write_series(folder: Path) -> None:
+    """Write three notebooks: the first two train the same network, and the last shows what they claim."""
+    folder.mkdir()
+    for name, id in ((FIRST, "1.1"), (SAME, "2.1")):
+        nbformat.write(notebook(SETUP.format(name=name), TRAIN.format(id=id)), folder / f"{name}.ipynb")
+    last = notebook(SETUP.format(name=LAST), "run.answers(of_all=True)", reads=[FIRST, SAME])
+    nbformat.write(last, folder / f"{LAST}.ipynb")
+
+
+def apart_from_time(results: dict) -> dict:
+    """Drop dates, durations, and what a resumed run says of notebooks that it kept."""
+    results["seconds"] = None
+    for run in results["notebooks"].values():
+        run |= {"status": run["status"].replace("kept", "done"), "seconds": None, "seconds_by_kind": None}
+        run.get("environment", {}).pop("started", None)
+    for claim in results["claims"].values():
+        claim["timings"] = None
+    return results

@@ -19,7 +19,6 @@ from nbval.plugin import IPyNbCell, IPyNbFile
 from lowrank_helpers import data
 from lowrank_helpers.checking.comparison import essence, treatment
 from lowrank_helpers.series import evidence, execution
-from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.results import read_claims
 
 FOLDER = pytest.StashKey[Path]()
@@ -122,14 +121,15 @@ class Claims(pytest.Item):
             return
         dataset = filed["environment"]["dataset"]
         recorded = evidence.quoted(name, dataset, filed["parameters"])
-        if not recorded:
+        if not recorded.runs:
             self.config.stash[REMARKS].append(f"no evidence: {name} on {dataset} with these parameters")
             return
         if changed := evidence.changed(recorded):
             said = f"{' and '.join(changed)} changed since revision {recorded.made_by['revision']}"
-            self.config.stash[REMARKS].append(f"old evidence: {name}: {said}; `lowrank evidence {name}` makes it anew")
+            self.config.stash[REMARKS].append(
+                f"old evidence: {name}: {said}; `python scripts/evidence.py {name}` makes it anew"
+            )
         checked = {item.path.stem for item in self.session.items}
         n_values = sum(each.n_values for each in (evidence.read(name, dataset) for name in checked) if each)
-        claims = {id: Claim.from_json(claim) for id, claim in filed["claims"].items()}
-        if lines := evidence.unlike(recorded, claims, n_values):
+        if lines := evidence.unlike(recorded, filed["claims"], n_values):
             pytest.fail("\n".join(["unlike the recorded runs:", *lines]), pytrace=False)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from lowrank_helpers.series import evidence
-from lowrank_helpers.series.claims import Claim, Standing, standing, table
+from lowrank_helpers.series.claims import Claim, Verdict, table, verdict
 from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
@@ -50,13 +49,6 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
         write_atomically(folder / f"{name}.html", html.encode())
     template = pages.environment().get_template("index.html.j2")
     write_atomically(folder / "index.html", template.render(_index(notebooks, results)).encode())
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Copy a run's pages and results, but not its networks, to a folder that is committed."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in [*folder.glob("*.html"), folder / "results.json"]:
-        shutil.copyfile(file, target / file.name)
 
 
 def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:
@@ -103,8 +95,8 @@ def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[st
     """Return what the index shows of a claim: its sentence, how it stands, its numbers, and where its evidence is."""
     claim = Claim.from_json({name: value for name, value in filed.items() if name != "notebook"})
     recorded = evidence.quoted(filed["notebook"], run["environment"]["dataset"], run["parameters"])
-    holds, measured = recorded.of(id) if recorded else ([], {})
-    stands = standing(claim, holds, measured)
+    holds, measured = recorded.of(id)
+    stands = verdict(claim, holds, measured)
     return {
         "claim": id,
         "sentence": claim.sentence,
@@ -115,7 +107,7 @@ def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[st
     }
 
 
-def _badge(claim: Claim, stands: Standing) -> str:
+def _badge(claim: Claim, stands: Verdict) -> str:
     """Say in few words how a claim stands. What the recorded runs leave open comes before what this run says."""
     if stands.settled is False:
         return "not settled"

@@ -80,7 +80,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Verdict:
     """What the recorded runs say of a claim, in a sentence and in few words; ``settled`` is None without such runs."""
 
     settled: bool | None
@@ -107,7 +107,7 @@ def _number(name: str, given: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def standing(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> Standing:
+def verdict(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> Verdict:
     """Say how a claim stands.
 
     Parameters
@@ -121,20 +121,20 @@ def standing(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> Standin
         return _average(claim, recorded)
     if not holds:
         text = f"It {'holds' if claim.holds else 'does **not** hold'} in this run; no runs like it are recorded."
-        return Standing(None, text, "holds in this run" if claim.holds else "does not hold in this run")
+        return Verdict(None, text, "holds in this run" if claim.holds else "does not hold in this run")
     here = "and in this one" if claim.holds else "and **not** in this one"
     settled = sum(holds) >= counts.SETTLED * len(holds)
     short = f"{sum(holds)} of {len(holds)} runs"
     counted = f"olds in {sum(holds)} of {len(holds)} recorded runs, {here}."
     if settled:
-        return Standing(True, f"H{counted}", short)
-    return Standing(False, f"**Not settled:** it h{counted}", f"not settled: {short}")
+        return Verdict(True, f"H{counted}", short)
+    return Verdict(False, f"**Not settled:** it h{counted}", f"not settled: {short}")
 
 
-def _average(claim: Claim, recorded: Recorded) -> Standing:
+def _average(claim: Claim, recorded: Recorded) -> Verdict:
     found = [(each, _difference(each, recorded)) for each in claim.comparisons]
     if any(difference is None for _, difference in found):
-        return Standing(None, "Several runs decide this claim; none like this one are recorded.", "one run cannot tell")
+        return Verdict(None, "Several runs decide this claim; none like this one are recorded.", "one run cannot tell")
     settled = all(difference.verdict == each.relation for each, difference in found)
     said = "; ".join(
         f"{each.quantity}, {each.first} against {each.second}: {difference} ({difference.verdict})"
@@ -143,7 +143,7 @@ def _average(claim: Claim, recorded: Recorded) -> Standing:
     n = min(difference.n for _, difference in found)
     word = "Settled" if settled else "**Not settled**"
     text = f"{word} by the mean of {n} recorded runs. {said[0].upper()}{said[1:]}."
-    return Standing(settled, text, f"{'settled' if settled else 'not settled'} by the mean of {n} runs")
+    return Verdict(settled, text, f"{'settled' if settled else 'not settled'} by the mean of {n} runs")
 
 
 def _difference(each: Comparison, recorded: Recorded) -> Any:
@@ -156,7 +156,7 @@ def _difference(each: Comparison, recorded: Recorded) -> Any:
 def markdown(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> str:
     """Write a claim with its evidence: the sentence, how it stands, and a table of this run and the recorded ones."""
     return "\n\n".join(
-        [f"> **{claim.id}** {claim.sentence}", standing(claim, holds, recorded).text, table(claim, recorded)]
+        [f"> **{claim.id}** {claim.sentence}", verdict(claim, holds, recorded).text, table(claim, recorded)]
     ).rstrip()
 
 

@@ -1,19 +1,17 @@
-"""Workers of Dask distributed, on this machine or on others: what runs notebooks side by side."""
+"""Workers of Dask distributed, on this machine or on others: what runs the points of a sweep."""
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, Future, LocalCluster, Security, Worker, WorkerPlugin, wait
+from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from tqdm import tqdm
 
 CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
-TICK = 1  # seconds between two looks at what is running
 
 # Dask's scheduler and workers look after themselves many times a second, which suits tasks of milliseconds. Left so,
 # five processes that wait for notebooks take a sixth of a core.
@@ -26,7 +24,7 @@ WITH_KERNELS = {"distributed.worker.daemon": False}  # a daemon, to Python's mul
 
 
 class EndsQuietly(WorkerPlugin):
-    """Lets a worker end without a word where a run is interrupted."""
+    """Lets a worker end without a traceback when a sweep is interrupted."""
 
     def setup(self, worker: Worker) -> None:
         """Prepare a worker that has just started."""
@@ -58,22 +56,15 @@ class ClusterError(Exception):
 
 
 @contextmanager
-def connected(
-    scheduler: str | None = None, *, workers: int | None = None, threads: int | None = None, tls: Sequence[Path] = ()
-) -> Iterator[Client]:
+def connected(scheduler: str | None = None, workers: int | None = None) -> Iterator[Client]:
     """Connect to a scheduler, or start one with workers on this machine.
 
     Parameters
     ----------
     scheduler : str, optional
-        Address such as ``tcp://node7:8786``.
+        Address such as ``tcp://node7:8786``. For ``tls://`` Dask's configuration names the certificates.
     workers : int, optional
-        Processes to start here, where no scheduler is given; by default one a core.
-    threads : int, optional
-        In how many threads each kernel here may work, and so how many networks it trains side by side; by default its
-        share of the cores.
-    tls : sequence of Path
-        For a scheduler that wants TLS: the authority's certificate, and this client's certificate and key.
+        Processes to start here, where no scheduler is given; by default one a core. Their kernels share the cores.
 
     Raises
     ------
@@ -81,11 +72,16 @@ def connected(
         No scheduler answers at the address.
     """
     if scheduler:
-        with _client(scheduler, tls) as client:
+        try:
+            client = ClosingClient(scheduler, timeout=CONNECT_TIMEOUT)
+        # Silence, no address, tls:// without certificates, a machine too busy to start the client's thread in time.
+        except (OSError, ValueError, TypeError, AssertionError) as error:
+            raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error
+        with client:
             yield client
         return
     workers = workers or CPU_COUNT
-    n_threads = str(threads or max(1, CPU_COUNT // workers))
+    n_threads = str(max(1, CPU_COUNT // workers))
     with (
         dask.config.set(UNHURRIED | WITH_KERNELS),
         LocalCluster(
@@ -100,23 +96,3 @@ def connected(
     ):
         client.register_plugin(EndsQuietly())
         yield client
-
-
-def _client(scheduler: str, tls: Sequence[Path]) -> Client:
-    try:
-        security = None
-        if tls:
-            names = ("tls_ca_file", "tls_client_cert", "tls_client_key")
-            security = Security(**dict(zip(names, map(str, tls), strict=True)), require_encryption=True)
-        return ClosingClient(scheduler, timeout=CONNECT_TIMEOUT, security=security)
-    # Silence, no address, tls:// without certificates, a machine too busy to start the client's thread in ten seconds.
-    except (OSError, ValueError, TypeError, AssertionError) as error:
-        raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error
-
-
-def ended_of(futures: Iterable[Future]) -> set[Future]:
-    """Return the futures that have ended, once one has, or none after a second: time to look at how all stand."""
-    try:
-        return wait(list(futures), timeout=TICK, return_when="FIRST_COMPLETED").done
-    except TimeoutError:
-        return set()

@@ -39,6 +39,11 @@ class UnknownError(Exception):
     """Something has no digest that is the same in each run; the message names it."""
 
 
+def of_json(value: Any) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of what JSON knows, blind to the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def of_cells(sources: Sequence[str]) -> str:
     """Return a digest (32 hexadecimal digits) of code cells; one with magics, which is not Python, counts as text."""
     return hashlib.sha256("\0".join(map(_meaning, sources)).encode()).hexdigest()[:32]
@@ -46,8 +51,13 @@ def of_cells(sources: Sequence[str]) -> str:
 
 def of_notebook(notebook: Path) -> str:
     """Return a digest (32 hexadecimal digits) of a notebook's code cells."""
+    return of_cells([source for source, _ in code_cells(notebook)])
+
+
+def code_cells(notebook: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the source and the metadata of each code cell, without nbformat, whose import would delay a kernel."""
     cells = json.loads(notebook.read_text())["cells"]
-    return of_cells(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    return [("".join(cell["source"]), cell["metadata"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 @cache

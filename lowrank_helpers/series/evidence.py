@@ -1,7 +1,7 @@
 """Evidence: what notebooks measured in many recorded runs, a small file a notebook, in the repository.
 
-``lowrank evidence`` runs the series from many seeds and writes it; a notebook shows its claims beside it; ``lowrank
-check`` holds a new run against it.
+``make evidence`` runs the series from many seeds and writes it. A notebook shows its claims beside it, and ``lowrank
+check`` compares a new run with it.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from lowrank_helpers import PROJECT
 from lowrank_helpers.series import digest, parameters
@@ -24,6 +23,8 @@ from lowrank_helpers.series.store import write_atomically
 from lowrank_helpers.statistics import prediction_interval
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lowrank_helpers.series.sweep import Point
 
 FOLDER = PROJECT / "evidence"
@@ -66,8 +67,10 @@ class Evidence:
         """Return in which recorded runs a claim held, and what they measured for it."""
         return self.holds.get(id, []), self.measured.get(id, {})
 
-    def series(self, id: str, quantity: str) -> pd.DataFrame:
+    def series(self, id: str, quantity: str) -> "pd.DataFrame":
         """Return a recorded quantity, a row a run and a column a label; empty where it is not recorded."""
+        import pandas as pd  # here: commands need not wait for it
+
         frame = pd.DataFrame(self.measured.get(id, {}).get(quantity, {}))
         frame.columns = [_as_number(label) for label in frame.columns]
         return frame
@@ -89,10 +92,12 @@ def read(notebook: str, dataset: str) -> Evidence | None:
     return Evidence(**json.loads(file.read_text())) if file.exists() else None
 
 
-def quoted(notebook: str, dataset: str, parameters: Mapping[str, Any]) -> Evidence | None:
-    """Return a notebook's evidence if a run with these parameters is one more of the recorded kind, else None."""
-    recorded = read(notebook, dataset)
-    return recorded if recorded and recorded.parameters == _plain(parameters) else None
+def quoted(notebook: str, dataset: str, parameters: Mapping[str, Any]) -> Evidence:
+    """Return a notebook's evidence from runs with these parameters, which has no runs where none are recorded."""
+    recorded, given = read(notebook, dataset), _plain(parameters)
+    if recorded and recorded.parameters == given:
+        return recorded
+    return Evidence(notebook, dataset, given, {}, [], {}, {})
 
 
 def write(evidence: Evidence) -> Path:
@@ -144,7 +149,7 @@ def gather(folders: Iterable[Path], notebook: str) -> Evidence | None:
     if not runs:
         return None
     runs.sort(key=lambda run: run["parameters"]["seed"])
-    claims = [{id: Claim.from_json(claim) for id, claim in run["claims"].items()} for run in runs]
+    claims = [run["claims"] for run in runs]
     newest = max((run["environment"] for run in runs), key=lambda environment: environment["started"])
     return Evidence(
         notebook,

@@ -1,18 +1,17 @@
-"""Executes notebooks through papermill into a run folder: in order, or side by side on Dask's workers."""
+"""Executes notebooks through papermill into a run folder, as many at once as there are workers."""
 
-import copy
-import hashlib
-import io
 import json
 import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
 
 import nbformat
 from filelock import FileLock, Timeout
@@ -25,12 +24,9 @@ from lowrank_helpers.series.results import Outcome, claims_file, read_claims, so
 from lowrank_helpers.series.settings import Settings
 from lowrank_helpers.series.store import TEMPORARY, write_atomically
 
-if TYPE_CHECKING:
-    from distributed import Client, Future
-
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
-LOCK = ".lock"  # in a folder that a run holds: whose it is
-STANDING = "lowrank-notebooks"  # topic under which workers say how their notebooks stand
+ENDINGS = (".ipynb", ".failed.ipynb", ".html")  # of what a run folder has of a notebook
+LOCK = ".lock"  # in a locked folder: which process locked it
 
 # Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
 KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
@@ -43,6 +39,22 @@ class RunFolderError(Exception):
 def notebook_names() -> list[str]:
     """Return the series' notebooks in order, without their endings."""
     return sorted(path.stem for path in NOTEBOOK_FOLDER.glob("*.ipynb"))
+
+
+def notebook_path(name: str) -> Path:
+    """Return where a notebook of the series lies."""
+    return NOTEBOOK_FOLDER / f"{name}.ipynb"
+
+
+def reads(name: str) -> set[str]:
+    """Return the notebooks whose claims a notebook shows, by its metadata."""
+    return {*json.loads(notebook_path(name).read_text())["metadata"].get("lowrank", {}).get("reads", [])}
+
+
+def with_what_they_read(names: Sequence[str]) -> list[str]:
+    """Return notebooks together with those whose claims they show; unknown names stay, for :func:`plan` to refuse."""
+    known = [name for name in names if name in notebook_names()]
+    return sorted({*names}.union(*map(reads, known)))
 
 
 def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -73,8 +85,7 @@ def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, 
         )
     if unknown := [name for name in names if name not in known]:
         raise ParameterError(f"notebook {unknown[0]!r} is unknown; allowed: {', '.join(known)}")
-    chosen = [name for name in known if name in names or not names]
-    declared = {name: parameters.declared(notebook_path(name)) for name in chosen}
+    declared = {name: parameters.declared(notebook_path(name)) for name in known if name in names or not names}
     for parameter in given:
         if not any(parameter in defaults for defaults in declared.values()):
             valid = "; ".join(f"{name}: {', '.join(defaults)}" for name, defaults in declared.items())
@@ -89,54 +100,33 @@ def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, 
     return planned
 
 
-def notebook_path(name: str) -> Path:
-    """Return where a notebook of the series lies."""
-    return NOTEBOOK_FOLDER / f"{name}.ipynb"
+def settle_dataset(planned: Mapping[str, Mapping[str, Any]], resolve: Callable[[str, str], str] = data.resolve) -> str:
+    """Find out once, for all kernels, what the run's dataset is, and return it; download it if need be.
 
-
-def reads(name: str) -> set[str]:
-    """Return the notebooks whose claims a notebook shows, by its metadata."""
-    return set(nbformat.read(notebook_path(name), as_version=4).metadata.get("lowrank", {}).get("reads", []))
-
-
-def with_what_they_read(names: Sequence[str]) -> list[str]:
-    """Return notebooks together with those whose claims they show; unknown names stay, for :func:`plan` to refuse."""
-    known = [name for name in names if name in notebook_names()]
-    return sorted({*names}.union(*map(reads, known)))
+    Raises
+    ------
+    DatasetError
+        The dataset cannot be had or is damaged.
+    """
+    name, given = next(iter(planned.items()))
+    values = parameters.declared(notebook_path(name)) | dict(given)
+    return resolve(values["dataset"], values["data_dir"])
 
 
 @contextmanager
-def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = False) -> Iterator[Path]:
-    """Make a run folder ready and hold it: no second run may write into it meanwhile.
+def locked(folder: Path, *, wait: bool = False) -> Iterator[Path]:
+    """Make a folder and lock it: no second run may write into it meanwhile.
 
     Parameters
     ----------
-    settings : Settings, optional
-        What else the kernels are told; by default what this command was.
     wait : bool
-        Wait for a run that holds the folder instead of raising.
+        Wait for a run that has locked the folder instead of raising.
 
     Raises
     ------
     RunFolderError
-        The folder cannot be written, or another run holds it.
+        The folder cannot be written, or another run has locked it.
     """
-    with held(folder, wait=wait) as folder:
-        remove_leftovers(folder)
-        told = replace(settings or Settings.of_command(), run_folder=folder, hide_bars=True)
-        with told.applied(), kernels.forked():
-            yield folder
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes were writing below a folder; nothing else may be writing there."""
-    for leftover in folder.rglob(f".*{TEMPORARY}*"):
-        leftover.unlink()
-
-
-@contextmanager
-def held(folder: Path, *, wait: bool = False) -> Iterator[Path]:
-    """Make a folder and hold it for this process, as :func:`run_folder` does but for the rest."""
     folder = folder.resolve()
     lock = folder / LOCK
     try:
@@ -151,13 +141,36 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[Path]:
         raise RunFolderError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
+@contextmanager
+def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = False) -> Iterator[Path]:
+    """Lock a run folder as :func:`locked` does, and make this process ready to start kernels for it.
+
+    Parameters
+    ----------
+    settings : Settings, optional
+        What else the kernels inherit; by default what this command inherited.
+    """
+    with locked(folder, wait=wait) as folder:
+        remove_leftovers(folder)
+        inherited = replace(settings or Settings.of_command(), run_folder=folder, hide_bars=True)
+        with inherited.applied(), kernels.forked():
+            yield folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing below a folder; nothing else may be writing there."""
+    for leftover in folder.rglob(f".*{TEMPORARY}*"):
+        leftover.unlink()
+
+
 def execute(
-    planned: Mapping[str, Mapping[str, Any]], folder: Path, *, resume: bool = False, progress: bool = True
+    planned: Mapping[str, Mapping[str, Any]], folder: Path, *, workers: int = 1, resume: bool = False
 ) -> Iterator[Outcome]:
-    """Execute notebooks in order into a run folder, yielding how each ended.
+    """Execute notebooks into a run folder, yielding how each ended as soon as it has.
 
     An executed notebook appears under its own name only when all its cells ran. One that failed is left as
-    ``<name>.failed.ipynb``, and the rest still run.
+    ``<name>.failed.ipynb``, and the rest still run. A notebook that shows what others claim starts when these have
+    ended. A network that two notebooks want is trained by one, and the other waits for it.
 
     Parameters
     ----------
@@ -165,217 +178,114 @@ def execute(
         As :func:`plan` returns it.
     folder : Path
         As :func:`run_folder` gives it; networks that it has are not trained again.
+    workers : int
+        How many notebooks run at once, each in a kernel of its own.
     resume : bool
         Keep notebooks that the folder has from the same source, parameters and package.
-    progress : bool
-        Show a bar for each notebook.
     """
-    kept, missing = _already_there(planned, folder) if resume else ([], list(planned))
-    yield from kept
-    for name in missing:
-        bar = {"desc": name, "unit": "cell"} if progress else False
-        yield _execute_one(name, planned[name], folder, bar)
-
-
-def execute_side_by_side(
-    planned: Mapping[str, Mapping[str, Any]], folder: Path, client: "Client", *, resume: bool = False
-) -> Iterator[tuple[list[Outcome], list[str]]]:
-    """Execute notebooks into a run folder as :func:`execute` does, as many at once as there are workers.
-
-    A network that two notebooks want is trained by one; the other waits for it. A notebook that reads what others
-    found starts when these have ended.
-
-    Yields
-    ------
-    list of Outcome, list of str
-        Once a second or whenever a notebook ends: how those ended that did since, and how those stand that run.
-    """
-    from lowrank_helpers.series.cluster import ended_of  # here: other commands need not wait for the import of Dask
-
-    standing: dict[str, str] = {}
-    client.subscribe_topic(STANDING, lambda event: standing.update([event[1]]))
-    kept, missing = _already_there(planned, folder) if resume else ([], list(planned))
-    yield kept, []
-    order = {name: i for i, name in enumerate(planned)}
-    read_by = {name: reads(name) for name in missing}
-    running: dict[Future, str] = {}
-    while missing or running:
-        awaited = {*missing, *running.values()}
-        for name in [name for name in missing if not read_by[name] & awaited]:
-            missing.remove(name)
-            future = client.submit(_execute_in_worker, name, planned[name], folder, pure=False, priority=-order[name])
-            running[future] = name
-        ended = [(running.pop(future), future) for future in ended_of(running)]
-        yield (
-            [_outcome(name, future) for name, future in ended],
-            [standing[name] for name in running.values() if name in standing],
-        )
-
-
-def _outcome(name: str, future: "Future") -> Outcome:
-    from distributed.scheduler import KilledWorker
-
-    try:
-        return future.result()
-    except KilledWorker:
-        return Outcome(name, "failed", 0.0, "the process that ran it was killed again and again (out of memory?)")
-
-
-def _execute_in_worker(name: str, given: Mapping[str, Any], folder: Path) -> Outcome:
-    # Shown elsewhere, though the environment hides bars.
-    bar = {"file": _Standing(name), "bar_format": f"{name} {{n}}/{{total}}", "disable": False}
-    with kernels.forked():
-        return _execute_one(name, given, folder, bar)
-
-
-class _Standing(io.StringIO):
-    """Passes the bar of a notebook on to the process that shows how all of them stand."""
-
-    def __init__(self, name: str) -> None:
-        from distributed import get_worker
-
-        super().__init__()
-        self.name = name
-        self.worker = get_worker()  # here: tqdm may write from a thread of its own
-
-    def write(self, text: str) -> int:
-        if bar := text.strip():
-            self.worker.log_event(STANDING, (self.name, bar))
-        return len(text)
-
-
-def _already_there(planned: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[list[Outcome], list[str]]:
-    """Return what a run folder has of the notebooks, and the names of those to execute.
-
-    A notebook that reads what others found is kept only if all of these are.
-    """
-    kept: list[Outcome] = []
-    missing: list[str] = []
     read_by = {name: reads(name) for name in planned}
-    for name in sorted(planned, key=lambda name: bool(read_by[name])):
-        made_by = _kept(name, folder, _fingerprint(name, planned[name]))
-        if made_by and not read_by[name] & {*missing}:
-            kept.append(Outcome(name, "kept", made_by["seconds"]))
-        else:
-            missing.append(name)
-    return kept, sorted(missing)
+    kept = _kept(planned, read_by, folder) if resume else {}
+    yield from kept.values()
+    missing = [name for name in planned if name not in kept]
+    running: set[str] = set()
+    ended: SimpleQueue[Outcome] = SimpleQueue()
+    while missing or running:
+        ready = [name for name in missing if not read_by[name] & {*missing, *running}]
+        for name in ready[: workers - len(running)]:
+            missing.remove(name)
+            running.add(name)
+            # A thread waits for its kernel. It is a daemon, so that an interrupted command does not wait for it.
+            Thread(target=lambda name=name: ended.put(_execute(name, planned[name], folder)), daemon=True).start()
+        outcome = ended.get()
+        running.remove(outcome.notebook)
+        yield outcome
 
 
-def settle_dataset(planned: Mapping[str, Mapping[str, Any]]) -> str:
-    """Find out once, for all kernels, what the run's dataset is, and return it; download it if need be.
-
-    Raises
-    ------
-    DatasetError
-        The dataset cannot be had or is damaged.
-    """
-    name, given = next(iter(planned.items()))
-    values = parameters.declared(notebook_path(name)) | dict(given)
-    return data.resolve(values["dataset"], values["data_dir"])
-
-
-def _execute_one(name: str, given: Mapping[str, Any], folder: Path, bar: Mapping[str, Any] | bool) -> Outcome:
+def _execute(name: str, given: Mapping[str, Any], folder: Path) -> Outcome:
     import papermill  # here, not above: its import takes seconds, which a refusal need not wait for
 
-    _forget(name, folder)
-    fingerprint = _fingerprint(name, given)
     partial = folder / f".{name}{TEMPORARY}.ipynb"
     start = time.perf_counter()
     reason, cell = "", None
     try:
-        papermill.execute_notebook(
-            notebook_path(name),
-            partial,
-            parameters=dict(given),
-            cwd=NOTEBOOK_FOLDER,
-            kernel_name="python3",
-            progress_bar=bar,
-            config=KERNEL_CONFIG,
-            shutdown_kernel="immediate",  # all that it keeps is written by then
-        )
-    except papermill.PapermillExecutionError as failure:
-        reason, cell = f"{failure.ename}: {failure.evalue}", failure.exec_count
-    except RuntimeError as failure:  # DeadKernelError and, of a kernel that died before its first answer, no better
-        reason = f"{failure} (out of memory?)"
-    except KeyboardInterrupt:
-        partial.unlink(missing_ok=True)
-        raise
-    seconds = round(time.perf_counter() - start, 2)
-    _finish(partial, folder / (f"{name}.failed.ipynb" if reason else f"{name}.ipynb"), fingerprint, seconds)
-    return Outcome(name, "failed" if reason else "done", seconds, reason, cell)
+        # What an earlier run left must not be taken for this run's.
+        for file in (*(folder / f"{name}{ending}" for ending in ENDINGS), claims_file(folder, name)):
+            file.unlink(missing_ok=True)
+        fingerprint = _fingerprint(name, given)
+        try:
+            papermill.execute_notebook(
+                notebook_path(name),
+                partial,
+                parameters=dict(given),
+                resources={"metadata": {"path": str(NOTEBOOK_FOLDER)}},  # papermill's cwd is of all threads
+                kernel_name="python3",
+                progress_bar={"desc": name, "unit": "cell", "disable": None},  # in a terminal alone
+                config=KERNEL_CONFIG,
+                shutdown_kernel="immediate",  # all that it keeps is written by then
+            )
+        except papermill.PapermillExecutionError as failure:
+            reason, cell = f"{failure.ename}: {failure.evalue}", failure.exec_count
+        except RuntimeError as failure:  # DeadKernelError and, of a kernel that died before its first answer, no better
+            reason = f"{failure} (out of memory?)"
+        seconds = round(time.perf_counter() - start, 2)
+        _finish(partial, folder / f"{name}{ENDINGS[bool(reason)]}", fingerprint, seconds)
+    except Exception as failure:  # such as a full disk; the other notebooks still run
+        reason = f"{type(failure).__name__}: {failure}"
+    return Outcome(name, "failed" if reason else "done", round(time.perf_counter() - start, 2), reason, cell)
 
 
 def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> None:
     """Give an executed notebook its final name, with what made it and without this machine's paths."""
     notebook = nbformat.read(partial, as_version=4)
-    notebook.metadata.pop("papermill", None)
-    for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-    notebook.metadata.setdefault("lowrank", {}).update(fingerprint=fingerprint, seconds=seconds)
-    notebook.metadata["lowrank"]["checksum"] = _checksum(notebook)
+    for part in (notebook, *notebook.cells):
+        part.metadata.pop("papermill", None)
+    made_by = {"fingerprint": fingerprint, "seconds": seconds, "outputs": outputs_checksum(notebook)}
+    notebook.metadata.setdefault("lowrank", {}).update(made_by)
     write_atomically(target, nbformat.writes(notebook).encode())
     partial.unlink()
-
-
-def _forget(name: str, folder: Path) -> None:
-    """Remove what an earlier run left of a notebook, lest it be taken for this run's."""
-    for file in (f"{name}.ipynb", f"{name}.failed.ipynb", f"{name}.html"):
-        (folder / file).unlink(missing_ok=True)
-    claims_file(folder, name).unlink(missing_ok=True)
-
-
-def _kept(name: str, folder: Path, fingerprint: str) -> dict[str, Any] | None:
-    """Return what made an executed notebook, if it and its claims are there and would be the same now."""
-    file = folder / f"{name}.ipynb"
-    if not file.exists():
-        return None
-    try:
-        executed = nbformat.read(file, as_version=4)
-        made_by = executed.metadata["lowrank"]
-        intact = made_by["checksum"] == _checksum(executed)
-    except (OSError, ValueError, KeyError, nbformat.ValidationError):
-        intact = False
-    if not intact:
-        warnings.warn(f"{file.name} in the run's folder is damaged or no run's; executed again", stacklevel=3)
-        return None
-    shown = {
-        output.metadata["lowrank"]["claim"]
-        for cell in executed.cells
-        for output in cell.get("outputs", [])
-        if "claim" in output.get("metadata", {}).get("lowrank", {})
-    }
-    filed = read_claims(folder).get(name, {"claims": {}})["claims"]
-    return dict(made_by) if made_by.get("fingerprint") == fingerprint and shown <= filed.keys() else None
-
-
-def _checksum(notebook: nbformat.NotebookNode) -> str:
-    """Hash an executed notebook, but for the checksum that it holds."""
-    bare = copy.deepcopy(notebook)
-    bare.metadata["lowrank"].pop("checksum", None)
-    return hashlib.sha256(nbformat.writes(bare).encode()).hexdigest()
 
 
 def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
     """Hash what determines an executed notebook: its text, which it shows, parameters, package and libraries."""
     text = [cell.source for cell in nbformat.read(notebook_path(name), as_version=4).cells]
-    parts = [text, digest.of_package(), dict(given), Settings.inherited().auto_dataset, software()["versions"]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return digest.of_json(
+        [text, digest.of_package(), dict(given), Settings.inherited().auto_dataset, software()["versions"]]
+    )
 
 
-def record(folder: Path) -> None:
-    """Write the outputs of a run of the whole series back into ``notebooks/``."""
-    for name in notebook_names():
-        recorded = nbformat.read(notebook_path(name), as_version=4)
-        executed = {cell.id: cell for cell in nbformat.read(folder / f"{name}.ipynb", as_version=4).cells}
-        for cell in recorded.cells:
-            if cell.cell_type == "code":
-                cell.outputs = executed[cell.id].outputs
-                cell.execution_count = executed[cell.id].execution_count
-        recorded.metadata.setdefault("lowrank", {})["outputs"] = outputs_checksum(recorded)
-        write_atomically(notebook_path(name), (nbformat.writes(recorded) + "\n").encode())
+def _kept(
+    planned: Mapping[str, Mapping[str, Any]], read_by: Mapping[str, set[str]], folder: Path
+) -> dict[str, Outcome]:
+    """Return the notebooks that a run folder has as they would be now, and so are all planned ones that they read."""
+    filed = read_claims(folder)
+    kept: dict[str, Outcome] = {}
+    for name in sorted(planned, key=lambda name: bool(read_by[name])):
+        file = folder / f"{name}.ipynb"
+        if not file.exists() or not read_by[name] & planned.keys() <= kept.keys():
+            continue
+        try:
+            executed = nbformat.read(file, as_version=4)
+            made_by = executed.metadata["lowrank"]
+            intact = made_by["outputs"] == outputs_checksum(executed)
+        except (OSError, ValueError, KeyError, nbformat.ValidationError):
+            intact = False
+        if not intact:
+            warnings.warn(f"{file.name} in the run's folder is damaged or no run's; executed again", stacklevel=3)
+            continue
+        claims = filed[name]["claims"] if name in filed else {}
+        if made_by.get("fingerprint") == _fingerprint(name, planned[name]) and _claimed(executed) <= claims.keys():
+            kept[name] = Outcome(name, "kept", made_by["seconds"])
+    return kept
+
+
+def _claimed(executed: nbformat.NotebookNode) -> set[str]:
+    """Return the ids of the claims that an executed notebook shows."""
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    marks = [output.get("metadata", {}).get("lowrank", {}) for output in outputs]
+    return {mark["claim"] for mark in marks if "claim" in mark}
 
 
 def outputs_checksum(notebook: nbformat.NotebookNode) -> str:
-    """Hash all outputs of a notebook: it is recorded with them, so that no digit of theirs changes unseen."""
+    """Hash all outputs of a notebook, which carries the hash so that no digit of them changes unseen."""
     outputs = [[cell.id, cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
-    return hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+    return digest.of_json(outputs)

@@ -2,7 +2,7 @@
 
 PyTorch and Matplotlib take a fresh kernel seconds to import, ten times in a series. Here Python's *fork server*
 (https://docs.python.org/3/library/multiprocessing.html#contexts-and-start-methods) imports them once, and each
-kernel is a fork of it: a process of its own, as separate from the others as ever.
+kernel is a fork of it: a process of its own, as separate from the others as usual.
 
 To Jupyter this module is a kernel provisioner, which only the runs of this package choose
 (https://jupyter-client.readthedocs.io/en/stable/provisioning.html); JupyterLab starts its kernels as it always does.
@@ -36,6 +36,8 @@ PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a k
 # once, and its kernels would be too: then a third of their time goes into fresh pages of memory.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
+_starting = threading.Lock()
+
 
 @contextmanager
 def forked() -> Iterator[None]:
@@ -59,8 +61,8 @@ def start_server() -> None:
     """Start this process's fork server if there is none or it has died."""
     from multiprocessing import forkserver  # here, as Windows has none
 
-    forkserver.set_forkserver_preload([*IMPORTED])
-    with unchanged_environment():
+    with _starting, unchanged_environment():
+        forkserver.set_forkserver_preload([*IMPORTED])
         os.environ |= {**PLOTTING, **os.environ, **MEMORY}
         forkserver.ensure_running()
 

@@ -17,6 +17,7 @@ import yaml
 
 from lowrank_helpers.data import DATASETS, IMAGE_SIDE, N_CLASSES, N_PIXELS
 from lowrank_helpers.models import ACTIVATIONS
+from lowrank_helpers.series import digest
 from lowrank_helpers.training import DEVICES, PRECISIONS, pick_device
 
 
@@ -205,10 +206,7 @@ def declared(notebook: Path) -> dict[str, Any]:
     ParameterError
         The notebook has no such cell, or the cell does something else.
     """
-    import nbformat  # here, not above: its import takes two seconds, and a notebook's kernel never needs it
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [source for source, metadata in digest.code_cells(notebook) if "parameters" in metadata.get("tags", [])]
     if not tagged:
         raise ParameterError(f"{notebook.name} has no cell tagged 'parameters'")
     values: dict[str, Any] = {}

@@ -1,11 +1,10 @@
-"""What notebooks claim, on disk: a sealed JSON file a notebook, joined into ``results.json``."""
+"""What notebooks claim, on disk: a JSON file with a checksum for each notebook, joined into ``results.json``."""
 
-import hashlib
 import json
 import platform
 import subprocess
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_helpers import PROJECT
+from lowrank_helpers.series import digest
+from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.store import UnusableError, write_atomically
 
 FORMAT = 3
@@ -23,7 +24,7 @@ LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "
 class Outcome:
     """How one notebook's execution ended: ``done``, ``kept`` (done in an earlier run) or ``failed``.
 
-    Of one that failed, ``reason`` is what was raised, and ``cell`` the number of the cell, where one raised it.
+    If it failed, ``reason`` is the error, and ``cell`` the number of the cell that raised it, if one did.
     """
 
     notebook: str
@@ -38,11 +39,11 @@ class Outcome:
         return f"cell {self.cell}: {self.reason}" if self.cell else self.reason
 
 
-def failures(outcomes: Iterable[Outcome]) -> list[str]:
+def failures(outcomes: Sequence[Outcome]) -> list[str]:
     """Say why notebooks failed, each reason once: ``02_train (cell 3), 03_rank (cell 2): ValueError: no luck``."""
     where: dict[str, list[str]] = {}
     for outcome in outcomes:
-        if outcome.status == "failed":
+        if outcome.reason:
             cell = f" (cell {outcome.cell})" if outcome.cell else ""
             where.setdefault(outcome.reason, []).append(f"{outcome.notebook}{cell}")
     return [f"{', '.join(notebooks)}: {reason}" for reason, notebooks in where.items()]
@@ -54,9 +55,9 @@ def claims_file(folder: Path, notebook: str) -> Path:
 
 
 def file_claims(folder: Path, content: Mapping[str, Any]) -> None:
-    """File a notebook's name, ``parameters``, ``environment``, ``seconds_by_kind`` and ``claims``."""
-    filed = {"format": FORMAT, "checksum": _checksum(content), **content}
-    text = json.dumps(filed, indent=1, ensure_ascii=False)
+    """File a notebook's name, ``parameters``, ``environment``, ``seconds_by_kind`` and ``claims`` by id."""
+    plain = {**content, "claims": {id: claim.to_json() for id, claim in content["claims"].items()}}
+    text = json.dumps({"format": FORMAT, "checksum": digest.of_json(plain), **plain}, indent=1, ensure_ascii=False)
     write_atomically(claims_file(folder, content["notebook"]), text.encode())
 
 
@@ -72,6 +73,19 @@ def read_claims(folder: Path) -> dict[str, dict[str, Any]]:
         except UnusableError as error:
             warnings.warn(f"{file.name} among the claims {error}; left out", stacklevel=2)
     return filed
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+        version, checksum = content.pop("format"), content.pop("checksum")
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise UnusableError(f"cannot be read ({error!r})") from error
+    if version != FORMAT:
+        raise UnusableError(f"has format {version!r}, not {FORMAT!r}")
+    if content.get("notebook") != file.stem or checksum != digest.of_json(content):
+        raise UnusableError("does not match its name and checksum")
+    return content | {"claims": {id: Claim.from_json(claim) for id, claim in content["claims"].items()}}
 
 
 def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = None) -> dict[str, Any]:
@@ -95,12 +109,9 @@ def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = No
     }
     claims: dict[str, Any] = {}
     for name, filed in read_claims(folder).items():
-        notebooks.setdefault(name, {"status": "earlier"}).update(
-            parameters=filed["parameters"],
-            environment=filed["environment"],
-            seconds_by_kind=filed["seconds_by_kind"],
-        )
-        claims |= {id: {"notebook": name} | claim for id, claim in filed["claims"].items()}
+        of_run = {part: filed[part] for part in ("parameters", "environment", "seconds_by_kind")}
+        notebooks.setdefault(name, {"status": "earlier"}).update(of_run)
+        claims |= {id: {"notebook": name} | claim.to_json() for id, claim in filed["claims"].items()}
     results = {
         "format": FORMAT,
         "seconds": seconds,
@@ -111,38 +122,13 @@ def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = No
     return results
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-        version, checksum = content.pop("format"), content.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise UnusableError(f"cannot be read ({error!r})") from error
-    if version != FORMAT:
-        raise UnusableError(f"has format {version!r}, not {FORMAT!r}")
-    if content.get("notebook") != file.stem or checksum != _checksum(content):
-        raise UnusableError("does not match its name and checksum")
-    return content
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 @cache
 def software() -> dict[str, Any]:
     """Return what produced a result: the versions of Python and the libraries, and the project's git revision."""
-    return {
-        "python": platform.python_version(),
-        "versions": {library: metadata.version(library) for library in LIBRARIES},
-        "revision": _git_revision(),
-    }
-
-
-def _git_revision() -> str:
+    git = ["git", "describe", "--always", "--dirty"]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=PROJECT, capture_output=True, text=True, check=True
-        )
+        revision = subprocess.run(git, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()
+        revision = "unknown"
+    versions = {library: metadata.version(library) for library in LIBRARIES}
+    return {"python": platform.python_version(), "versions": versions, "revision": revision}

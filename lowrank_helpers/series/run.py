@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Hashable, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from threading import Event
@@ -22,7 +21,7 @@ from lowrank_helpers.series.claims import Claim, Comparison
 from lowrank_helpers.series.parameters import recipes
 from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
-from lowrank_helpers.series.store import BusyError, Store
+from lowrank_helpers.series.store import Store
 from lowrank_helpers.timing import spent
 from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
@@ -180,24 +179,15 @@ class Run:
         dict
             By key, the same network, trained, and how it went.
         """
-        for model, _, _ in trainings.values():
-            model.to(self.device)
 
-        def train(key: Key, stop: Event, *, wait: bool) -> History | None:
+        def train(key: Key, stop: Event) -> tuple[nn.Module, History]:
             model, recipe, data = trainings[key]
             label = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-            data = data or self.data
-            with suppress(BusyError):
-                return self._store.trained(model, data, recipe, others=others, label=label, stop=stop, wait=wait)
-            return None
+            model.to(self.device)
+            return model, self._store.trained(model, data or self.data, recipe, others=others, label=label, stop=stop)
 
-        # What another process is training is left for the end: two that want the same networks share the work so.
-        histories: dict[Key, History | None] = dict.fromkeys(trainings)
-        for wait in (False, True):
-            left = [key for key, history in histories.items() if not history]
-            done = side_by_side([partial(train, key, wait=wait) for key in left], self.device)
-            histories |= zip(left, done, strict=True)
-        return {key: (trainings[key].model, history) for key, history in histories.items() if history}
+        trained = side_by_side([partial(train, key) for key in trainings], self.device)
+        return dict(zip(trainings, trained, strict=True))
 
     def claim(
         self,
@@ -252,7 +242,7 @@ class Run:
         claim = Claim(id, sentence, None if holds is None else bool(holds), comparisons, *parts)
         self._claims[id] = claim
         self._file_claims()
-        text = claims.markdown(claim, *(self._evidence.of(id) if self._evidence else ([], {})))
+        text = claims.markdown(claim, *self._evidence.of(id))
         display(Markdown(text), metadata={"lowrank": {"claim": id}})
 
     def recorded(self, id: str, quantity: str) -> pd.DataFrame:
@@ -263,7 +253,7 @@ class Run:
         DataFrame
             A row a run, a column a label; empty where no run with these parameters is recorded.
         """
-        return self._evidence.series(id, quantity) if self._evidence else pd.DataFrame()
+        return self._evidence.series(id, quantity)
 
     def answers(self, *, of_all: bool = False) -> None:
         """Show the answers to the assignment's items, which are the claims without the parts, and how each stands.
@@ -279,9 +269,8 @@ class Run:
                 recorded = evidence.quoted(name, self.data.name, filed["parameters"])
                 for id, claim in filed["claims"].items():
                     if "/" not in id:
-                        found = Claim.from_json(claim)
-                        stands = claims.standing(found, *(recorded.of(id) if recorded else ([], {})))
-                        lines.append(f"- **{id}** {found.sentence} *{stands.short}*")
+                        verdict = claims.verdict(claim, *recorded.of(id))
+                        lines.append(f"- **{id}** {claim.sentence} *{verdict.short}*")
         display(Markdown("\n".join(lines)))
 
     def _file_claims(self) -> None:
@@ -298,7 +287,7 @@ class Run:
             | self._code
             | software(),
             "seconds_by_kind": self._seconds_by_kind(),
-            "claims": {id: claim.to_json() for id, claim in self._claims.items()},
+            "claims": self._claims,
         }
         file_claims(self.folder, filed)
 

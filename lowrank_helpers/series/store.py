@@ -5,7 +5,6 @@ checksum. Nothing is ever unpickled.
 """
 
 import copy
-import hashlib
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from threading import Event
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -57,11 +56,10 @@ class Store:
         others: Mapping[str, Dataset] | None = None,
         label: str = "training",
         stop: Event | None = None,
-        wait: bool = True,
     ) -> History:
         """Train a network in place as :func:`fit` does, or load what that training gave if it has been done.
 
-        Where another process is at the same training, its end is waited for.
+        A training that another process or thread is at is not done twice: this one waits for it.
 
         The key is made of all that decides it: the network's weights before training, its attributes, hooks and code
         wherever that is defined, its first answers and gradients, the data, the recipe, the code that trains, PyTorch's
@@ -72,11 +70,6 @@ class Store:
         -------
         History
             Of the training, whenever it ran.
-
-        Raises
-        ------
-        BusyError
-            Another process is at the same training, and ``wait`` is false.
         """
         try:
             key, rest = _key(model, data, recipe, others or {}), _rest(model)
@@ -86,23 +79,16 @@ class Store:
         file = self.folder / f"{key}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / f".{key}.lock{TEMPORARY}"
-        try:
-            with FileLock(lock, timeout=-1 if wait else 0):
-                history = _stored(file, key, model)
-                if not history:
-                    history = fit(model, data, recipe, others=others, label=label, stop=stop)
-                    if _has_still(model, rest):
-                        _save(file, key, model, history)
-                    else:
-                        _warn(f"{label}: the network is not kept, as training changed more of it than its state_dict")
-                lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
-                return history
-        except Timeout as error:
-            raise BusyError(f"another process is training {key}") from error
-
-
-class BusyError(Exception):
-    """Another process is at the same training."""
+        with FileLock(lock):
+            history = _stored(file, key, model)
+            if not history:
+                history = fit(model, data, recipe, others=others, label=label, stop=stop)
+                if _has_still(model, rest):
+                    _save(file, key, model, history)
+                else:
+                    _warn(f"{label}: the network is not kept, as training changed more of it than its state_dict")
+            lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
+        return history
 
 
 class UnusableError(Exception):
@@ -131,7 +117,7 @@ def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, D
         "numbers": str(torch.get_default_dtype()),
         "device": data.train_images.device.type,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return digest.of_json(parts)[:32]
 
 
 def _rest(model: nn.Module) -> str:
@@ -183,8 +169,7 @@ def _save(file: Path, key: str, model: nn.Module, history: History) -> None:
 
 def _seal(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Hash all that a file says, so that no part of it can change unseen."""
-    said = json.dumps({**header, "weights": checksum(tensors)}, sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
+    return digest.of_json({**header, "weights": checksum(tensors)})
 
 
 def _stored(file: Path, key: str, model: nn.Module) -> History | None:

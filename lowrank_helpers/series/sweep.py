@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from distributed import Client, Future
+from distributed import Client, as_completed
 
+from lowrank_helpers import data
 from lowrank_helpers.series import digest, execution, parameters, results
-from lowrank_helpers.series.cluster import ClusterError, ended_of
+from lowrank_helpers.series.cluster import ClusterError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import software
 from lowrank_helpers.series.settings import Settings
@@ -94,14 +95,6 @@ class Point:
     def folder(self, sweep_folder: Path) -> Path:
         """Return where the point's run lies in a sweep's folder."""
         return sweep_folder / "points" / self.name
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a point ended: ``error`` is empty unless it failed twice."""
-
-    point: Point
-    error: str = ""
 
 
 def as_text(value: Any) -> str:
@@ -199,19 +192,12 @@ def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
     DatasetError
         A dataset cannot be had or is damaged.
     """
-    settled: dict[tuple[Any, Any], str] = {}
-    datasets = {}
-    for point in points:
-        given = next(iter(point.planned.values()))
-        asked = given.get("dataset"), given.get("data_dir")
-        if asked not in settled:
-            settled[asked] = execution.settle_dataset(point.planned)
-        datasets[point.name] = settled[asked]
-    return datasets
+    resolve = cache(data.resolve)
+    return {point.name: execution.settle_dataset(point.planned, resolve) for point in points}
 
 
-def forget(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
-    """Remove what an earlier sweep left of the points: all, or to resume, only its word of how they ended."""
+def clear(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
+    """Remove what an earlier sweep left of the points; to resume, only how each ended."""
     for point in points:
         if resume:
             (point.folder(folder) / "results.json").unlink(missing_ok=True)
@@ -221,39 +207,33 @@ def forget(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
 
 def run(
     client: Client, points: Sequence[Point], folder: Path, datasets: Mapping[str, str]
-) -> Iterator[tuple[list[Ended], int]]:
-    """Run points on a cluster's workers.
+) -> Iterator[tuple[Point, str]]:
+    """Run points on a cluster's workers, yielding each when it has ended, with the error if it failed twice.
 
-    A point that fails is tried once more; what it had done by then is kept. So it is when its worker dies and
-    another one takes over.
+    What a point had done before it failed, or before its worker died, is not done again.
 
     Parameters
     ----------
     folder : Path
-        The sweep's, held by this process.
+        The sweep's, locked by this process.
     datasets : mapping of str to str
         As :func:`settle_datasets` returned it.
-
-    Yields
-    ------
-    list of Ended, int
-        Once a second or whenever a point ends: those that ended since, and how many are running.
 
     Raises
     ------
     ClusterError
         A worker differs from this process, does not see the folder, or the scheduler is lost.
     """
-    ground = Ground(folder, (folder / execution.LOCK).read_text(), _installed())
-    told = replace(Settings.of_command(), networks_folder=folder / "networks")
+    needed = Requirements(folder, (folder / execution.LOCK).read_text(), _installed())
+    settings = replace(Settings.of_command(), networks_folder=folder / "networks")
     try:
-        client.run(ground.check)
+        client.run(needed.check)
         futures = {}
         for point in points:
-            settings = replace(told, auto_dataset=datasets[point.name])
-            futures[client.submit(run_point, point, ground, settings, retries=1, pure=False)] = point
-        while futures:
-            yield [_ended(futures.pop(future), future) for future in ended_of(futures)], _n_running(client)
+            of_point = replace(settings, auto_dataset=datasets[point.name])
+            futures[client.submit(run_point, point, needed, of_point, retries=1, pure=False)] = point
+        for future in as_completed(futures):
+            yield futures[future], _error(future.exception())
         execution.remove_leftovers(folder / "networks")  # of workers that were killed
     except (OSError, CancelledError) as error:
         raise ClusterError(f"the scheduler at {client.scheduler.address} is lost; add --resume to go on") from error
@@ -261,35 +241,28 @@ def run(
         raise ClusterError(f"a worker lacks {error.name}: install this package where workers run") from error
 
 
-def _ended(point: Point, future: Future) -> Ended:
-    error = future.exception()
-    if error is None:
-        return Ended(point)
-    return Ended(
-        point, str(error) if isinstance(error, (PointError, ClusterError)) else f"{type(error).__name__}: {error}"
-    )
-
-
-def _n_running(client: Client) -> int:
-    return sum(bool(tasks) for tasks in client.processing().values())
+def _error(raised: BaseException | None) -> str:
+    if raised is None or isinstance(raised, (PointError, ClusterError)):
+        return str(raised or "")
+    return f"{type(raised).__name__}: {raised}"
 
 
 @dataclass(frozen=True)
-class Ground:
+class Requirements:
     """What a worker must have in common with the process that runs the sweep.
 
     Attributes
     ----------
     folder : Path
         The sweep's.
-    holder : str
-        What the lock in it says: on another disk of the same name, there is no such word.
+    lock : str
+        The text of the lock in it. A folder of the same name on another disk does not have it.
     installed : dict
-        Of the process that runs the sweep.
+        Versions in the process that runs the sweep.
     """
 
     folder: Path
-    holder: str
+    lock: str
     installed: dict[str, str]
 
     def check(self) -> None:
@@ -301,11 +274,11 @@ class Ground:
             Something differs; the message names the worker.
         """
         worker = f"process {os.getpid()} on {platform.node()}"
-        for name, theirs in _installed().items():
-            if theirs != self.installed[name]:
-                raise ClusterError(f"worker {worker} has {name} {theirs}; the sweep needs {self.installed[name]}")
+        for name, version in _installed().items():
+            if version != self.installed[name]:
+                raise ClusterError(f"worker {worker} has {name} {version}; the sweep needs {self.installed[name]}")
         lock = self.folder / execution.LOCK
-        if not lock.is_file() or lock.read_text() != self.holder:
+        if not lock.is_file() or lock.read_text() != self.lock:
             raise ClusterError(f"worker {worker} does not see {self.folder}: it must lie on a file system of them all")
 
 
@@ -320,10 +293,10 @@ def _installed() -> dict[str, str]:
 _one_at_a_time = threading.Lock()  # in a worker with several threads: kernels inherit the environment of the process
 
 
-def run_point(point: Point, ground: Ground, settings: Settings) -> None:
+def run_point(point: Point, needed: Requirements, settings: Settings) -> None:
     """Execute a point's notebooks in a worker and gather what they found.
 
-    The kernels are told what the sweep's command was, but for the folder with data: that variable is the worker's.
+    The kernels inherit the sweep's settings, but for the folder with data: that variable is the worker's.
     No pages are rendered: they take megabytes a point, and ``lowrank run`` with the same parameters makes them.
 
     Raises
@@ -331,11 +304,11 @@ def run_point(point: Point, ground: Ground, settings: Settings) -> None:
     PointError
         A notebook failed; the others still ran.
     """
-    ground.check()
+    needed.check()
+    settings = replace(settings, data_folder=Settings.of_command().data_folder)
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    told = replace(settings, data_folder=Settings.of_command().data_folder)
-    with _one_at_a_time, execution.run_folder(point.folder(ground.folder), told, wait=True) as folder:
-        outcomes = list(execution.execute(point.planned, folder, resume=True, progress=False))
+    with _one_at_a_time, execution.run_folder(point.folder(needed.folder), settings, wait=True) as folder:
+        outcomes = list(execution.execute(point.planned, folder, resume=True))
         results.gather(folder, outcomes)
     if failures := results.failures(outcomes):
         raise PointError("; ".join(failures))

@@ -216,13 +216,3 @@ def test_formulas_of_the_series_use_only_what_mathml_can_show(notebook):
     sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown"]
     html = "".join(pages.exporter().markdown2html({}, source) for source in sources)
     assert not re.findall(r"<m\w+[^>]*>[^<]*[\\&](?!#|lt|gt|amp)[^<]*</m", html)
-
-
-def test_publishing_copies_pages_and_results_but_no_networks(small_report, tmp_path):
-    report.publish(small_report, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "index.html",
-        "03_rank.html",
-        "04_overfit.html",
-        "results.json",
-    }

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_helpers.series import claims, counts
+from lowrank_helpers.series import claims, counts, results
 from lowrank_helpers.series.claims import Claim, Comparison
 
 FLOATS = st.floats(allow_subnormal=False)  # training flushes them to zero
@@ -16,11 +16,11 @@ FLOATS = st.floats(allow_subnormal=False)  # training flushes them to zero
 
 @given(st.booleans(), st.lists(st.booleans(), min_size=1, max_size=40))
 def test_a_counted_claim_is_settled_by_nineteen_of_twenty(here, holds):
-    standing = claims.standing(Claim("3.1", "So.", here), holds, {})
-    assert standing.settled == (20 * sum(holds) >= 19 * len(holds))
-    assert f"olds in {sum(holds)} of {len(holds)} recorded runs" in standing.text
-    assert ("**not** in this one" in standing.text) == (not here)
-    assert ("**Not settled:**" in standing.text) == standing.short.startswith("not settled") == (not standing.settled)
+    verdict = claims.verdict(Claim("3.1", "So.", here), holds, {})
+    assert verdict.settled == (20 * sum(holds) >= 19 * len(holds))
+    assert f"olds in {sum(holds)} of {len(holds)} recorded runs" in verdict.text
+    assert ("**not** in this one" in verdict.text) == (not here)
+    assert ("**Not settled:**" in verdict.text) == verdict.short.startswith("not settled") == (not verdict.settled)
 
 
 MISTAKES = {"tuned": [90, 92, 91, 89], "dense": [150, 152, 149, 151], "other": [151, 150, 150, 151]}
@@ -39,26 +39,26 @@ MISTAKES = {"tuned": [90, 92, 91, 89], "dense": [150, 152, 149, 151], "other": [
 )
 def test_the_recorded_runs_decide_what_holds_on_average(first, relation, second, settled):
     compared = Comparison("mistakes", first, second, relation, counts.MISTAKES)
-    standing = claims.standing(Claim("6.3", "So.", None, [compared]), [], {"mistakes": MISTAKES})
-    assert standing.settled is settled
-    assert ("**Not settled**" in standing.text) is not settled
-    assert f"Mistakes, {first} against {second}:" in standing.text and "4 recorded runs" in standing.text
+    verdict = claims.verdict(Claim("6.3", "So.", None, [compared]), [], {"mistakes": MISTAKES})
+    assert verdict.settled is settled
+    assert ("**Not settled**" in verdict.text) is not settled
+    assert f"Mistakes, {first} against {second}:" in verdict.text and "4 recorded runs" in verdict.text
 
 
 def test_a_claim_on_train_and_test_needs_both():
     both = [Comparison(name, "tuned", "dense", "smaller", counts.MISTAKES) for name in ("train", "test")]
     agreeing = {"train": MISTAKES, "test": MISTAKES}
     claim = Claim("6.3", "So.", None, both)
-    assert claims.standing(claim, [], agreeing).settled
-    assert not claims.standing(claim, [], agreeing | {"train": MISTAKES | {"tuned": MISTAKES["dense"]}}).settled
+    assert claims.verdict(claim, [], agreeing).settled
+    assert not claims.verdict(claim, [], agreeing | {"train": MISTAKES | {"tuned": MISTAKES["dense"]}}).settled
 
 
 @pytest.mark.parametrize(
     "claim", [Claim("3.1", "So.", True), Claim("3.1", "So.", None, [Comparison(*"abc", "larger", 0.1)])]
 )
 def test_without_recorded_runs_nothing_is_settled(claim):
-    standing = claims.standing(claim, [], {})
-    assert standing.settled is None and "recorded" in standing.text
+    verdict = claims.verdict(claim, [], {})
+    assert verdict.settled is None and "recorded" in verdict.text
 
 
 def test_a_table_shows_this_run_beside_the_mean_the_spread_and_the_extremes():
@@ -86,3 +86,28 @@ def test_what_is_no_number_is_refused_by_name(value):
     with pytest.raises((TypeError, ValueError)) as error:
         claims.quantities({"rank": value})
     assert not isinstance(error.value, TypeError) or "'rank'" in str(error.value)
+
+
+FILED = {
+    "notebook": "02_train",
+    "parameters": {"seed": 0},
+    "environment": {},
+    "claims": {"2.1": Claim("2.1", "So.", True, measured={"x": {"": 0.98}})},
+}
+
+
+def test_claims_come_back_as_filed(tmp_path):
+    results.file_claims(tmp_path, FILED)
+    assert results.read_claims(tmp_path) == {"02_train": FILED}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("0.98", "0.99"), ('"format": 3', '"format": 0'), ("}", ""), ('"seed": 0', '"seed": 1'), ("02_t", "03_t")],
+)
+def test_altered_claims_are_left_out_with_a_warning(tmp_path, old, new):
+    results.file_claims(tmp_path, FILED)
+    file = results.claims_file(tmp_path, "02_train")
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.warns(UserWarning, match=r"02_train\.json"):
+        assert results.read_claims(tmp_path) == {}

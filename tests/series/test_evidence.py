@@ -1,6 +1,7 @@
 """Evidence: what is joined and what is left out, its file, how often it raises a false alarm, and what it notices."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowrank_helpers import cli
+from lowrank_helpers import PROJECT, cli
 from lowrank_helpers.series import evidence, parameters, results
 from lowrank_helpers.series.claims import Claim, Comparison, quantities
 from lowrank_helpers.series.evidence import Evidence, gather, limits, unlike
@@ -39,7 +40,7 @@ def ran(folder, seed, *, whole=True, changes=None, rank=3.0, **environment):
             "notebook": NAME,
             "parameters": declared | {"seed": seed, "dataset": "digits"} | (changes or {}),
             "environment": made | {"versions": {}} | evidence.code_of(NAME) | environment,
-            "claims": {claim.id: claim.to_json() for claim in claims},
+            "claims": {claim.id: claim for claim in claims},
         },
     )
     if whole:
@@ -69,9 +70,9 @@ def test_runs_of_another_kind_are_left_out(folder, other):
 def test_a_run_with_other_parameters_quotes_no_evidence(folder):
     evidence.write(gather([ran(folder, seed) for seed in (1, 2)], NAME))
     declared = parameters.declared(evidence.source_of(NAME))
-    assert evidence.quoted(NAME, "digits", declared | {"seed": 9, "precision": "bfloat16"})
-    assert evidence.quoted(NAME, "digits", declared | {"activation": "tanh"}) is None
-    assert evidence.quoted(NAME, "mnist", declared) is None
+    assert evidence.quoted(NAME, "digits", declared | {"seed": 9, "precision": "bfloat16"}).runs
+    assert not evidence.quoted(NAME, "digits", declared | {"activation": "tanh"}).runs
+    assert not evidence.quoted(NAME, "mnist", declared).runs
 
 
 VALUES = st.lists(
@@ -183,8 +184,9 @@ def test_evidence_is_of_both_precisions_unless_one_is_given():
     ],
 )
 def test_what_makes_no_evidence_is_refused_before_anything_starts(arguments, named, monkeypatch):
-    monkeypatch.setattr(cli, "_sweep", lambda *_: pytest.fail("it ran"))
-    result = CliRunner().invoke(cli.main, ["evidence", "-p", "dataset", "digits", *arguments])
+    monkeypatch.setattr(cli, "run_points", lambda *_: pytest.fail("it ran"))
+    command = runpy.run_path(str(PROJECT / "scripts" / "evidence.py"))["main"]
+    result = CliRunner().invoke(command, ["-p", "dataset", "digits", *arguments])
     assert result.exit_code == 2, result.output
     assert all(part in result.output for part in named)
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from lowrank_helpers.series.execution import notebook_names, notebook_path
-from lowrank_helpers.series.run import recipes
+from lowrank_helpers.series.parameters import check, recipes
 
 pytestmark = pytest.mark.slow
 
@@ -105,12 +105,11 @@ EXERCISES: dict[str, list[dict | Change]] = {
         {"alpha": 4.0, "recipes": {"lora": {"learning_rate": 1.6e-2}}},
     ],
 }
-CASES = [(name, number) for name, exercises in EXERCISES.items() for number in range(1, len(exercises) + 1)]
 
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> Path:
-    """Where one exercise finds what another one has trained."""
+    """Where one notebook finds what another one has trained."""
     return tmp_path_factory.mktemp("networks")
 
 
@@ -124,26 +123,29 @@ def quiet(tmp_path, networks) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", notebook_names())
-def test_every_exercise_is_done_here(name):
-    [text] = [cell.source for cell in nbformat.read(notebook_path(name), as_version=4).cells if cell.id == "exercises"]
-    assert len(EXERCISES.get(name, [])) == len(re.findall(r"^\d+\. ", text, re.MULTILINE))
-
-
-@pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{name}-{number}" for name, number in CASES])
-def test_exercise_runs_as_it_is_written(name, number):
-    exercise = EXERCISES[name][number - 1]
-    given = exercise if isinstance(exercise, dict) else {}
-    quick = {kind: QUICK | given.get("recipes", {}).get(kind, {}) for kind in recipes()}
-    parameters = SMALL | (FRONTIER if name == "08_frontier" else {}) | given | {"recipes": quick}
+def test_exercises_run_as_they_are_written(name):
+    """All of a notebook at once, as each changes something else."""
+    cells = nbformat.read(notebook_path(name), as_version=4).cells
+    [text] = [cell.source for cell in cells if cell.id == "exercises"]
+    exercises = EXERCISES[name]
+    assert len(exercises) == len(re.findall(r"^\d+\. ", text, re.MULTILINE)), "every exercise is done here"
+    changes = [exercise for exercise in exercises if isinstance(exercise, Change)]
+    given: dict = {"recipes": {}}
+    for exercise in exercises:
+        if isinstance(exercise, dict):
+            check(exercise)
+            given |= exercise | {"recipes": given["recipes"] | exercise.get("recipes", {})}
+    given["recipes"] = {kind: QUICK | given["recipes"].get(kind, {}) for kind in recipes()}
+    parameters = SMALL | (FRONTIER if name == "08_frontier" else {}) | given
     namespace: dict = {"__name__": "__main__"}
-    for cell in nbformat.read(notebook_path(name), as_version=4).cells:
+    for cell in cells:
         if cell.cell_type != "code":
             continue
         source = cell.source
-        if isinstance(exercise, Change) and exercise.cell == cell.id:
-            assert exercise.old in source, f"{name} has no {exercise.old!r} in its cell {cell.id}"
-            source = source.replace(exercise.old, exercise.new) if exercise.old else source + exercise.new
+        for change in [change for change in changes if change.cell == cell.id]:
+            assert change.old in source, f"{name} has no {change.old!r} in its cell {cell.id}"
+            source = source.replace(change.old, change.new) if change.old else source + change.new
         exec(compile(source, f"{name}, {cell.id}", "exec"), namespace)
         if "parameters" in cell.metadata.get("tags", []):
             namespace |= {key: value for key, value in parameters.items() if key in namespace}
-    assert list(namespace["run"].folder.glob("claims/*.json")), "an exercise that claims nothing has not run"
+    assert list(namespace["run"].folder.glob("claims/*.json")), "exercises that claim nothing have not run"

@@ -56,6 +56,10 @@ def test_a_name_has_one_default_in_all_notebooks():
         ({"layer_shares": [0.5, 0.5, 0.5, 0.5]}, "sum is at most 1"),
         ({"layer_shares": [0.5, 0.5], "big_widths": BIG}, "one share for each of the 4 hidden layers"),
         ({"alpha": 10**400}, "alpha = 1000"),
+        ({"seed": 1.5}, "seed = 1.5 .* whole number"),
+        ({"seed": True}, "seed = True .* whole number"),
+        ({"seed": 2**32}, "seed = 4294967296 .* to 4294967295"),
+        ({"widths": [784, 10]}, r"widths = \[784, 10\] .* hidden width"),
         ({"batch_size": 0}, "batch_size = 0 .* whole number from 1"),
         ({"recipes": [3]}, r"recipes = \[3\] is not allowed; allowed: fields by kind of network"),
         ({"recipes": {"big": 3}}, "recipes = .*: 3} is not allowed; allowed: fields by kind of network"),
@@ -157,3 +161,11 @@ def test_planning_gives_each_notebook_what_it_declares_in_the_series_order():
     assert list(planned) == ["01_data", "02_train"]
     assert planned["02_train"] == {"seed": 3, "activation": "tanh"}
     assert planned["01_data"] == {"seed": 3}
+
+
+@pytest.mark.parametrize(("layers", "most"), [("all", 10), ("first", 512), ("last", 10)])
+def test_the_adapters_rank_is_bounded_by_the_layers_chosen(layers, most):
+    given = {"widths": [784, 512, 256, 10], "layers": layers}
+    check(given | {"rank": most})
+    with pytest.raises(ParameterError, match=f"rank = {most + 1} .*allowed: 1 to {most}$"):
+        check(given | {"rank": most + 1})

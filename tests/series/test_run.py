@@ -2,14 +2,11 @@
 
 import json
 import os
-import threading
-import time
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from idx_files import write_small_fashion_mnist
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -19,7 +16,6 @@ from lowrank_helpers.models import mlp
 from lowrank_helpers.series import evidence
 from lowrank_helpers.series.parameters import ParameterError, declared
 from lowrank_helpers.series.run import Run, Training, recipes
-from lowrank_helpers.series.store import TEMPORARY, _key
 from lowrank_helpers.training import Recipe
 
 VARIABLES = declared(PROJECT / "notebooks" / "02_train.ipynb") | {
@@ -154,26 +150,6 @@ def test_the_same_training_asked_for_twice_at_once_is_done_once(run, monkeypatch
     (first, history), (second, other) = run.train_all(dict(enumerate(same))).values()
     assert history == other, "the durations would differ had both been trained"
     assert torch.equal(first.fc1.weight, second.fc1.weight)
-
-
-def test_what_another_process_is_training_is_left_for_the_end(run):
-    asked = {key: Training(mlp([784, 8, 10], seed=key), BRIEF) for key in range(3)}
-    _, recipe, _ = asked[0]
-    networks = run.folder / "networks"
-    networks.mkdir()
-    key = _key(asked[0].model, run.data, recipe, {})
-    busy = FileLock(networks / f".{key}.lock{TEMPORARY}", thread_local=False)
-    busy.acquire()  # as if a process were at the first network
-
-    def give_up_when_both_others_are_there():
-        while len(list(networks.glob("*.safetensors"))) < 2:
-            time.sleep(0.01)
-        busy.release()
-
-    threading.Thread(target=give_up_when_both_others_are_there, daemon=True).start()
-    trained = run.train_all(asked)
-    assert list(trained) == [0, 1, 2]
-    assert len(list(networks.iterdir())) == 3
 
 
 def test_networks_are_kept_where_several_runs_share_them(monkeypatch, tmp_path):

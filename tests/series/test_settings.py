@@ -65,9 +65,9 @@ def test_kernels_of_a_worker_take_its_own_data_folder_and_else_what_the_command_
         return iter(())
 
     monkeypatch.setattr(execution, "execute", execute)
-    monkeypatch.setattr(sweep.Ground, "check", lambda ground: None)
+    monkeypatch.setattr(sweep.Requirements, "check", lambda needed: None)
     point = sweep.Point({"seed": 0}, {})
-    sweep.run_point(point, sweep.Ground(tmp_path, "", {}), TOLD)
+    sweep.run_point(point, sweep.Requirements(tmp_path, "", {}), TOLD)
     expected = replace(TOLD, run_folder=point.folder(tmp_path), data_folder=tmp_path / "on-this-node")
     assert read == [expected]
 

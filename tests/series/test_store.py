@@ -4,7 +4,6 @@ import copy
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from lowrank_helpers import PROJECT, training
 from lowrank_helpers.compression import pruned
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.models import mlp
-from lowrank_helpers.series import digest, results, store
+from lowrank_helpers.series import digest, store
 from lowrank_helpers.series.store import Store, write_atomically
 from lowrank_helpers.training import History, Recipe
 
@@ -434,33 +433,6 @@ def test_nothing_in_the_project_unpickles_but_tensors_of_a_file_to_analyse():
     sources = [*PROJECT.glob("lowrank_helpers/**/*.py"), *PROJECT.glob("notebooks/*.ipynb")]
     assert len(sources) > 10
     assert [source.name for source in sources if forbidden.search(source.read_text())] == []
-
-
-CLAIMS = {"notebook": "02_train", "parameters": {"seed": 0}, "environment": {}, "claims": {"2.1": {"x": 0.98}}}
-
-
-def test_claims_come_back_as_filed(tmp_path):
-    results.file_claims(tmp_path, CLAIMS)
-    assert results.read_claims(tmp_path) == {"02_train": CLAIMS}
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [("0.98", "0.99"), ('"format": 3', '"format": 0'), ("}", ""), ('"seed": 0', '"seed": 1'), ("{", "[")],
-)
-def test_altered_claims_are_left_out_with_a_warning(tmp_path, old, new):
-    results.file_claims(tmp_path, CLAIMS)
-    file = results.claims_file(tmp_path, "02_train")
-    file.write_text(file.read_text().replace(old, new, 1))
-    with pytest.warns(UserWarning, match=r"02_train\.json"):
-        assert results.read_claims(tmp_path) == {}
-
-
-def test_claims_under_another_notebooks_name_are_left_out(tmp_path):
-    results.file_claims(tmp_path, CLAIMS)
-    shutil.copy(results.claims_file(tmp_path, "02_train"), results.claims_file(tmp_path, "03_rank"))
-    with pytest.warns(UserWarning, match=r"03_rank\.json"):
-        assert set(results.read_claims(tmp_path)) == {"02_train"}
 
 
 WRITER = """

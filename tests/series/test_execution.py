@@ -1,0 +1,144 @@
+"""Runs in this process: they resume after failures, deaths and damage, in the same results. Kernels fork one server."""
+
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+from idx_files import write_small_fashion_mnist
+from small_series import FIRST, LAST, SAME, SETUP, apart_from_time, notebook, write_series
+
+from lowrank_helpers import cli
+from lowrank_helpers.series import execution
+from lowrank_helpers.series.execution import run_folder
+
+pytestmark = pytest.mark.slow
+
+
+def lowrank_run(*arguments, code: int = 0) -> str:
+    result = CliRunner().invoke(cli.main, ["run", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def found(out: Path) -> dict:
+    return apart_from_time(json.loads((out / "results.json").read_text()))
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path) -> Path:
+    """The series of three small notebooks, in place of the project's."""
+    write_series(tmp_path / "notebooks")
+    monkeypatch.setattr(execution, "NOTEBOOK_FOLDER", tmp_path / "notebooks")
+    return tmp_path / "notebooks"
+
+
+def write(sources: Path, **notebooks: list[str]) -> None:
+    """Write notebooks, by name, of these code cells, in place of those that are there."""
+    for file in sources.iterdir():
+        file.unlink()
+    for name, cells in notebooks.items():
+        nbformat.write(notebook(*cells), sources / f"{name.removeprefix('n')}.ipynb")
+
+
+def test_order_repetition_workers_failures_and_damage_change_no_result(sources, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    lowrank_run("--workers", 2, "-o", out)
+    reference = found(out)
+    assert {*reference["claims"]} == {"1.1", "1.1/took", "2.1", "2.1/took"}
+    assert reference["claims"]["1.1"]["measured"]["accuracy"][""] > 0.8
+    assert len([*(out / "networks").iterdir()]) == 1, "two notebooks train the same network"
+
+    lowrank_run(SAME, "--workers", 1, "-o", again)
+    assert lowrank_run("--resume", "--workers", 1, "-o", again).count("kept") == 1
+    assert found(again) == reference
+
+    first = sources / f"{FIRST}.ipynb"
+    intact = first.read_bytes()
+    nbformat.write(notebook("raise ValueError('no such luck')"), first)
+    shown = lowrank_run("--resume", "-o", out, code=1)
+    assert f"{FIRST}          failed" in shown and f"{SAME}         kept" in shown
+    assert f"{LAST}   done" in shown, "it reads what the first claims"
+    assert f"Failed: {FIRST} (cell 2): ValueError: no such luck" in shown
+    assert "no such luck" in (out / f"{FIRST}.html").read_text()
+    assert {*found(out)["claims"]} == {"2.1", "2.1/took"}, "no claim of an earlier run is left"
+
+    nbformat.write(notebook("import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"), first)
+    assert "Kernel died" in lowrank_run("--resume", "-o", out, code=1)
+    first.write_bytes(intact)
+    assert f"{SAME}         kept" in lowrank_run("--resume", "-o", out)
+    assert found(out) == reference
+
+    network = next((out / "networks").iterdir())
+    network.write_bytes(network.read_bytes()[:-1])
+    filed = out / "claims" / f"{FIRST}.json"
+    filed.write_text(filed.read_text().replace("right", "wrong"))
+    truncated, altered = (out / f"{name}.ipynb" for name in (SAME, LAST))
+    truncated.write_text(truncated.read_text()[:1000])
+    altered.write_text(altered.read_text().replace("right", "wrong"))
+    with pytest.warns(UserWarning) as warned:
+        assert "kept" not in lowrank_run("--resume", "-o", out)
+    named = " ".join(str(warning.message) for warning in warned)
+    assert filed.name in named and truncated.name in named
+    executed = [(out / f"{name}.ipynb").read_text() for name in (FIRST, SAME)]
+    assert any(network.name in text for text in executed), "whichever finds the network first warns, and names it"
+    assert "wrong" not in altered.read_text()
+    assert found(out) == reference
+
+
+def test_an_altered_output_is_not_kept(sources, tmp_path):
+    write(sources, n01_data=["print('right')"])
+    lowrank_run("-o", tmp_path / "out")
+    altered = tmp_path / "out" / "01_data.ipynb"
+    assert "kept" in lowrank_run("--resume", "-o", tmp_path / "out")
+    altered.write_text(altered.read_text().replace('"right', '"wrong'))
+    with pytest.warns(UserWarning, match=r"01_data\.ipynb in the run's folder is damaged"):
+        assert "kept" not in lowrank_run("--resume", "-o", tmp_path / "out")
+
+
+def test_second_run_into_a_folder_says_who_has_locked_it(sources, tmp_path):
+    with run_folder(tmp_path):
+        assert f"in use by process {os.getpid()}" in lowrank_run("-o", tmp_path, code=1)
+
+
+def test_failing_notebooks_leave_partial_outputs_and_each_reason_is_said_once(sources, tmp_path):
+    write(
+        sources,
+        n01_data=["print('so far')", "raise ValueError('no luck')", "print('never')"],
+        n02_train=["raise ValueError('no luck')"],
+        n03_rank=["print('fine', seed, type(seed).__name__)"],
+    )
+    (tmp_path / "mine.yaml").write_text("seed: 5\ndataset: digits\n")
+    shown = lowrank_run("-f", tmp_path / "mine.yaml", "-p", "seed", 7, "--workers", 1, "-o", tmp_path / "out", code=1)
+    assert "Failed: 01_data (cell 4), 02_train (cell 3): ValueError: no luck\n" in shown and shown.count("no luck") == 1
+    assert not (tmp_path / "out" / "01_data.ipynb").exists()
+    partial = (tmp_path / "out" / "01_data.failed.ipynb").read_text()
+    assert "so far" in partial and "ValueError" in partial
+    assert "fine 7 int" in (tmp_path / "out" / "03_rank.ipynb").read_text(), "the command line goes over the file"
+    notebooks = json.loads((tmp_path / "out" / "results.json").read_text())["notebooks"]
+    assert [notebook["status"] for notebook in notebooks.values()] == ["failed", "failed", "done"]
+
+
+LOADS = """
+from lowrank_helpers import data
+textbook = data.torchvision_set(run.data.name, run.data_dir, train=True)
+run.claim("1.1", "There are images.", holds=True, measured={"images": len(textbook)})
+"""
+
+
+@pytest.mark.parametrize("way", ["parameter", "variable"])
+def test_relative_data_folder_is_relative_to_where_the_command_runs(way, sources, tmp_path, monkeypatch):
+    write_small_fashion_mnist(tmp_path / "here" / "images")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("LOWRANK_DATA_DIR", "images" if way == "variable" else "nowhere")
+    write(sources, n01_data=[SETUP.format(name="01_data"), LOADS])
+    given = ["-p", "data_dir", "images"] if way == "parameter" else []
+    lowrank_run("-p", "dataset", "fashion_mnist", *given, "-o", "out")
+    results = Path("out", "results.json").read_text()
+    assert json.loads(results)["claims"]["1.1"]["measured"]["images"] == {"": 60}
+    for left in (results, Path("out", "01_data.ipynb").read_text()):
+        assert str(tmp_path) not in left, "what is recorded holds no path of this machine"
+    assert os.environ["LOWRANK_DATA_DIR"] == ("images" if way == "variable" else "nowhere")
