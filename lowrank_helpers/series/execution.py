@@ -46,9 +46,9 @@ def notebook_path(name: str) -> Path:
     return NOTEBOOK_FOLDER / f"{name}.ipynb"
 
 
-def reads(name: str) -> set[str]:
-    """Return the notebooks whose claims a notebook shows, by its metadata."""
-    return {*json.loads(notebook_path(name).read_text())["metadata"].get("lowrank", {}).get("reads", [])}
+def reads(name: str, what: str = "reads") -> set[str]:
+    """Return the notebooks whose claims a notebook shows, or whose networks it ``loads``, by its metadata."""
+    return {*json.loads(notebook_path(name).read_text())["metadata"].get("lowrank", {}).get(what, [])}
 
 
 def with_what_they_read(names: Sequence[str]) -> list[str]:
@@ -169,8 +169,8 @@ def execute(
     """Execute notebooks into a run folder, yielding how each ended as soon as it has.
 
     An executed notebook appears under its own name only when all its cells ran. One that failed is left as
-    ``<name>.failed.ipynb``, and the rest still run. A notebook that shows what others claim starts when these have
-    ended. A network that two notebooks want is trained by one, and the other waits for it.
+    ``<name>.failed.ipynb``, and the rest still run. A notebook that shows what others claim, or loads what they train,
+    starts when these have ended.
 
     Parameters
     ----------
@@ -187,10 +187,11 @@ def execute(
     kept = _kept(planned, read_by, folder) if resume else {}
     yield from kept.values()
     missing = [name for name in planned if name not in kept]
+    after = {name: read_by[name] | reads(name, "loads") for name in missing}
     running: set[str] = set()
     ended: SimpleQueue[Outcome] = SimpleQueue()
     while missing or running:
-        ready = [name for name in missing if not read_by[name] & {*missing, *running}]
+        ready = [name for name in missing if not after[name] & {*missing, *running}]
         for name in ready[: workers - len(running)]:
             missing.remove(name)
             running.add(name)
