@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_helpers.calibration import check_task, output_fisher, output_moments, output_rows, without_mean
@@ -24,7 +23,7 @@ from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Factors, precise
 from lowrank_helpers.layers import Replaceable, replaceable_layers, substitute_, with_factors
-from lowrank_helpers.models import LowRankLayer, linear_layers, n_parameters, named_layers
+from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
 from lowrank_helpers.rank import singular_values
 from lowrank_helpers.selection import BY_WEIGHTS, STRATEGIES, Layer, allocate, allocation_of, smallest_allocation
 from lowrank_helpers.training import progress
@@ -520,30 +519,3 @@ def _check_options(budget: float, metric: str, strategy: str, task: str | None) 
     if not isinstance(budget, Real) or not (budget >= 1 and counts if whole else 0 < budget <= 1):
         count = ", or a whole number as a count" if counts else ""
         raise ValueError(f"budget {budget!r} of {metric} is not allowed; allowed: a float above 0 and up to 1{count}")
-
-
-@torch.no_grad()
-def pruned(model: nn.Module, n_kept: int) -> nn.Module:
-    """Return a copy whose linear layers keep their largest weights and hold the others at zero.
-
-    Magnitude pruning after Han et al. 2015, arXiv 1506.02626, section 3, with one threshold for all layers. A mask of
-    ``torch.nn.utils.prune`` keeps zeros at zero in training too; ``prune.remove`` makes plain weights of the result.
-
-    Parameters
-    ----------
-    model : nn.Module
-    n_kept : int
-        Weights left, of all ``nn.Linear`` layers together.
-
-    Raises
-    ------
-    ValueError
-        ``n_kept`` is negative, or the layers have fewer weights.
-    """
-    copy = deepcopy(model)
-    matrices = [(layer, "weight") for layer in linear_layers(copy).values()]
-    n_weights = sum(layer.weight.numel() for layer, _ in matrices)
-    if not 0 <= n_kept <= n_weights:
-        raise ValueError(f"n_kept {n_kept:,} must be between 0 and the {n_weights:,} weights of the linear layers")
-    prune.global_unstructured(matrices, pruning_method=prune.L1Unstructured, amount=n_weights - n_kept)
-    return copy
