@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.utils import prune
 from traitlets.config import Config
 
 from lowrank_helpers import PROJECT, training
