@@ -5,7 +5,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_helpers.models import n_trainable
 from lowrank_helpers.timing import exclusive_timing, spending, synchronise
 from lowrank_helpers.training import products_in
-
-
-def n_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Sum the bytes of tensors; ``None``, as a gradient that was never computed, has none.
-
-    Examples
-    --------
-    >>> n_bytes([torch.zeros(3), None])
-    12
-    """
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def state_bytes(optimiser: torch.optim.Optimizer) -> int:
-    """Sum the bytes that an optimiser keeps between steps: for Adam two moments a parameter, and a step count.
-
-    Examples
-    --------
-    >>> layer = torch.nn.Linear(4, 2, bias=False)
-    >>> adam = torch.optim.Adam(layer.parameters())
-    >>> layer(torch.ones(4)).sum().backward()
-    >>> adam.step()
-    >>> state_bytes(adam)  # two float32 for each of 8 weights, and the count of steps
-    68
-    """
-    return n_bytes(value for state in optimiser.state.values() for value in state.values())
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -156,9 +130,11 @@ def step_costs(model: nn.Module, images: Tensor, labels: Tensor, precision: str 
     step, optimiser = training_step(model, images, labels, precision)
     with FlopCounterMode(display=False) as counter:
         step()  # the first also makes the optimiser's state
+    kept = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    kept += [tensor for state in optimiser.state.values() for tensor in state.values()]
     return StepCosts(
         trained=n_trainable(model),
-        kept_bytes=n_bytes(parameter.grad for parameter in model.parameters()) + state_bytes(optimiser),
+        kept_bytes=sum(tensor.nbytes for tensor in kept),
         peak_bytes=peak_bytes(step, images.device),
         operations=counter.get_total_flops(),
         seconds=median_seconds(step, images.device),
