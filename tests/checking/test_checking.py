@@ -99,9 +99,9 @@ FILE = """
 import os
 from pathlib import Path
 from lowrank_helpers.series import results
+from lowrank_helpers.series.claims import Claim
 def file(**measured):
-    claims = {id: {"id": id, "sentence": "So it is.", "holds": True, "comparisons": [], "measured": {"rank": {"": x}},
-                   "series": {}, "timings": {}} for id, x in measured.items()}
+    claims = {id: Claim(id, "So it is.", True, measured={"rank": {"": x}}) for id, x in measured.items()}
     environment = {"dataset": "digits"}
     filed = {"notebook": "02_train", "parameters": {"seed": 0}, "environment": environment, "claims": claims}
     if "LOWRANK_RUN_DIR" in os.environ:

@@ -48,7 +48,7 @@ def start(project: Path, *arguments: str) -> subprocess.Popen:
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end

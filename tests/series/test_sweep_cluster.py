@@ -64,14 +64,15 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.started: list[subprocess.Popen] = []
         self.notebooks = folder / "notebooks"
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(PROJECT / "lowrank_helpers", folder / "lowrank_helpers", ignore=ignored)
         self.notebooks.mkdir()
         nbformat.write(notebook(WORK), self.notebooks / "01_small.ipynb")
 
-    def start(self, *command: Any, **options: Any) -> subprocess.Popen:
-        return subprocess.Popen(
+    def start(self, *command: Any) -> subprocess.Popen:
+        process = subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1"},
@@ -80,8 +81,15 @@ class Project:
             text=True,
             start_new_session=True,
             preexec_fn=heed_interrupts,
-            **options,
         )
+        self.started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Kill what a failed test has left."""
+        for process in self.started:
+            process.kill()
+            process.wait()
 
     def sweep(self, *arguments: Any) -> subprocess.Popen:
         return self.start("-m", "lowrank_helpers", "sweep", *arguments)
@@ -121,13 +129,8 @@ class Cluster:
     def workers(self) -> list[psutil.Process]:
         return [psutil.Process(process.pid) for process in self.processes[1:] if process.poll() is None]
 
-    def stop(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
 
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> Any:
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end
@@ -155,16 +158,16 @@ def untimed(out: Path) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Project:
-    return Project(tmp_path_factory.mktemp("swept") / "project")
+def project(tmp_path_factory) -> Iterator[Project]:
+    project = Project(tmp_path_factory.mktemp("swept") / "project")
+    yield project
+    project.stop()
 
 
 @pytest.fixture(scope="module")
-def cluster(project, tmp_path_factory) -> Iterator[Cluster]:
+def cluster(project, tmp_path_factory) -> Cluster:
     """One for all tests: importing PyTorch is the most that a worker does here."""
-    cluster = Cluster(project, tmp_path_factory.mktemp("cluster"))
-    yield cluster
-    cluster.stop()
+    return Cluster(project, tmp_path_factory.mktemp("cluster"))
 
 
 @pytest.fixture(scope="module")
