@@ -32,7 +32,6 @@ COLOURS = {
     "published": PALETTE[2],
     "narrow": PALETTE[3],
     "tuned": PALETTE[4],
-    "distilled": PALETTE[5],
     "pruned": PALETTE[6],
 }
 LINE_STYLES: dict[str, Any] = {"train": "--", "test": "-"}
