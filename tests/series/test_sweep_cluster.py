@@ -143,7 +143,7 @@ def busy(cluster: Cluster) -> list[psutil.Process]:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    shown, _ = process.communicate(timeout=200)
+    shown, _ = process.communicate(timeout=400)
     assert process.returncode == code, shown
     assert "Traceback" not in shown
     return shown
