@@ -93,4 +93,4 @@ def test_server_and_kernels_end_with_their_process_and_kernels_with_the_server(e
     started = psutil.Process(int(process.stdout.readline()))
     left = [started, started.parent()]
     process.communicate(timeout=60)
-    assert psutil.wait_procs(left, timeout=10)[1] == []
+    assert psutil.wait_procs(left, timeout=30)[1] == []
