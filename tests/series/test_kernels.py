@@ -83,7 +83,7 @@ def test_a_kernel_is_interrupted_and_its_death_is_seen():
         assert not manager.is_alive()
 
 
-@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), signal.SIGKILL)", "server.kill(); started.wait(20)"])
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "server.kill(); started.wait(20)"])
 def test_server_and_kernels_end_with_their_process_and_kernels_with_the_server(end):
     opener = "import os, psutil, signal, sys; from jupyter_client.manager import start_new_kernel; "
     opener += "from lowrank_helpers.series import kernels; context = kernels.forked(); context.__enter__(); "
@@ -93,4 +93,4 @@ def test_server_and_kernels_end_with_their_process_and_kernels_with_the_server(e
     started = psutil.Process(int(process.stdout.readline()))
     left = [started, started.parent()]
     process.communicate(timeout=60)
-    assert psutil.wait_procs(left, timeout=10)[1] == []
+    assert psutil.wait_procs(left, timeout=30)[1] == []

@@ -143,7 +143,7 @@ def busy(cluster: Cluster) -> list[psutil.Process]:
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    shown, _ = process.communicate(timeout=200)
+    shown, _ = process.communicate(timeout=400)
     assert process.returncode == code, shown
     assert "Traceback" not in shown
     return shown
@@ -182,7 +182,7 @@ def reference(project, cluster, tmp_path_factory) -> Path:
         shown = finish(process, 130)
     assert "1 of 2 points are done. Add --resume" in shown
     assert not re.search("Traceback|KeyboardInterrupt|leaked", shown), shown
-    assert psutil.wait_procs(started, timeout=10)[1] == [], "no worker and no kernel is left"
+    assert psutil.wait_procs(started, timeout=30)[1] == [], "no worker and no kernel is left"
     shown = finish(project.sweep("-g", "seed=0..1", "--scheduler", cluster.address, "-o", out, "--resume"))
     assert "Points: 2, failed: 0" in shown
     assert project.begun() == [0, 1, 1], "what was done was kept"
@@ -241,7 +241,7 @@ def test_killed_client_and_killed_worker_lose_no_point(project, cluster, referen
         leftover = out / "networks" / f".of-the-killed{TEMPORARY}"
         leftover.write_bytes(b"half a network")
         killed.kill()
-        assert psutil.wait_procs([orphan], timeout=5)[1] == [], "it would write into a folder that is another's now"
+        assert psutil.wait_procs([orphan], timeout=30)[1] == [], "it would write into a folder that is another's now"
         wait_for(lambda: len(project.begun()) == 2)
     shown = finish(process)
     assert "Points: 3, failed: 0" in shown
