@@ -66,7 +66,7 @@ EXERCISES: dict[str, list[dict | Change]] = {
         ),
     ],
     "04_overfit": [
-        {"recipes": {"big": {"epochs": 5, "batch_size": 512}}},
+        {"recipes": {"big": {"epochs": 4, "batch_size": 512}}},
         {"activation": "tanh"},
         Change("setup", "", "\nrun.data.train_labels[:] = run.data.train_labels.flip(0)"),
     ],
@@ -92,7 +92,7 @@ EXERCISES: dict[str, list[dict | Change]] = {
     "08_frontier": [
         {"layer_shares": [0.25, 0.25, 0.25, 0.25]},
         {"moment_images": 50},
-        {"recipes": {"cut_60000": {"epochs": 20}}},
+        {"recipes": {"tuned": {"epochs": 20}}},
     ],
     "09_your_network": [
         {"patch": 7},
