@@ -464,14 +464,16 @@ def test_matrices_that_cannot_be_replaced_are_left_alone_by_name(make, reasons, 
     assert make is not _tied or small[1].weight is small[2].weight
 
 
+@torch.no_grad()
+def _pruned():
+    return nn.Sequential(prune.l1_unstructured(nn.Linear(784, 10), "weight", 0.5))
+
+
 @pytest.mark.parametrize(
     ("model", "named"),
     [
         (nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3), nn.Flatten()), "1': 'of Conv1d: only plain"),
-        (
-            nn.Sequential(prune.l1_unstructured(nn.Linear(784, 10), "weight", 0.5)),
-            "0.weight_orig': 'of Linear: only plain",
-        ),
+        (_pruned(), "0.weight_orig': 'of Linear: only plain"),
     ],
 )
 def test_a_model_without_replaceable_layers_is_refused(model, named, data):

@@ -185,7 +185,7 @@ CHANGES = {
 RESTORE = """
 torch.set_default_dtype(torch.float32)
 if "tanh" in globals(): torch.tanh = tanh
-if "forward" in globals(): Thin.forward = forward
+if "forward" in globals(): del Thin.forward
 for name in ("tanh", "forward"): globals().pop(name, None)
 """
 SAME = {
