@@ -78,6 +78,10 @@ class PageRenderer(IPythonRenderer):
         """Let a table that is wider than the screen scroll by itself."""
         return f'<div class="scroll"><table>\n{text}</table></div>\n'
 
+    def inline_html(self, html: str) -> str:
+        """Leave a tag as it is; nbconvert, which embeds images, would close each where it opens."""
+        return html
+
     def inline_math(self, body: str) -> str:
         """Render a formula in a line of text."""
         return _mathml(body, "inline")

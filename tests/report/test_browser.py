@@ -203,7 +203,10 @@ def test_in_jupyterlab_the_slider_moves_and_the_picture_changes(browser, tmp_pat
         page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
         handle = page.locator(".jupyter-widgets .noUi-handle")
         handle.wait_for(timeout=90_000)
-        picture, numbers = page.locator("img.widget-image"), page.locator(".widget-label").filter(has_text="error")
+        picture, numbers = (
+            page.locator("img.widget-image").nth(1),
+            page.locator(".widget-label").filter(has_text="error"),
+        )
         source, text = picture.get_attribute("src"), numbers.inner_text()
         assert "accuracy: train" in text
         handle.focus()
