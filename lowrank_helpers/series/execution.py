@@ -192,6 +192,7 @@ def execute(
     ended: SimpleQueue[Outcome] = SimpleQueue()
     while missing or running:
         ready = [name for name in missing if not after[name] & {*missing, *running}]
+        ready.sort(key=lambda name: -sum(name in others for others in after.values()))  # what most others wait for
         for name in ready[: workers - len(running)]:
             missing.remove(name)
             running.add(name)
