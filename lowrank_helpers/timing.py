@@ -39,13 +39,9 @@ def spending(kind: str) -> Iterator[None]:
     try:
         yield
     finally:
-        add_spent(kind, time.thread_time() - start)
-
-
-def add_spent(kind: str, seconds: float) -> None:
-    """Add processor seconds to a kind of work."""
-    with _spent_lock:
-        spent[kind] += seconds  # type: ignore[assignment]  # counts of a Counter may be fractions
+        seconds = time.thread_time() - start
+        with _spent_lock:
+            spent[kind] += seconds  # type: ignore[assignment]  # counts of a Counter may be fractions
 
 
 def synchronise(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from lowrank_helpers.cuda_graphs import GraphSteps
 from lowrank_helpers.data import Dataset, batches
 from lowrank_helpers.models import squared_norm
-from lowrank_helpers.timing import add_spent, spending, synchronise, wait_for_timing
+from lowrank_helpers.timing import spending, synchronise, wait_for_timing
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -61,7 +61,6 @@ class Recipe:
     batch_size: int
     learning_rate: float
     scores_per_epoch: int = 1
-    schedule: str = "linear"
     seed: int = 0
     frobenius_decay: float = 0.0
     weight_decay: float = 0.0
@@ -255,7 +254,8 @@ def fit(
                 if stop and stop.is_set():
                     raise CancelledError
                 wait_for_timing()
-                take_step(index, recipe.learning_rate * (1 if recipe.schedule == "constant" else 1 - step / n_steps))
+                with spending("training"):
+                    take_step(index, recipe.learning_rate * (1 - step / n_steps))
                 step += 1
                 bar.update()
                 if step in pauses:
@@ -268,7 +268,6 @@ def fit(
             name: asdict(evaluate(model, *sample(*pair, SCORED_AT_END), recipe.precision))
             for name, pair in scored.items()
         }
-    add_spent("training", history.seconds[-1])
     return history
 
 
