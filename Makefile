@@ -2,6 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE  # or each command, worker and kernel compiles PyTorch's modules again
 
 .PHONY: help report test test-fast test-notebooks test-commands check evidence test-machines bench lab record lint docs figures
 

@@ -228,14 +228,13 @@ def fit(
     device = data.train_images.device
     dtype = getattr(torch, recipe.precision)  # images are rounded once, not in every epoch
     scored = {
-        " ".join(filter(None, (name, split))): (images.to(dtype), labels)
+        " ".join(filter(None, (name, split))): sample(images.to(dtype), labels, SCORED_AT_END)
         for name, each in ({"": data} | dict(others or {})).items()
         for split, (images, labels) in each.splits().items()
         if split != "validation"
     }
     shown = "test" if "test" in scored else "train"
-    meanwhile = {name: sample(*pair, SCORED_MEANWHILE) for name, pair in scored.items()}
-    take_step = _step_of(model, *scored["train"], recipe)
+    take_step = _step_of(model, data.train_images.to(dtype), data.train_labels, recipe)
     steps_per_epoch = math.ceil(len(data.train_labels) / recipe.batch_size)
     n_steps = recipe.epochs * steps_per_epoch
     n_scores = max(1, recipe.epochs * recipe.scores_per_epoch)
@@ -245,7 +244,7 @@ def fit(
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     bar = tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden())
     with bar, in_mode(model, training=True):
-        _record(history, model, meanwhile, recipe.precision, epochs=0.0, seconds=0.0)
+        _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
         start, step = clock(), 0
         for epoch in range(1, recipe.epochs + 1):
             for index in batches(
@@ -260,14 +259,10 @@ def fit(
                 bar.update()
                 if step in pauses:
                     synchronise(device)
-                    seconds = history.seconds[-1] + clock() - start
-                    _record(history, model, meanwhile, recipe.precision, epochs=step / steps_per_epoch, seconds=seconds)
+                    seconds, last = history.seconds[-1] + clock() - start, step == n_steps
+                    _record(history, model, scored, recipe.precision, step / steps_per_epoch, seconds, last=last)
                     bar.set_postfix({f"{shown}_accuracy": f"{history.accuracy[shown][-1]:.2%}"})
                     start = clock()
-        history.end = {
-            name: asdict(evaluate(model, *sample(*pair, SCORED_AT_END), recipe.precision))
-            for name, pair in scored.items()
-        }
     return history
 
 
@@ -281,9 +276,7 @@ def _bars_hidden() -> bool:
 
 
 def sample(images: Tensor, labels: Tensor, n: int = SCORED_MEANWHILE) -> Split:
-    """Return at most n images (n, …) of a set with their labels, always the same."""
-    if len(labels) <= n:
-        return images, labels
+    """Return at most n images (n, …) of a set with their labels, always the same and shuffled."""
     index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:n].to(labels.device)
     return images.index_select(0, index), labels.index_select(0, index)
 
@@ -319,7 +312,10 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = 
 
     Of probabilities, such as another network's answers, the likeliest class is the correct one.
     """
-    logits = predict(model, images, precision)
+    return _score(predict(model, images, precision), labels)
+
+
+def _score(logits: Tensor, labels: Tensor) -> Score:
     classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
     accuracy = (logits.argmax(dim=1) == classes).float().mean()
     return Score(F.cross_entropy(logits, labels).item(), accuracy.item())
@@ -361,13 +357,23 @@ def _step_of(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -
 
 
 def _record(
-    history: History, model: nn.Module, splits: Mapping[str, Split], precision: str, *, epochs: float, seconds: float
+    history: History,
+    model: nn.Module,
+    scored: Mapping[str, Split],
+    precision: str,
+    epochs: float,
+    seconds: float,
+    *,
+    last: bool = False,
 ) -> None:
     start = time.perf_counter()
-    for name, (images, labels) in splits.items():
-        score = evaluate(model, images, labels, precision)
+    for name, (images, labels) in scored.items():
+        logits = predict(model, images if last else images[:SCORED_MEANWHILE], precision)
+        score = _score(logits[:SCORED_MEANWHILE], labels[:SCORED_MEANWHILE])
         history.loss.setdefault(name, []).append(score.loss)
         history.accuracy.setdefault(name, []).append(score.accuracy)
+        if last:
+            history.end[name] = asdict(_score(logits, labels))
     history.epochs.append(epochs)
     history.seconds.append(seconds)
     history.evaluation_seconds += time.perf_counter() - start

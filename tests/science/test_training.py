@@ -26,12 +26,12 @@ from lowrank_helpers.parallel import side_by_side
 from lowrank_helpers.training import (
     History,
     Recipe,
-    Score,
     evaluate,
     fit,
     pick_device,
     pick_precision,
     predict,
+    sample,
 )
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -151,13 +151,13 @@ def test_frozen_parameters_stay(digits):
 
 def test_history_starts_at_the_untrained_network_and_ends_at_the_trained_one(digits):
     model = _model()
-    untrained = evaluate(model, digits.test_images, digits.test_labels)
+    untrained = evaluate(model, *sample(digits.test_images, digits.test_labels))
     half = digits.select(train=digits.train_labels < 5, test=digits.test_labels < 5)
     history = fit(model, digits, Recipe(3, 128, 1e-3), others={"low": half})
     assert list(history.epochs) == [0, 1, 2, 3]
     assert (history.loss["test"][0], history.accuracy["test"][0]) == (untrained.loss, untrained.accuracy)
-    assert history.final("train") == evaluate(model, digits.train_images, digits.train_labels)
-    assert history.final("low test") == evaluate(model, half.test_images, half.test_labels)
+    assert history.final("train") == evaluate(model, *sample(digits.train_images, digits.train_labels))
+    assert history.final("low test") == evaluate(model, *sample(half.test_images, half.test_labels))
     assert set(history.loss) == set(history.accuracy) == {"train", "test", "low train", "low test"}
     assert history.seconds[0] == 0 and np.all(np.diff(history.seconds) > 0)
     assert history.evaluation_seconds > 0
@@ -185,7 +185,7 @@ def test_a_large_set_is_scored_on_a_sample_while_a_network_trains(digits, monkey
     model, data = _model(), digits.hold_out()
     history = fit(model, data, Recipe(1, 100, 1e-3))
     assert set(history.loss) == set(history.end) == {"train", "test"}, "validation images are for who chooses"
-    assert history.final("train") == evaluate(model, data.train_images, data.train_labels)
+    assert history.final("train") == evaluate(model, *sample(data.train_images, data.train_labels))
     n_correct = 500 * history.accuracy["train"][-1]
     assert n_correct == pytest.approx(round(n_correct), abs=1e-3), "of 500 images"
     assert history.accuracy["train"][-1] == pytest.approx(history.final("train").accuracy, abs=0.05)
@@ -255,9 +255,9 @@ def test_time_spent_scoring_is_no_time_spent_training(digits, monkeypatch):
         end = time.thread_time() + 0.1
         while time.thread_time() < end:
             pass
-        return Score(0.0, 0.0)
+        return predict(*given)
 
-    monkeypatch.setattr(training, "evaluate", slowly)
+    monkeypatch.setattr(training, "predict", slowly)
     before = timing.spent["training"]
     few = digits.select(train=torch.arange(100))
     history = fit(_model(), few, Recipe(1, 10, 1e-3, scores_per_epoch=10))
