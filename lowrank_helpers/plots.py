@@ -10,10 +10,12 @@ from contextlib import AbstractContextManager
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Image, display
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as pillow
@@ -101,11 +103,14 @@ def show(figure: Figure, alt: str, key: str = "") -> None:
 
 def drawn(figure: Figure) -> tuple[bytes, int, int]:
     """Draw a figure and close it: return its PNG, and the width and height in pixels to show it at."""
-    full, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, dpi=RESOLUTION)
+    figure.set_dpi(RESOLUTION)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once, where savefig lays a figure out twice
     plt.close(figure)
     # A palette of 256 colours takes a quarter of the space, and no eye sees it in a plot.
-    pillow.open(full).convert("RGB").quantize(256, method=pillow.Quantize.FASTOCTREE).save(buffer, "png", optimize=True)
+    picture = pillow.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    buffer = io.BytesIO()
+    picture.quantize(256, method=pillow.Quantize.FASTOCTREE).save(buffer, "png")
     width, height = (round(inches * SHOWN_RESOLUTION) for inches in figure.get_size_inches())
     return buffer.getvalue(), width, height
 

@@ -30,7 +30,7 @@ from lowrank_helpers.training import History, Recipe
 
 NOTEBOOKS = {
     "02_train": ["small"],
-    "06_factorized": ["factors", "narrow", "published", "tuned", "low*"],
+    "06_factorized": ["factors", "narrow", "tuned", "low*"],
     "07_conclusions": ["all_weights", "subspace"],
     "08_frontier": ["pruned"],
     "09_your_network": ["*convnet", "*transformer"],
