@@ -8,8 +8,9 @@ from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from threading import Event
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,8 +45,6 @@ class Recipe:
         Passes over the training set and samples a step.
     learning_rate : float
         Of the first step.
-    scores_per_epoch : int
-        How often in an epoch the network is scored, at equal distances; 0 for only before the training and after it.
     seed : int
         Shuffles the samples; initialisation has its own.
     frobenius_decay : float
@@ -60,18 +59,14 @@ class Recipe:
     epochs: int
     batch_size: int
     learning_rate: float
-    scores_per_epoch: int = 1
     seed: int = 0
     frobenius_decay: float = 0.0
     weight_decay: float = 0.0
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.scores_per_epoch < 0:
-            raise ValueError(
-                f"epochs {self.epochs} and batch_size {self.batch_size} must be at least 1, and scores_per_epoch "
-                f"{self.scores_per_epoch} at least 0"
-            )
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"epochs {self.epochs} and batch_size {self.batch_size} must be at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate {self.learning_rate} must be a positive number")
         if not (0 <= self.frobenius_decay < math.inf and 0 <= self.weight_decay < math.inf):
@@ -84,12 +79,10 @@ class Recipe:
 
 @dataclass
 class History:
-    """What a training did, score by score; entry 0 is the network before it.
+    """What a training did, epoch by epoch; entry 0 is the network before it.
 
     Attributes
     ----------
-    epochs : list of float
-        How many epochs the network had been trained for.
     loss : dict of str to list of float
         Mean cross-entropy in nats, by split (``train``, ``test``, …), on a fixed sample of at most
         ``SCORED_MEANWHILE`` images. Validation images are for who chooses.
@@ -104,7 +97,6 @@ class History:
         Time spent evaluating on the clock, all together.
     """
 
-    epochs: list[float] = field(default_factory=list)
     loss: dict[str, list[float]] = field(default_factory=dict)
     accuracy: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
@@ -115,21 +107,15 @@ class History:
         """Return the score after the last epoch, on at most ``SCORED_AT_END`` images of a split."""
         return Score(**self.end[split])
 
-    def reached(self, split: str, accuracy: float) -> "Reached | None":
-        """Return when an accuracy was first reached, interpolated linearly between scores; None if never."""
+    def reached(self, split: str, accuracy: float) -> tuple[float, float]:
+        """Return the epochs and seconds until an accuracy was reached, interpolated linearly; NaN if it never was."""
         scores = self.accuracy[split]
-        after = next((i for i, score in enumerate(scores) if score >= accuracy), None)
-        if not after:
-            return None if after is None else Reached(0.0, 0.0)
-        share = (accuracy - scores[after - 1]) / (scores[after] - scores[after - 1])
-        return Reached(*(x[after - 1] + share * (x[after] - x[after - 1]) for x in (self.epochs, self.seconds)))
-
-
-class Reached(NamedTuple):
-    """A moment of a training, by epochs and by seconds of training."""
-
-    epochs: float
-    seconds: float
+        after = next((epoch for epoch, score in enumerate(scores) if score >= accuracy), None)
+        if after is None:
+            return math.nan, math.nan
+        around = slice(max(0, after - 1), after + 1)
+        epochs = float(np.interp(accuracy, scores[around], range(len(scores))[around]))
+        return epochs, float(np.interp(epochs, range(len(scores)), self.seconds))
 
 
 @dataclass(frozen=True)
@@ -235,34 +221,27 @@ def fit(
     }
     shown = "test" if "test" in scored else "train"
     take_step = _step_of(model, data.train_images.to(dtype), data.train_labels, recipe)
-    steps_per_epoch = math.ceil(len(data.train_labels) / recipe.batch_size)
-    n_steps = recipe.epochs * steps_per_epoch
-    n_scores = max(1, recipe.epochs * recipe.scores_per_epoch)
-    pauses = {round((i + 1) * n_steps / n_scores) for i in range(n_scores)}
-    history = History()
+    n_samples = len(data.train_labels)
+    n_steps = recipe.epochs * math.ceil(n_samples / recipe.batch_size)
+    history = History(seconds=[0.0])
     # Where one thread trains, its processor seconds: work beside it does not count.
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     bar = tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden())
     with bar, in_mode(model, training=True):
-        _record(history, model, scored, recipe.precision, epochs=0.0, seconds=0.0)
-        start, step = clock(), 0
+        _record(history, model, scored, recipe.precision)
         for epoch in range(1, recipe.epochs + 1):
-            for index in batches(
-                len(data.train_labels), recipe.batch_size, seed=recipe.seed, epoch=epoch, device=device
-            ):
+            start = clock()
+            for index in batches(n_samples, recipe.batch_size, seed=recipe.seed, epoch=epoch, device=device):
                 if stop and stop.is_set():
                     raise CancelledError
                 wait_for_timing()
                 with spending("training"):
-                    take_step(index, recipe.learning_rate * (1 - step / n_steps))
-                step += 1
+                    take_step(index, recipe.learning_rate * (1 - bar.n / n_steps))
                 bar.update()
-                if step in pauses:
-                    synchronise(device)
-                    seconds, last = history.seconds[-1] + clock() - start, step == n_steps
-                    _record(history, model, scored, recipe.precision, step / steps_per_epoch, seconds, last=last)
-                    bar.set_postfix({f"{shown}_accuracy": f"{history.accuracy[shown][-1]:.2%}"})
-                    start = clock()
+            synchronise(device)
+            history.seconds.append(history.seconds[-1] + clock() - start)
+            _record(history, model, scored, recipe.precision, last=epoch == recipe.epochs)
+            bar.set_postfix({f"{shown}_accuracy": f"{history.accuracy[shown][-1]:.2%}"})
     return history
 
 
@@ -357,14 +336,7 @@ def _step_of(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -
 
 
 def _record(
-    history: History,
-    model: nn.Module,
-    scored: Mapping[str, Split],
-    precision: str,
-    epochs: float,
-    seconds: float,
-    *,
-    last: bool = False,
+    history: History, model: nn.Module, scored: Mapping[str, Split], precision: str, *, last: bool = False
 ) -> None:
     start = time.perf_counter()
     for name, (images, labels) in scored.items():
@@ -374,6 +346,4 @@ def _record(
         history.accuracy.setdefault(name, []).append(score.accuracy)
         if last:
             history.end[name] = asdict(_score(logits, labels))
-    history.epochs.append(epochs)
-    history.seconds.append(seconds)
     history.evaluation_seconds += time.perf_counter() - start

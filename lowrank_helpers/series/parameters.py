@@ -83,7 +83,6 @@ RECIPE_RULES = {
     "learning_rate": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "frobenius_decay": NOT_NEGATIVE,
-    "scores_per_epoch": _whole(0),
 }
 
 RULES: dict[str, Rule] = {

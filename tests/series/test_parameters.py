@@ -67,7 +67,7 @@ def test_a_name_has_one_default_in_all_notebooks():
         ({"recipes": {1: {"epochs": 3}}}, "recipes = .* is not allowed; allowed: fields by kind of network"),
         ({"recipes": {"big": {}, "small": {"epoch": 3}}}, "small.epoch = 3 .* the fields epochs, batch_size, "),
         ({"recipes": {"big": {"epochs": 3, "learning_rate": 0}}}, "big.learning_rate = 0 .* a number above 0"),
-        ({"recipes": {"big": {"scores_per_epoch": True}}}, "big.scores_per_epoch = True .* at least 0"),
+        ({"recipes": {"big": {"epochs": True}}}, "big.epochs = True .* at least 1"),
     ],
 )
 def test_what_is_impossible_is_refused(given_values, message):
