@@ -57,7 +57,7 @@ def test_tall_and_wide_matrices_are_decomposed_block_by_block(shape, phase):
     ("numbers", "error"),
     [
         *((shape, ValueError) for shape in (np.zeros(3), np.zeros((2, 2, 2)), np.zeros((0, 3)))),
-        *((numbers, ValueError) for numbers in ([[1.0, np.nan]], [[np.inf, 1.0]], np.full((3, 3), 1e308))),
+        *((numbers, ValueError) for numbers in ([[1.0, np.nan]], [[np.inf, 1.0]])),
         *((wrong, TypeError) for wrong in ("a matrix", None, nn.Linear(2, 2), {"fc": np.eye(2)})),
     ],
 )
