@@ -317,13 +317,14 @@ def of_model(model: nn.Module) -> dict[str, Weight]:
 def _normed(directions: Tensor, lengths: Tensor) -> Tensor:
     """Return the weight that ``weight_norm`` would (Salimans & Kingma 2016, arXiv 1602.07868, equation 2)."""
     across = [axis for axis, size in enumerate(lengths.shape) if size == 1]
-    return directions * (lengths / directions.norm(dim=across, keepdim=True))
+    norms: Tensor = torch.linalg.vector_norm(directions, dim=across, keepdim=True)
+    return directions * (lengths / norms)
 
 
 def _product(B: Tensor, C: Tensor) -> Tensor:
     """Return the weight of a low-rank layer, of a convolution in its shape."""
-    product: Tensor = B.flatten(1) @ C.flatten(1)
-    return product.view(len(B), *C.shape[1:])
+    product: Tensor = (B.flatten(1) @ C.flatten(1)).view(len(B), *C.shape[1:])
+    return product
 
 
 # Some weights are stored as two tensors: the ends of their names, the end of the weight's, and how to compute it.
