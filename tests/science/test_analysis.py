@@ -251,9 +251,10 @@ def test_a_transformers_packed_projections_are_split(tmp_path):
 class _OwnFactors(nn.Module):
     """A stranger's layer of factors."""
 
-    def __init__(self):
+    def __init__(self, norm=nn.Identity()):  # noqa: B008
         super().__init__()
         self.down, self.up = nn.Linear(12, 3, bias=False), nn.Linear(3, 10)
+        norm(self.down)
 
     @property
     def weight(self):
@@ -281,13 +282,8 @@ def _normed(norm, layer, **options):
 COMPUTED = {  # a layer; the numbers in its weight's parts, or None where a file does not tell what the layer computes
     "factors": (lambda: factorize(mlp([30, 20], seed=0), {"fc1": 4}).fc1, 4 * (20 + 30)),
     "lora": (lambda: adapt(mlp([30, 20], seed=0), {"fc1": 4}, alpha=2, seed=0).fc1, None),
-    "lora of a normed layer": (
-        lambda: adapt(nn.Sequential(_normed(parametrizations.weight_norm, nn.Linear(6, 5))), {"0": 2}, alpha=2, seed=0)[
-            0
-        ],
-        None,
-    ),
     "own": (_OwnFactors, None),
+    "own, of a normed one": (lambda: _OwnFactors(parametrizations.weight_norm), None),
     "pruned": (lambda: _pruned(nn.Linear(6, 5), "weight", "bias"), 30),
     "pruned convolution": (lambda: _pruned(nn.Conv1d(4, 5, 3), "weight"), 60),
     "weight_norm": (lambda: _normed(parametrizations.weight_norm, nn.Linear(6, 5)), 35),
