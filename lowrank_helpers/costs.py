@@ -1,13 +1,12 @@
 """What a piece of work costs: time, the memory it holds at once, and the bytes that training keeps between steps."""
 
-import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -39,15 +38,9 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    held = peak = 0
-    for _, change in memory:
-        held += change
-        peak = max(peak, held)
+    events = profiler.profiler.kineto_results.events()
+    memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    peak: int = max(accumulate((change for _, change in memory), initial=0))
     return peak
 
 
@@ -147,7 +140,8 @@ def inference_seconds(model: nn.Module, images: Tensor, precision: str = "float3
     @torch.inference_mode()
     def infer() -> Tensor:
         with products_in(precision, images.device):
-            return model(images)
+            logits: Tensor = model(images)
+            return logits
 
     return median_seconds(infer, images.device)
 

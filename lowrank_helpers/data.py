@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -80,7 +80,7 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """Return the same data on another device."""
-        return self._with({name: tensor.to(device) for name, tensor in self._tensors().items()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def hold_out(self) -> "Dataset":
         """Return the data with a sixth of the training images, 10,000 of MNIST's, set aside for validation.
@@ -90,9 +90,8 @@ class Dataset:
         n = len(self.train_labels)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(self.train_labels.device)
         held_out, kept = (part.sort().values for part in order.split([n // 6, n - n // 6]))
-        aside = self.select(train=held_out)
-        validation = {"validation_images": aside.train_images, "validation_labels": aside.train_labels}
-        return replace(self.select(train=kept), **validation)  # type: ignore[arg-type]
+        images, labels = self.train_images[held_out], self.train_labels[held_out]
+        return replace(self.select(train=kept), validation_images=images, validation_labels=labels)
 
     def select(self, **wanted: Tensor) -> "Dataset":
         """Return part of the data.
@@ -102,10 +101,9 @@ class Dataset:
         train, validation, test : Tensor, optional
             Indices (int64) of the samples to keep, or a mask (bool); a split that is not named stays whole.
         """
-        parts: dict[str, Tensor] = {}
-        for split, which in wanted.items():
-            parts |= {f"{split}_{kind}": getattr(self, f"{split}_{kind}")[which] for kind in ("images", "labels")}
-        return self._with(parts)
+        tensors = self._tensors()
+        names = [(split, f"{split}_{kind}") for split in wanted for kind in ("images", "labels")]
+        return replace(self, **{name: tensors[name][wanted[split]] for split, name in names})
 
     def splits(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return ``{"train": (images, labels), …}``, with ``validation`` where there is one, and ``test``."""
@@ -120,13 +118,8 @@ class Dataset:
         """
         return checksum(self._tensors())
 
-    def _with(self, tensors: Mapping[str, Tensor]) -> "Dataset":
-        return replace(self, **tensors)  # type: ignore[arg-type]  # the names are those of tensors
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{split}_{kind}": getattr(self, f"{split}_{kind}") for split in SPLITS for kind in ("images", "labels")
-        }
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def load(name: str = "auto", data_dir: str | Path = "") -> Dataset:
@@ -165,21 +158,19 @@ def resolve(name: str, data_dir: str | Path = "") -> str:
     DatasetError
         As :func:`load` does.
     """
-    if name == "digits":
-        return name
-    try:
-        _provide("mnist" if name == "auto" else name, data_dir)
-    except DatasetMissingError:
-        if name == "auto":
+    if name != "digits":
+        try:
+            _provide("mnist" if name == "auto" else name, data_dir)
+        except DatasetMissingError:
+            if name != "auto":
+                raise
             return "digits"
-        raise
     return "mnist" if name == "auto" else name
 
 
 def torchvision_set(name: str, data_dir: str | Path = "", *, train: bool, transform: Any = None) -> Any:
     """Open a set as torchvision's own ``Dataset``, for textbook loaders; see :func:`load` for the rest."""
-    folder = _provide(name, data_dir)
-    return _torchvision_class(name)(folder, train=train, transform=transform)
+    return _torchvision_class(name)(_provide(name, data_dir), train=train, transform=transform)
 
 
 def _torchvision_class(name: str) -> Any:
@@ -194,9 +185,10 @@ def _provide(name: str, data_dir: str | Path) -> Path:
     folders = [Path(folder) for folder in named if folder]
     for folder in folders:
         raw = folder / TORCHVISION_SETS[name] / "raw"
-        if name == "mnist":
-            _check_mnist_files(raw)
-        if all((raw / file).is_file() for file in MNIST_MD5):
+        there = [raw / file for file in MNIST_MD5 if (raw / file).is_file()]
+        for file in there if name == "mnist" else ():
+            _check(file)
+        if len(there) == len(MNIST_MD5):
             return folder
     try:
         with _network_timeout(DOWNLOAD_TIMEOUT):
@@ -209,6 +201,17 @@ def _provide(name: str, data_dir: str | Path) -> Path:
             "that holds these files; connect to a network; or choose dataset 'digits', which needs none"
         ) from error
     return folders[-1]
+
+
+def _check(file: Path) -> None:
+    """Refuse a file that is not the published MNIST's."""
+    content, expected = file.read_bytes(), MNIST_MD5[file.name]
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise DatasetError(
+            f"{file} is not the published MNIST file: expected MD5 {expected}, found {found} "
+            f"({len(content):,} bytes). Replace or remove it"
+        )
 
 
 def _read_idx(file: Path) -> Tensor:
@@ -240,18 +243,6 @@ def batches(n: int, batch_size: int, *, seed: int, epoch: int, device: torch.dev
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """Return the generator that shuffles one epoch: the same for the loader here and for a ``DataLoader``."""
     return torch.Generator().manual_seed(1_000_003 * seed + epoch)
-
-
-def _check_mnist_files(raw: Path) -> None:
-    for name, expected in MNIST_MD5.items():
-        file = raw / name
-        if file.is_file():
-            found = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
-            if found != expected:
-                raise DatasetError(
-                    f"{file} is not the published MNIST file: expected MD5 {expected}, found {found} "
-                    f"({file.stat().st_size:,} bytes). Replace or remove it"
-                )
 
 
 def _load_digits() -> Dataset:

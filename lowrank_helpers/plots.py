@@ -6,17 +6,19 @@ apart. Importing this module changes no setting of Matplotlib's: a notebook's :c
 
 import io
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from cycler import cycler
 from IPython.display import Image, display
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as pillow
 
@@ -47,7 +49,7 @@ STYLE = sns.axes_style("ticks") | {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "axes.titlesize": "medium",
     "grid.alpha": 0.3,
     "grid.color": "#b0b0b0",
@@ -61,11 +63,6 @@ STYLE = sns.axes_style("ticks") | {
 def use_style() -> None:
     """Give all figures that this process draws from now on the series' style."""
     plt.rcParams.update(STYLE)
-
-
-def style() -> AbstractContextManager:
-    """Return a context in which figures have the series' style."""
-    return plt.rc_context(STYLE)
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
@@ -143,13 +140,13 @@ def learning_curves(histories: Mapping[str, History], *, against: str = "epoch",
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(ylabel="cross-entropy (nats)", yscale="log" if log_loss else "linear")
     axes[1].set(ylabel="accuracy (%)")
-    lines = [plt.Line2D([], [], color=colour[label]) for label in histories]
-    styles = [plt.Line2D([], [], color="black", linestyle=line) for line in LINE_STYLES.values()]
+    lines = [Line2D([], [], color=colour[label]) for label in histories]
+    styles = [Line2D([], [], color="black", linestyle=line) for line in LINE_STYLES.values()]
     figure.legend(lines + styles, [*histories, *LINE_STYLES], loc="outside right center")
     return figure
 
 
-def band(ax: plt.Axes, recorded: pd.DataFrame, colour: str) -> None:
+def band(ax: Axes, recorded: pd.DataFrame, colour: str) -> None:
     """Shade what recorded runs measured, from the least to the most, behind the line of one run.
 
     Parameters

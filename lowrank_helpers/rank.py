@@ -5,8 +5,6 @@ how many directions carry the matrix, each with its own idea of "carry".
 """
 
 from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +18,8 @@ from lowrank_helpers.unfold import weight_matrices as weight_matrices  # measure
 Array = npt.NDArray[np.float64]
 Numbers = Tensor | npt.ArrayLike
 Shape = tuple[int, int]
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
-ROWS_AT_ONCE = 1024  # where all entries are gone through, so that no temporary is as large as the matrix
+ROWS_AT_ONCE = 1024  # at least, of a tall matrix
 
 
 def singular_values(matrix: Numbers) -> Array:
@@ -34,7 +30,7 @@ def singular_values(matrix: Numbers) -> Array:
     TypeError
         The argument holds something other than numbers.
     ValueError
-        The argument is no matrix, is empty, holds NaN or infinity, or has a norm beyond float64.
+        The argument is no matrix, is empty, or holds NaN or infinity.
 
     Examples
     --------
@@ -44,12 +40,10 @@ def singular_values(matrix: Numbers) -> Array:
     array = _tensor(matrix)
     if array.dim() != 2 or array.numel() == 0:
         raise ValueError(f"a matrix is needed, not an array of shape {tuple(array.shape)}")
-    if not all(block.isfinite().all() for block in array.split(ROWS_AT_ONCE)):
+    if not array.isfinite().all():
         raise ValueError("the matrix holds NaN or infinite entries")
-    s = torch.linalg.svdvals(_triangle(array if array.shape[0] >= array.shape[1] else array.T))
-    if not s.isfinite().all():
-        raise ValueError("the matrix is too large in norm for float64")
-    return s.numpy()
+    s: Array = torch.linalg.svdvals(_triangle(array if array.shape[0] >= array.shape[1] else array.T)).numpy()
+    return s
 
 
 def _tensor(numbers: Numbers) -> Tensor:
@@ -64,37 +58,31 @@ def _triangle(matrix: Tensor) -> Tensor:
     copy of a tall matrix is held (Demmel et al. 2008, arXiv 0809.2407, *sequential TSQR*).
     """
     first, *others = matrix.split(max(ROWS_AT_ONCE, 4 * matrix.shape[1]))
-    R = first.to(torch.complex128 if matrix.is_complex() else torch.float64)
+    R: Tensor = first.to(torch.complex128 if matrix.is_complex() else torch.float64)
     for block in others:
         R = torch.linalg.qr(torch.cat([R, block.to(R.dtype)]), mode="r").R
     return R
 
 
-def _of_singular_values(measure: Callable[Concatenate[Array, P], Result]) -> Callable[Concatenate[Numbers, P], Result]:
-    """Let a measure take singular values as a tensor, an array or a list, and refuse anything else, such as a matrix.
+def _spectrum(s: Numbers) -> Array:
+    """Return singular values as an array; refuse what cannot be any, such as a matrix.
 
     Raises
     ------
     TypeError
-        The first argument holds something other than numbers.
+        The argument holds something other than numbers.
     ValueError
         It is no vector, is empty, or is not finite, at least 0 and sorted with the largest first.
     """
-
-    @wraps(measure)
-    def checked(s: Numbers, *args: P.args, **kwargs: P.kwargs) -> Result:
-        array = _tensor(s).double().numpy()
-        if array.ndim != 1 or not len(array):
-            raise ValueError(f"singular values are a vector, not an array of shape {array.shape}: see singular_values")
-        if not (np.isfinite(array).all() and array[-1] >= 0 and (np.diff(array) <= 0).all()):
-            raise ValueError(f"singular values must be finite, at least 0 and the largest first, not {array}")
-        return measure(array, *args, **kwargs)
-
-    return checked
+    array: Array = _tensor(s).double().numpy()
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"singular values are a vector, not an array of shape {array.shape}: see singular_values")
+    if not (np.isfinite(array).all() and array[-1] >= 0 and (np.diff(array) <= 0).all()):
+        raise ValueError(f"singular values must be finite, at least 0 and the largest first, not {array}")
+    return array
 
 
-@_of_singular_values
-def numerical_rank(s: Array, tolerance: float) -> int:
+def numerical_rank(s: Numbers, tolerance: float) -> int:
     """Count singular values above ``tolerance``·σ₁ (Golub & Van Loan, *Matrix Computations*, section 5.4.1).
 
     Examples
@@ -102,6 +90,7 @@ def numerical_rank(s: Array, tolerance: float) -> int:
     >>> numerical_rank(np.array([1.0, 0.5, 1e-9]), tolerance=1e-6)
     2
     """
+    s = _spectrum(s)
     return int((s > tolerance * s[0]).sum())
 
 
@@ -116,14 +105,13 @@ def default_tolerance(shape: Shape, dtype: torch.dtype = torch.float32) -> float
     return max(shape) * torch.finfo(dtype).eps
 
 
-@_of_singular_values
-def rounding_tolerance(s: Array, dtype: torch.dtype) -> float:
+def rounding_tolerance(s: Numbers, dtype: torch.dtype) -> float:
     """Return ε/2·‖A‖_F / σ₁: no rounding of the entries to ``dtype`` moves a singular value by more than that times σ₁.
 
     Rounding is a matrix E with |Eᵢⱼ| ≤ ε/2·|Aᵢⱼ|, so ‖E‖₂ ≤ ‖E‖_F ≤ ε/2·‖A‖_F, and Weyl's inequality does the rest
     (Golub & Van Loan, corollary 8.6.2). In half precision max(n, m)·ε passes 1, and would leave a rank of 0.
     """
-    return torch.finfo(dtype).eps / 2 * stable_rank(s) ** 0.5
+    return float(torch.finfo(dtype).eps / 2 * stable_rank(s) ** 0.5)
 
 
 def _tolerance(s: Array, shape: Shape, dtype: torch.dtype) -> float:
@@ -133,8 +121,7 @@ def _tolerance(s: Array, shape: Shape, dtype: torch.dtype) -> float:
     return default_tolerance(shape, dtype if dtype.is_floating_point or dtype.is_complex else torch.float64)
 
 
-@_of_singular_values
-def stable_rank(s: Array) -> float:
+def stable_rank(s: Numbers) -> float:
     """Return ‖A‖_F² / σ₁² (Rudelson & Vershynin 2007, arXiv math/0503442); 0 for the zero matrix.
 
     Examples
@@ -142,11 +129,11 @@ def stable_rank(s: Array) -> float:
     >>> stable_rank(np.array([2.0, 2.0, 1.0]))
     2.25
     """
+    s = _spectrum(s)
     return float(((s / s[0]) ** 2).sum()) if s[0] > 0 else 0.0
 
 
-@_of_singular_values
-def effective_rank(s: Array) -> float:
+def effective_rank(s: Numbers) -> float:
     """Return exp(H) of the distribution σᵢ / Σσ (Roy & Vetterli 2007, definition 1); 0 for the zero matrix.
 
     Examples
@@ -154,13 +141,11 @@ def effective_rank(s: Array) -> float:
     >>> round(effective_rank(np.array([1.0, 1.0, 0.0])), 6)
     2.0
     """
-    if s[0] == 0:
-        return 0.0
-    return float(np.exp(entr(s / s.sum()).sum()))
+    s = _spectrum(s)
+    return float(np.exp(entr(s / s.sum()).sum())) if s[0] > 0 else 0.0
 
 
-@_of_singular_values
-def energy_rank(s: Array, share: float) -> int:
+def energy_rank(s: Numbers, share: float) -> int:
     """Return the smallest r whose first r squared singular values reach ``share`` of their sum.
 
     By Eckart–Young (1936) it is the smallest r with a relative Frobenius error of at most √(1 − share).
@@ -172,6 +157,7 @@ def energy_rank(s: Array, share: float) -> int:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share {share} must be above 0 and at most 1")
+    s = _spectrum(s)
     if s[0] == 0:
         return 0
     energy = np.cumsum((s / s[0]) ** 2)
@@ -179,8 +165,7 @@ def energy_rank(s: Array, share: float) -> int:
     return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
 
 
-@_of_singular_values
-def gavish_donoho_rank(s: Array, shape: Shape) -> int:
+def gavish_donoho_rank(s: Numbers, shape: Shape) -> int:
     """Count singular values above the optimal hard threshold for unknown noise (Gavish & Donoho 2014).
 
     Examples
@@ -188,11 +173,10 @@ def gavish_donoho_rank(s: Array, shape: Shape) -> int:
     >>> gavish_donoho_rank(np.array([9.0, 1.0, 1.0, 1.0]), (4, 4))  # the median is the noise
     1
     """
-    return int((s > gavish_donoho_threshold(s, shape)).sum())
+    return int((_spectrum(s) > gavish_donoho_threshold(s, shape)).sum())
 
 
-@_of_singular_values
-def gavish_donoho_threshold(s: Array, shape: Shape) -> float:
+def gavish_donoho_threshold(s: Numbers, shape: Shape) -> float:
     """Return the optimal hard threshold for singular values under noise of unknown strength.
 
     ω(β)·median(σ), with ω(β) ≈ 0.56β³ − 0.95β² + 1.82β + 1.43 and β = min(n, m)/max(n, m)
@@ -200,7 +184,7 @@ def gavish_donoho_threshold(s: Array, shape: Shape) -> float:
     """
     beta = min(shape) / max(shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    return float(omega * np.median(s))
+    return float(omega * np.median(_spectrum(s)))
 
 
 def marchenko_pastur_density(x: Numbers, shape: Shape, std: float) -> Array:
@@ -223,9 +207,10 @@ def marchenko_pastur_density(x: Numbers, shape: Shape, std: float) -> Array:
     """
     lower, upper = marchenko_pastur_edges(shape, std)
     # The density of a square matrix has a limit at 0, not a value.
-    at = np.maximum(_tensor(x).double().numpy(), 1e-12 * upper)
+    at: Array = np.maximum(_tensor(x).double().numpy(), 1e-12 * upper)
     square = np.clip((upper**2 - at**2) * (at**2 - lower**2), 0, None)
-    return np.sqrt(square) / (np.pi * min(shape) * std**2 * at)
+    density: Array = np.sqrt(square) / (np.pi * min(shape) * std**2 * at)
+    return density
 
 
 def marchenko_pastur_edges(shape: Shape, std: float) -> tuple[float, float]:
@@ -240,13 +225,12 @@ def marchenko_pastur_edges(shape: Shape, std: float) -> tuple[float, float]:
     return std * (large**0.5 - small**0.5), std * (large**0.5 + small**0.5)
 
 
-@_of_singular_values
-def rank_beyond_edge(s: Array, shape: Shape, std: float) -> int:
+def rank_beyond_edge(s: Numbers, shape: Shape, std: float) -> int:
     """Count singular values beyond the Marchenko–Pastur edge of a random matrix with entries of this ``std``.
 
     A large random matrix has none or one beyond it: its largest singular value scatters about the edge.
     """
-    return int((s > marchenko_pastur_edges(shape, std)[1]).sum())
+    return int((_spectrum(s) > marchenko_pastur_edges(shape, std)[1]).sum())
 
 
 MEASURES: dict[str, Callable[[Array, Shape, torch.dtype], float]] = {

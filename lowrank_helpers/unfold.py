@@ -1,6 +1,7 @@
-"""How the tensors of a network become matrices: convolutions, packed projections of attention, packed gates."""
+"""How the tensors of a network become matrices: convolutions, stacks, packed projections of attention, packed gates."""
 
 import re
+from itertools import product
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -10,12 +11,12 @@ from lowrank_helpers.models import LowRankLayer, named_layers
 
 # Names of layers whose rows, or columns, are those of an attention's q, k and v one after the other.
 PACKED = ("in_proj_weight", "qkv.weight", "qkv_proj.weight", "Wqkv.weight", "c_attn.weight")
-# Recurrent layers' weights, whose rows are those of the gates one after the other: input, forget, cell and output gate
-# of an LSTM; reset, update and new gate of a GRU.
-RECURRENT = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?$")
-GATES = ("ifgo", "rzn")
+# Recurrent layers' gates by their number, in PyTorch's order: input, forget, cell and output gate of an LSTM; reset,
+# update and new gate of a GRU.
+GATES = {4: "ifgo", 3: "rzn"}
 LAYERS = (
     nn.Linear,
+    LowRankLayer,
     _ConvNd,
     nn.Embedding,
     nn.EmbeddingBag,
@@ -37,7 +38,7 @@ class Unfolded(NamedTuple):
     shape : str
         How the axes of that tensor became rows and columns: ``64×3·7·7`` of a convolution with 64 filters.
     remark : str
-        What else was done to it, or must be known of it; empty for most.
+        What else was done to it; empty for most.
     """
 
     matrix: Tensor
@@ -45,9 +46,7 @@ class Unfolded(NamedTuple):
     remark: str = ""
 
 
-def unfold(
-    name: str, weight: Tensor, layer: nn.Module | None = None, hidden_size: int | None = None
-) -> dict[str, Unfolded]:
+def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[str, Unfolded]:
     """Return the matrices that a weight stands for, by name.
 
     - Two axes are rows and columns: a linear layer's (out_features, in_features), an embedding's (entries, dimension).
@@ -55,11 +54,10 @@ def unfold(
       channels and the second of size 1, would factorise it; the filters of all groups lie below each other.
     - A transposed convolution's (in, out/groups, kh, kw) becomes (out, in/groups·kh·kw) too, if the layer is known:
       the tensor alone looks like any convolution's, and is unfolded as such.
-    - Of three axes, a first one of size 1 is dropped, as of position embeddings, unless the layer is a convolution.
+    - Other tensors of more than two axes are stacks, such as experts: one matrix for each index of the first axes.
     - Packed projections of attention, told by their name (``PACKED``) and a ratio of 3 between their sides, are split
       into q, k and v.
-    - Packed gates of a recurrent layer, told by their name (``RECURRENT``) and the layer's hidden size, are split into
-      the gates, ``GATES``: ``weight_hh_l0.f`` is what an LSTM forgets by.
+    - Packed gates of a known recurrent layer are split (``GATES``): ``weight_hh_l0.f`` is what an LSTM forgets by.
 
     Parameters
     ----------
@@ -69,34 +67,50 @@ def unfold(
         With two axes at least.
     layer : nn.Module, optional
         Whose weight it is, where that is known.
-    hidden_size : int, optional
-        Of the recurrent layer whose weight it is, where that is known though the layer is not.
-
-    Raises
-    ------
-    ValueError
-        The weight has fewer than two axes.
     """
-    if weight.dim() < 2:
-        raise ValueError(f"{name} has {weight.dim()} axes; a matrix needs at least two")
     short = name.removesuffix(".weight")
     if isinstance(layer, _ConvTransposeNd):
         grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
         return {short: _filters(grouped, layer.groups, "transposed")}
-    if weight.dim() == 3 and len(weight) == 1 and not isinstance(layer, _ConvNd):
-        return {short: Unfolded(weight[0], format_shape(weight[0].shape), "first axis, of size 1, dropped")}
+    if _is_convolution(name, weight, layer):
+        return {short: _filters(weight, getattr(layer, "groups", 1))}
     if weight.dim() > 2:
-        return {short: _filters(weight, layer.groups if isinstance(layer, _ConvNd) else 1)}
+        return _stacked(short, weight)
     if name.endswith(PACKED) and max(weight.shape) == 3 * min(weight.shape):
         axis = weight.shape.index(max(weight.shape))
         return _split(short.removesuffix("in_proj_weight").removesuffix("."), weight, "qkv", axis)
-    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-        hidden_size = layer.hidden_size
-    if hidden_size and RECURRENT.search(name):
-        for gates in GATES:
-            if len(weight) == len(gates) * hidden_size:
-                return _split(short, weight, gates, kind="gates ")
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and (gates := GATES.get(len(weight) // layer.hidden_size)):
+        return _split(short, weight, gates, kind="gates ")
     return {short: Unfolded(weight, format_shape(weight.shape))}
+
+
+def _is_convolution(name: str, weight: Tensor, layer: nn.Module | None) -> bool:
+    """Return whether a tensor of three axes or more is a convolution's or bilinear layer's weight, and no stack.
+
+    The layer decides, if it is known. Otherwise a convolution's weight is called ``weight``, and one with three axes
+    has more filters than a filter has rows or columns.
+    """
+    if weight.dim() > 2 and (isinstance(layer, nn.Bilinear) or hasattr(layer, "kernel_size")):
+        return True
+    several = weight.dim() > 3 or (weight.dim() == 3 and layer is None and len(weight) >= min(weight.shape[1:]))
+    return several and name.rpartition(".")[2] == "weight"
+
+
+def _filters(weight: Tensor, groups: int, *remarks: str) -> Unfolded:
+    """Unfold (out, in/groups, …) into (out, in/groups·…)."""
+    shape = f"{len(weight)}×{'·'.join(map(str, weight.shape[1:]))}"
+    below = [f"{groups} groups, below each other"] if groups > 1 else []
+    return Unfolded(weight.flatten(1), shape, ", ".join([*remarks, *below]))
+
+
+def _stacked(short: str, weight: Tensor) -> dict[str, Unfolded]:
+    """Return each matrix of a stack, without first axes of size 1."""
+    while weight.dim() > 2 and len(weight) == 1:
+        weight = weight[0]
+    stack, shape = weight.shape[:-2], format_shape(weight.shape[-2:])
+    remark = f"of a stack of {format_shape(stack)}" if stack else "axes of size 1 dropped"
+    indices = product(*map(range, stack))
+    return {".".join([short, *map(str, index)]): Unfolded(weight[index], shape, remark) for index in indices}
 
 
 def _split(stem: str, packed: Tensor, parts: str, axis: int = 0, kind: str = "") -> dict[str, Unfolded]:
@@ -106,13 +120,6 @@ def _split(stem: str, packed: Tensor, parts: str, axis: int = 0, kind: str = "")
         f"{stem}.{part}".removeprefix("."): Unfolded(matrix, format_shape(matrix.shape), remark)
         for part, matrix in zip(parts, packed.chunk(len(parts), axis), strict=True)
     }
-
-
-def _filters(weight: Tensor, groups: int, *remarks: str) -> Unfolded:
-    """Unfold (out, in/groups, …) into (out, in/groups·…)."""
-    shape = f"{len(weight)}×{'·'.join(map(str, weight.shape[1:]))}"
-    stacked = [f"{groups} groups, below each other"] if groups > 1 else []
-    return Unfolded(weight.flatten(1), shape, ", ".join([*remarks, *stacked]))
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
@@ -130,9 +137,7 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
     for name, layer in named_layers(model).items():
-        if isinstance(layer, LowRankLayer):
-            found[name] = layer.weight.detach().flatten(1)
-        elif isinstance(layer, LAYERS):
+        if isinstance(layer, LAYERS):
             for part, weight in _weights(layer).items():
                 if id(weight) not in seen:
                     seen[id(weight)] = weight

@@ -4,22 +4,20 @@ import base64
 import json
 import os
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from lowrank_helpers.analysis import BEYOND, HALF, Analysis, AnalysisError
+from lowrank_helpers.analysis import BEYOND, Analysis, AnalysisError
 from lowrank_helpers.series.store import write_atomically
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 FORMAT = 1
+HALF = ("float16", "bfloat16")
 WIDTH = 100  # columns of the terminal
 NAMED = 4  # tensors that are named where others share their reason; --output names all
 DRAWN = ("effective rank", "energy rank 90 %", BEYOND)
+NUMBERS: dict[str, Any] = {"float_format": "{:.1f}".format}  # of tables
 COLUMNS = {
     "effective rank": "effective",
     "stable rank": "stable",
@@ -57,10 +55,21 @@ def answer(analysis: Analysis) -> tuple[str, str]:
     )
 
 
-def notes(analysis: Analysis) -> list[str]:
-    """Say what must be known to read these numbers right."""
+def notes(analysis: Analysis, named: int | None = None) -> list[str]:
+    """Say what must be known to read these numbers right.
+
+    Parameters
+    ----------
+    named : int, optional
+        How many tensors are named where several share a remark, or the reason why they are not measured; all if None.
+    """
     table = analysis.table
     said = []
+    for label, reasons in (("Of note", dict(table["remark"])), ("Not measured", analysis.skipped)):
+        for reason in filter(None, dict.fromkeys(reasons.values())):
+            names = [name for name, why in reasons.items() if why == reason]
+            more = f", and {len(names) - named} more (--output names all)" if named and len(names) > named else ""
+            said.append(f"{label}, {reason}: {', '.join(names[:named])}{more}")
     if (table["Gavish–Donoho rank"] == 0).any():
         said.append(
             "Gavish–Donoho 0 means that no direction stands above what noise as strong as the matrix's median "
@@ -81,15 +90,17 @@ def notes(analysis: Analysis) -> list[str]:
 
 def text(analysis: Analysis) -> str:
     """Return the table and all that goes with it for a terminal of 100 columns, the answer last."""
-    remarks = dict(zip(analysis.table.index, analysis.table["remark"], strict=True))
-    said = [*_by_reason("Of note", remarks), *_by_reason("Not measured", analysis.skipped), *notes(analysis)]
+    shown = _shown(analysis.table)
+    unnamed = shown.set_axis([""] * len(shown))
+    room = WIDTH - len(unnamed.to_string(**NUMBERS).partition("\n")[0])
+    shown.index = pd.Index(name if len(name) <= room else "…" + name[1 - room :] for name in shown.index)
     return "\n".join(
         [
-            *_table_lines(analysis.table),
+            shown.to_string(**NUMBERS),
             "",
             *(_wrapped(f"{name:17} {meaning}", indent=18) for name, meaning in MEANING.items()),
             "",
-            *(_wrapped(f"- {line}", indent=2) for line in said),
+            *(_wrapped(f"- {line}", indent=2) for line in notes(analysis, NAMED)),
             "",
             _wrapped(" ".join(answer(analysis))),
         ]
@@ -100,19 +111,14 @@ def _wrapped(line: str, indent: int = 0) -> str:
     return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 
 
-def _table_lines(table: pd.DataFrame) -> list[str]:
-    """Return the table with the names shortened from the left, as far as the width asks for."""
-    columns = {
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that are shown, under their short names."""
+    first = {
         "unfolded": table["unfolded"],
         "rank": table["numerical rank"].astype(str) + "/" + _full(table).astype(str),
-        **{short: table[name].map(_number) for name, short in COLUMNS.items()},
-        "saves": (table["saved"] / table["parameters"]).map(lambda share: _percent(share) if share else "–"),
     }
-    rest = pd.DataFrame(columns).to_string(index=False).splitlines()
-    room = WIDTH - max(map(len, rest)) - 1
-    names = [name if len(name) <= room else "…" + name[1 - room :] for name in ["matrix", *table.index]]
-    width = max(map(len, names))
-    return [f"{name:{width}} {line}" for name, line in zip(names, rest, strict=True)]
+    saves = (table["saved"] / table["parameters"]).map(lambda share: _percent(share) if share else "–")
+    return pd.DataFrame({**first, **{short: table[name] for name, short in COLUMNS.items()}, "saves": saves})
 
 
 def _full(table: pd.DataFrame) -> pd.Series:
@@ -122,23 +128,6 @@ def _full(table: pd.DataFrame) -> pd.Series:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.1f}"
-
-
-def _by_reason(label: str, reasons: Mapping[str, str]) -> list[str]:
-    """Return a line a reason, with the first names that it applies to."""
-    named: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        named.setdefault(reason, []).append(name)
-    named.pop("", None)
-    more = {reason: f", and {len(names) - NAMED} more (--output names all)" for reason, names in named.items()}
-    return [
-        f"{label}, {reason}: {', '.join(names[:NAMED])}{more[reason] if len(names) > NAMED else ''}"
-        for reason, names in named.items()
-    ]
 
 
 def check(folder: Path) -> None:
@@ -159,57 +148,53 @@ def check(folder: Path) -> None:
 
 def write(folder: Path, analysis: Analysis) -> None:
     """Write ``index.html`` and ``results.json``."""
-    from lowrank_helpers import plots  # here: these take seconds to import, which the table need not wait for
-    from lowrank_helpers.report import pages
+    from lowrank_helpers.report import pages  # here: it takes seconds to import, which the table need not wait for
     from lowrank_helpers.series.results import software
 
+    table, environment = analysis.table, software()
     plain, evidence = answer(analysis)
-    results: dict[str, Any] = {
+    results = {
         "format": FORMAT,
         "source": analysis.source,
         "answer": plain,
         "evidence": evidence,
         "parameters": analysis.n_parameters,
         "saved": analysis.n_saved,
-        "environment": software(),
-        "matrices": analysis.table.to_dict(orient="index"),
+        "environment": environment,
+        "matrices": table.to_dict(orient="index"),
         "skipped": analysis.skipped,
     }
     write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
-    with plots.style():
-        png, width, height = plots.drawn(_figure(analysis.table))
-    template = pages.environment().get_template("analysis.html.j2")
-    html = template.render(
-        results,
-        figure={"source": base64.b64encode(png).decode(), "width": width, "height": height},
-        conditions=_conditions(analysis, results["environment"]),
-        meaning=MEANING,
-        columns=COLUMNS,
-        notes=notes(analysis),
-        number=_number,
-    )
-    write_atomically(folder / "index.html", html.encode())
-
-
-def _conditions(analysis: Analysis, environment: Mapping[str, Any]) -> dict[str, str]:
-    return {
+    conditions = {
         "Network": analysis.source,
-        "Matrices": f"{len(analysis.table):,}",
+        "Matrices": f"{len(table):,}",
         "Parameters in them": f"{analysis.n_parameters:,}",
-        "Stored as": ", ".join(analysis.table["dtype"].unique()),
+        "Stored as": ", ".join(table["dtype"].unique()),
         "Not measured": f"{len(analysis.skipped):,} tensors",
         "PyTorch": environment["versions"]["torch"],
         "Git revision": environment["revision"],
     }
+    template = pages.environment().get_template("analysis.html.j2")
+    html = template.render(
+        results,
+        conditions=conditions,
+        figure=_figure(table),
+        table=_shown(table).to_html(**NUMBERS),
+        meaning=MEANING,
+        notes=notes(analysis),
+    )
+    write_atomically(folder / "index.html", html.encode())
 
 
-def _figure(table: pd.DataFrame) -> "Figure":
+def _figure(table: pd.DataFrame) -> dict[str, Any]:
     """Draw ranks as shares of the full one, a place a matrix in the network's order."""
     from lowrank_helpers import plots
 
+    plots.use_style()
     figure, axes = plots.panels(panel=(8.4, 3.4))
     for name, marker in zip(DRAWN, "os^", strict=True):
         axes.plot(range(1, len(table) + 1), 100 * table[name] / _full(table), marker, markersize=4, label=name)
     axes.set(xlabel="matrix, in the network's order", ylabel="share of the full rank (%)", ylim=(0, 102))
     figure.legend(loc="outside upper center", ncols=len(DRAWN))
-    return figure
+    png, width, height = plots.drawn(figure)
+    return {"source": base64.b64encode(png).decode(), "width": width, "height": height}

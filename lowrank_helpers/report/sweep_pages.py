@@ -115,8 +115,8 @@ def _section(numbers: pd.DataFrame, shown: Shown, sweep: Sweep) -> dict[str, Any
     axes += ["label"] if len(set(values["label"])) > 1 else []
     x, *others = axes or ["dataset"]
     colours = values[others].astype(str).agg(", ".join, axis="columns") if others else None
-    with plots.style():
-        png, width, height = plots.drawn(_figure(values[x], values["value"], colours, title))
+    plots.use_style()
+    png, width, height = plots.drawn(_figure(values[x], values["value"], colours, title))
     return {
         "title": title,
         "source": f"data:image/png;base64,{base64.b64encode(png).decode()}",

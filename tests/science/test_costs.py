@@ -8,7 +8,7 @@ from lowrank_helpers.models import mlp
 CPU = torch.device("cpu")
 
 
-def test_the_peak_counts_what_is_held_at_once():
+def test_the_peak_counts_what_is_held_at_once_and_not_what_was_held_before():
     def work():
         first, second = torch.empty(1000, 1000), torch.empty(1000, 1000)
         del first
@@ -17,8 +17,6 @@ def test_the_peak_counts_what_is_held_at_once():
 
     assert costs.peak_bytes(work, CPU) == 8_000_000
 
-
-def test_the_peak_leaves_out_what_was_held_before():
     held = torch.empty(1000, 1000)
     assert costs.peak_bytes(lambda: held.add_(1), CPU) < 1000
 
@@ -43,17 +41,6 @@ def test_a_step_of_lora_leaves_out_the_gradients_of_the_frozen_weights():
     assert found.kept_bytes == 3 * 4 * factors + 2 * 4
     # Forward through both layers; fc2's adapter forward, its factors' gradients, and that of what lies between them.
     assert found.operations == 2 * 32 * (784 * 20 + 20 * 10 + 2 * factors + 3 * 10)
-
-
-def test_a_measured_step_leaves_frozen_parameters_alone():
-    model = mlp([784, 20, 10], seed=0)
-    model.fc1.requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    step, _ = costs.training_step(model, torch.randn(8, 784), torch.arange(8))
-    step()
-    assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == {
-        "fc2.weight"
-    }
 
 
 def test_inference_takes_longer_for_more_images():

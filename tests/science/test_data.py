@@ -1,8 +1,5 @@
 """Data: where it comes from, what is refused, and that it is what textbooks load."""
 
-import hashlib
-import os
-import shutil
 import socket
 import time
 import urllib.request
@@ -62,28 +59,19 @@ def test_mnist_is_the_published_set(mnist_dir):
     assert torch.bincount(mnist.test_labels).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-def test_one_altered_byte_of_mnist_is_refused(mnist_dir, tmp_path):
+@pytest.mark.parametrize("name", ["mnist", "auto"])
+def test_one_altered_byte_of_mnist_is_refused(name, mnist_dir, tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in data.MNIST_MD5:
-        (raw / name).symlink_to(mnist_dir / "MNIST" / "raw" / name)
+    for file in data.MNIST_MD5:
+        (raw / file).symlink_to(mnist_dir / "MNIST" / "raw" / file)
     altered = raw / "train-labels-idx1-ubyte"
     content = bytearray(altered.read_bytes())
     content[-1] ^= 1
     altered.unlink()
     altered.write_bytes(content)
     with pytest.raises(DatasetError, match=r"train-labels-idx1-ubyte.*expected MD5 a25bea7.*found [0-9a-f]{32}"):
-        data.load("mnist", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["mnist", "auto"])
-def test_a_truncated_mnist_file_is_refused_even_where_others_are_missing(name, tmp_path):
-    damaged = _damaged_mnist(tmp_path)
-    with pytest.raises(DatasetError) as refusal:
         data.load(name, tmp_path)
-    found = hashlib.md5(damaged.read_bytes()).hexdigest()
-    for part in (str(damaged), "expected MD5 27ae3e4e09519cfbb04c329615203637", f"found {found}", "12 bytes"):
-        assert part in str(refusal.value)
 
 
 def test_data_dir_goes_before_the_variable_and_the_variable_before_the_project(monkeypatch, empty_project, tmp_path):
@@ -142,13 +130,11 @@ def test_files_of_other_sets_are_read_as_they_lie(tmp_path):
     np.testing.assert_allclose(fashion.mean, pixels.mean(), rtol=1e-6)
     expected = (images["t10k"].reshape(5, 784) / 255 - pixels.mean()) / pixels.std(ddof=1)
     np.testing.assert_allclose(fashion.test_images.numpy(), expected, atol=1e-5)
-    write_idx(raw, "t10k", images["t10k"], labels["t10k"])
-    os.truncate(raw / "t10k-images-idx3-ubyte", 1000)
-    with pytest.raises(DatasetError, match=r"FashionMNIST/raw are damaged"):
-        data.load("fashion_mnist", tmp_path)
-    shutil.copyfile(raw / "t10k-labels-idx1-ubyte", raw / "t10k-images-idx3-ubyte")
-    with pytest.raises(DatasetError, match=r"FashionMNIST/raw are damaged"):
-        data.load("fashion_mnist", tmp_path)
+    whole = (raw / "t10k-images-idx3-ubyte").read_bytes()
+    for damaged in (whole[:1000], (raw / "t10k-labels-idx1-ubyte").read_bytes()):
+        (raw / "t10k-images-idx3-ubyte").write_bytes(damaged)
+        with pytest.raises(DatasetError, match=r"FashionMNIST/raw are damaged"):
+            data.load("fashion_mnist", tmp_path)
 
 
 def test_digits_are_scikit_learns_enlarged_stratified_and_always_the_same(digits):
