@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_helpers.factorization import column_basis, precise
-from lowrank_helpers.layers import Replaceable, named_replaceable
+from lowrank_helpers.layers import Replaceable, plain_layers, replaceable_layers
 from lowrank_helpers.timing import spending
 from lowrank_helpers.training import progress
 
@@ -55,7 +55,7 @@ class _SecondMoments:
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor, names: Collection[str]) -> None:
-        self.layers = named_replaceable(model, names)
+        self.layers = plain_layers(replaceable_layers(model), names)
         if not len(inputs):
             raise ValueError("second moments need at least one input")
         self.bases = {name: column_basis(layer.weight.flatten(1)) for name, layer in self.layers.items()}

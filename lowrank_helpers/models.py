@@ -6,7 +6,7 @@ seed: uniform on ±1/√(inputs of one output) (He et al. 2015 with a = √5).
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -122,7 +122,8 @@ class Attention(nn.Module):
         )
         # Not F.scaled_dot_product_attention, which takes 2.5 times as long on a CPU in bfloat16 for a few tokens.
         weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)
-        return self.out((weights @ value).transpose(1, 2).flatten(2))
+        outputs: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
+        return outputs
 
 
 class Block(nn.Module):
@@ -137,7 +138,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (n, n_tokens, width) to the same shape."""
         x = x + self.attention(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x
 
 
 class VisionTransformer(nn.Module):
@@ -179,17 +181,22 @@ class VisionTransformer(nn.Module):
         # Not F.unfold, which a GPU does image by image.
         patches = images.unflatten(1, (IMAGE_SIDE // self.patch, self.patch, IMAGE_SIDE // self.patch, self.patch))
         tokens = self.blocks(self.embed(patches.transpose(2, 3).flatten(3).flatten(1, 2)) + self.positions)
-        return self.head(self.norm(tokens).mean(dim=1))
+        logits: Tensor = self.head(self.norm(tokens).mean(dim=1))
+        return logits
 
 
 def _drawn(model: Model, seed: int) -> Model:
     """Draw every matrix of a model, its convolutions' too, and return the model."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            bound = parameter[0].numel() ** -0.5
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    matrices = (parameter for parameter in model.parameters() if parameter.dim() > 1)
+    draw_(matrices, torch.Generator().manual_seed(seed))
     return model
+
+
+def draw_(weights: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Fill weights as PyTorch does those of a layer: uniform on ±1/√(inputs of one output)."""
+    for weight in weights:
+        bound = weight[0].numel() ** -0.5
+        nn.init.uniform_(weight, -bound, bound, generator=generator)
 
 
 class LowRankLayer(nn.Sequential):
@@ -275,23 +282,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     ['fc1', 'fc2']
     """
     return {name: module for name, module in named_layers(model).items() if isinstance(module, nn.Linear)}
-
-
-def check_plain(layers: Mapping[str, nn.Module]) -> None:
-    """Raise ``ValueError`` if a linear layer or 2-D convolution among named layers has a ``forward`` of its own.
-
-    Its weight then does not say what it computes, so that no layer made of the weight can take its place. Subclasses
-    that inherit ``forward``, such as PyTorch's in ``nn.MultiheadAttention``, are plain.
-    """
-    for name, layer in layers.items():
-        kind = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(layer, kind)), None)
-        if kind and (
-            getattr(layer.forward, "__func__", None) is not kind.forward or type(layer).__call__ is not kind.__call__
-        ):
-            raise ValueError(
-                f"layer {name!r} is a {type(layer).__name__} with a forward of its own, which its weight does not "
-                f"describe: leave it out, or make it an nn.{kind.__name__} first"
-            )
 
 
 def n_parameters(model: nn.Module) -> int:

@@ -95,7 +95,7 @@ def test_moments_of_a_tall_layer_are_in_as_many_coordinates_as_it_has_inputs_at_
 @pytest.mark.parametrize("measure", [output_moments, output_fisher])
 def test_wrong_layers_and_measuring_without_inputs_are_refused(measure):
     model = _convolutional(False)
-    with pytest.raises(ValueError, match=r"fc9: no linear layer or 2-D convolution of one group; allowed: 1, 4, 6"):
+    with pytest.raises(ValueError, match="fc9: no layer that can be replaced; allowed: 1, 4, 6"):
         measure(model, _matrix(7, 16), ["fc9"])
     with pytest.raises(ValueError, match="at least one input"):
         measure(model, _matrix(7, 16)[:0], ["1"])
