@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_helpers.calibration import check_task, output_fisher, output_moments, output_rows, without_mean
+from lowrank_helpers.calibration import check_task, output_fisher, output_moments, without_mean
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
@@ -140,12 +140,12 @@ def compress(
     ----------
     model : nn.Module
         Maps a batch of images to one tensor, logits (n, n_classes) where accuracy counts. It stays as it is. One that
-        takes or gives something else goes in a module that takes and gives such a tensor. Of a compiled model the
-        original is cut; compile the result again. A model that is one layer goes in an ``nn.Sequential``.
+        takes or gives something else goes in a module that takes and gives such a tensor, and a model that is one
+        layer in an ``nn.Sequential``. Compile the result, not the model.
     data : Dataset or (images, labels)
         Training images measure the layers' outputs. Validation images fit nothing: they choose, and the change of the
         outputs is measured on them. Of a pair, or without them, that is a sixth of the images, drawn at random.
-        Labels count for accuracy alone: whole numbers (n,) or probabilities (n, n_classes).
+        Labels (n,) count for accuracy alone.
     budget : float
         For ``parameters`` and ``flops`` a share of the model's (a float up to 1) or a count (an int); for ``latency`` a
         share; for ``accuracy`` the least on validation images, 0 to 1, that the smallest model found must have.
@@ -168,7 +168,7 @@ def compress(
         The model is no module, or the data are of another kind.
     ValueError
         The budget is impossible (the message says what is possible), no layer can be replaced, the model gives no
-        finite tensor, there are no validation images where they must choose, or an option is unknown.
+        finite tensor, or an option is unknown.
     """
     _check_options(budget, metric, strategy, task)
     _check_model(model)
@@ -187,17 +187,21 @@ def compress(
     return with_factors(model, factors), report
 
 
-def _flops(model: nn.Module, images: Tensor) -> int:
-    """Count the operations for one input; with gradients, as PyTorch's fused attention runs without and is not seen."""
+def _flops(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """Count the operations for one input, by the dotted name of a module, and of the whole model by ``""``.
+
+    With gradients, as PyTorch's fused attention, which is not seen, runs without.
+    """
     model = deepcopy(model).requires_grad_()
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(images[:1])
-    return int(counter.get_total_flops())
+    counts = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
+    return counts | {"": counter.get_total_flops()}
 
 
 SIZES: dict[str, Callable[[nn.Module, Tensor], int]] = {
     "parameters": lambda model, images: n_parameters(model),
-    "flops": _flops,
+    "flops": lambda model, images: _flops(model, images)[""],
 }
 METRICS = (*SIZES, "accuracy", "latency")
 
@@ -211,19 +215,16 @@ class _Search:
     svds : dict of str to ActivationAwareSVD
         By the dotted name of a layer. ``s`` is a share of the model's outputs, where they are Fisher-weighted, and else
         of the layer's.
-    rows : dict of str to float
-        How many rows of outputs one input gives.
     left_alone : dict of str to str
         The other matrices, with the reason why.
-    flat : frozenset of str
-        Layers by which the model's outputs have no derivative, where one was asked for.
+    fallbacks : dict of str to str
+        What factors fit of layers by which the model's outputs have no derivative, where one was asked for.
     """
 
     model: nn.Module
     svds: dict[str, ActivationAwareSVD]
-    rows: dict[str, float]
     left_alone: dict[str, str]
-    flat: frozenset[str]
+    fallbacks: dict[str, str]
     images: Tensor
     held_out: Tensor
     labels: Tensor
@@ -235,7 +236,7 @@ class _Search:
         ranks = self.ranks(budget, metric)
         # To first order, the squared changes by independent layers add.
         predicted = sum(self.svds[n].s[rank:].square().sum().item() for n, rank in ranks.items()) ** 0.5
-        factors, fallbacks = _cut(ranks, self.svds), {name: OWN_OUTPUTS for name in ranks if name in self.flat}
+        factors, fallbacks = _cut(ranks, self.svds), {n: fit for n, fit in self.fallbacks.items() if n in ranks}
         error = self.change(factors)
         far = metric != "accuracy" and _far(error, predicted)
         if far:
@@ -255,7 +256,9 @@ class _Search:
         # A large matrix's singular values take minutes, and most strategies do not use them.
         by_weights = self.strategy in BY_WEIGHTS
         weights = {name: SVD.of(svd.A) if by_weights else svd for name, svd in self.svds.items()}
-        return layers_of(weights, self.svds, {n: 2 * rows if metric == "flops" else 1 for n, rows in self.rows.items()})
+        flops = _flops(self.model, self.images) if metric == "flops" else {}
+        uses = {name: flops[name] / svd.A.numel() for name, svd in self.svds.items() if flops}
+        return layers_of(weights, self.svds, uses)
 
     def ranks(self, budget: float, metric: str) -> dict[str, int]:
         """Choose ranks within a budget."""
@@ -380,9 +383,9 @@ def _search(
     if not _alike(_outputs(model, few), outputs):
         raise ValueError(f"{type(model).__name__} gives other outputs for the same images each time")
     layers, left_alone = _layers_with_own_weight(model)
-    rows = output_rows(model, few, layers)
+    called = _flops(model, few)
     for name, layer in layers.items():
-        if name not in rows:
+        if name not in called:
             left_alone[name] = "the model never calls it, or reads its weight without calling it"
         elif reason := _objection(model, name, layer, few, outputs):
             left_alone[name] = reason
@@ -404,8 +407,9 @@ def _search(
         A = layers[name].weight.flatten(1)
         svd = ActivationAwareSVD.of(A.to(precise(A)), moments[name], fisher.get(name))
         svds[name] = svd if name in fisher else svd.relative()
-    flat = frozenset(names) - fisher.keys() if strategy == "fisher-weighted" else frozenset()
-    return _Search(model, svds, rows, left_alone, flat, images, held_out, labels, strategy, task)
+    flat = [name for name in names if name not in fisher] if strategy == "fisher-weighted" else []
+    fallbacks = dict.fromkeys(flat, OWN_OUTPUTS)
+    return _Search(model, svds, left_alone, fallbacks, images, held_out, labels, strategy, task)
 
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:

@@ -94,14 +94,9 @@ class LoRALinear(nn.Module):
         return self.alpha / self.rank
 
     @property
-    def delta(self) -> Tensor:
-        """The update ΔW = (α/r)·B·A, (out_features, in_features)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-    @property
     def weight(self) -> Tensor:
         """The matrix that the layer applies, W + ΔW: for ``merge``, and for models that read their layers' weights."""
-        return self.base.weight + self.delta
+        return self.base.weight + self.scaling * (self.lora_B @ self.lora_A)
 
     @property
     def bias(self) -> Tensor | None:

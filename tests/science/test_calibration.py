@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_helpers.calibration import output_fisher, output_moments, output_rows, without_mean
+from lowrank_helpers.calibration import output_fisher, output_moments, without_mean
 from lowrank_helpers.factorization import column_basis
-from lowrank_helpers.layers import decompose, factorize, replaceable_layers
+from lowrank_helpers.layers import decompose, factorize
 
 
 def _matrix(n, m, seed=0, dtype=torch.float64):
@@ -80,7 +80,6 @@ def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
     for name, X in inputs.items():
         outputs = (X @ model[int(name)].weight.flatten(1).T).detach().numpy()
         np.testing.assert_allclose(moments[name], outputs.T @ outputs / len(outputs), atol=1e-12)
-    assert output_rows(model, x, replaceable_layers(model)) == {"1": 9, "4": 1, "6": 1}
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
@@ -89,7 +88,6 @@ def test_moments_of_a_tall_layer_are_in_as_many_coordinates_as_it_has_inputs_at_
     outputs = (tokens.reshape(30, 4) @ layer[0].weight.T @ column_basis(layer[0].weight)).detach()
     moment = output_moments(layer, tokens, ["0"])["0"]
     torch.testing.assert_close(moment, (outputs.T @ outputs / 30).double(), atol=1e-4, rtol=1e-4)
-    assert output_rows(layer, tokens, replaceable_layers(layer)) == {"0": 5}
 
 
 @pytest.mark.parametrize("measure", [output_moments, output_fisher])
