@@ -75,11 +75,12 @@ def decompose(
     {'0': 16, '2': 4}
     """
     moments, fisher = moments or {}, fisher or {}
-    svds: dict[str, Decomposition] = {}
-    for name, layer in plain_layers(replaceable_layers(model), replaceable_layers(model)).items():
-        A = layer.weight.flatten(1)
-        svds[name] = ActivationAwareSVD.of(A, moments[name], fisher.get(name)) if name in moments else SVD.of(A)
-    return svds
+    layers = replaceable_layers(model)
+    matrices = {name: layer.weight.flatten(1) for name, layer in plain_layers(layers, layers).items()}
+    return {
+        name: ActivationAwareSVD.of(A, moments[name], fisher.get(name)) if name in moments else SVD.of(A)
+        for name, A in matrices.items()
+    }
 
 
 @spending("factorising")
@@ -162,12 +163,8 @@ def substitute_(model: nn.Module, name: str, layer: nn.Module) -> None:
     >>> layer = nn.Linear(4, 4)
     >>> model = nn.Sequential(layer, nn.ReLU(), layer)
     >>> substitute_(model, "0", nn.Identity())
-    >>> model
-    Sequential(
-      (0): Identity()
-      (1): ReLU()
-      (2): Identity()
-    )
+    >>> [type(module).__name__ for module in model]
+    ['Identity', 'ReLU', 'Identity']
     """
     if not name:
         raise ValueError(f"the model itself is the layer, a {type(model).__name__}: put it into an nn.Sequential")
@@ -204,20 +201,19 @@ def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:
     ['0']
     """
     try:
-        pending = [node for node in _LayerTracer().trace(model).nodes if node.op == "output"]
+        graph = _LayerTracer().trace(model)
     except Exception as error:  # whatever a model's own code raises when it meets a stand-in for a tensor
         raise ValueError(
             f"torch.fx cannot trace this {type(model).__name__} ({error}): name the layers yourself, out of "
             f"{', '.join(linear_layers(model))}"
         ) from error
-    seen: set[fx.Node] = set()
     given: set[nn.Parameter] = set()
-    while pending:
-        node = pending.pop()
-        seen.add(node)
-        weights = set(model.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else set()
-        given |= weights
-        pending += [] if weights else [source for source in node.all_input_nodes if source not in seen]
+    reached: set[fx.Node] = set()
+    for node in reversed(graph.nodes):  # each after all that use it
+        if node.op == "output" or node in reached:
+            weights = set(model.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else set()
+            given |= weights
+            reached |= set() if weights else set(node.all_input_nodes)
     return {name: layer for name, layer in linear_layers(model).items() if layer.weight not in given}
 
 

@@ -84,14 +84,7 @@ def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
     -------
     nn.Sequential
         Maps (n, 784) to logits (n, 10), float32, on the CPU.
-
-    Raises
-    ------
-    ValueError
-        There is no convolution, or a number is below 1.
     """
-    if not channels or min(*channels, width) < 1:
-        raise ValueError(f"channels {list(channels)} and width {width} must be numbers of at least 1")
     layers: OrderedDict[str, nn.Module] = OrderedDict(image=nn.Unflatten(1, (1, IMAGE_SIDE, IMAGE_SIDE)))
     for i, (before, after) in enumerate(pairwise([1, *channels]), start=1):
         layers[f"conv{i}"] = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
@@ -228,19 +221,16 @@ class LowRankLayer(nn.Sequential):
 
         Dtype, device, mode, bias, and what is frozen, are the layer's.
         """
-        n, m = layer.weight.flatten(1).shape
-        rank = len(C)
+        (n, m), rank = layer.weight.flatten(1).shape, len(C)
         if (B.shape, C.shape) != ((n, rank), (rank, m)):
             raise ValueError(f"B {tuple(B.shape)} and C {tuple(C.shape)} must be ({n}, r) and (r, {m})")
-        first: nn.Linear | nn.Conv2d
-        second: nn.Linear | nn.Conv2d
+        first: nn.Linear | nn.Conv2d = nn.Linear(m, rank, bias=False, device="meta")
+        second: nn.Linear | nn.Conv2d = nn.Linear(rank, n, bias=False, device="meta")
         if isinstance(layer, nn.Conv2d):
             window = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
             options = {name: getattr(layer, name) for name in window}
             first = nn.Conv2d(layer.in_channels, rank, bias=False, device="meta", **options)
             second = nn.Conv2d(rank, n, 1, bias=False, device="meta")
-        else:
-            first, second = (nn.Linear(a, b, bias=False, device="meta") for a, b in ((m, rank), (rank, n)))
         for new, factor in ((first, C), (second, B)):
             weight = factor.detach().reshape(new.weight.shape).to(layer.weight)
             weight = weight.clone(memory_format=torch.contiguous_format)
@@ -269,51 +259,27 @@ class LowRankLayer(nn.Sequential):
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules of a model by dotted name, but not the two in a low-rank layer: it counts as one."""
     low_rank = [module for module in model.modules() if isinstance(module, LowRankLayer)]
-    inside = {part for layer in low_rank for part in layer.modules() if part is not layer}
+    inside = {part for layer in low_rank for factor in layer for part in factor.modules()}
     return {name: module for name, module in model.named_modules() if module not in inside}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every ``nn.Linear`` of a model by its dotted name, in order of registration.
-
-    Examples
-    --------
-    >>> list(linear_layers(mlp([784, 512, 10], seed=0)))
-    ['fc1', 'fc2']
-    """
+    """Return every ``nn.Linear`` of a model by its dotted name, in order of registration."""
     return {name: module for name, module in named_layers(model).items() if isinstance(module, nn.Linear)}
 
 
 def n_parameters(model: nn.Module) -> int:
-    """Count a model's parameters, frozen ones included.
-
-    Examples
-    --------
-    >>> n_parameters(nn.Linear(4, 3))
-    15
-    """
+    """Count a model's parameters, frozen ones included."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def n_trainable(model: nn.Module) -> int:
-    """Count the parameters that training would change.
-
-    Examples
-    --------
-    >>> n_trainable(nn.Linear(4, 3).requires_grad_(False))
-    0
-    """
+    """Count the parameters that training would change."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def squared_norm(model: nn.Module) -> Tensor:
-    """Sum ‖W‖_F² over all linear layers; for one of low rank that of the product, ‖B·C‖_F² = ⟨BᵀB, C·Cᵀ⟩.
-
-    Examples
-    --------
-    >>> squared_norm(LowRankLayer.of(nn.Linear(3, 5), torch.ones(5, 2), torch.ones(2, 3))).item()  # 15 entries, each 2
-    60.0
-    """
+    """Sum ‖W‖_F² over all linear layers; for one of low rank that of the product, ‖B·C‖_F² = ⟨BᵀB, C·Cᵀ⟩."""
     total = torch.zeros(())
     for module in named_layers(model).values():
         if isinstance(module, LowRankLayer) and module.B.weight.dim() == 2:

@@ -90,7 +90,6 @@ def test_each_patch_becomes_the_token_of_its_place():
     [
         *((partial(mlp, widths), "widths") for widths in ([784], [784, 0, 10], [784, -5, 10], [])),
         (partial(mlp, [784, 10], "swish"), "'swish' is unknown; allowed: relu, tanh, sigmoid, gelu, identity"),
-        *((partial(convnet, channels, 8), "at least 1") for channels in ([], [8, 0])),
         (partial(VisionTransformer, patch=5), "patch 5"),
         (partial(VisionTransformer, width=10, n_heads=4), "width 10"),
         (partial(VisionTransformer, n_blocks=0), "n_blocks 0"),
