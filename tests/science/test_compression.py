@@ -351,15 +351,6 @@ def test_the_model_stays_as_it_was_and_the_copy_in_its_mode(data):
     }
 
 
-def test_a_layer_used_twice_is_replaced_in_both_places(data):
-    twice = nn.Linear(40, 40)
-    model = nn.Sequential(nn.Linear(784, 40), twice, nn.ReLU(), twice, nn.Linear(40, 10))
-    small, report = compress(model, data, 0.2, strategy="uniform")
-    assert "1" in report.ranks
-    assert small[1] is small[3]
-    assert n_parameters(small) <= 0.2 * n_parameters(model)
-
-
 def _tied():
     model = nn.Sequential(nn.Linear(784, 30), nn.Linear(30, 30), nn.Linear(30, 30))
     model[1].weight = model[2].weight
@@ -422,16 +413,14 @@ def test_matrices_that_cannot_be_replaced_are_left_alone_by_name(make, reasons, 
     assert make is not _tied or small[1].weight is small[2].weight
 
 
-def _encoder(batch_first=True):
+def _encoder():
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(28, 2, 64, batch_first=batch_first)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(28, 2, 64, batch_first=True), 2)
     return nn.Sequential(nn.Unflatten(1, (28, 28)), encoder, nn.Flatten(), nn.Linear(784, 10))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_pytorchs_transformer_is_compressed_and_its_attention_left_alone(data, frozen):
-    model = _encoder().eval().requires_grad_(not frozen)
+def test_pytorchs_transformer_is_compressed_and_its_attention_left_alone(data):
+    model = _encoder().eval().requires_grad_(False)
     small, report = compress(model, data, 0.6)
     assert {"1.layers.0.linear1", "1.layers.1.linear2"} <= report.ranks.keys()
     assert "never calls it" in report.left_alone["1.layers.0.self_attn.out_proj"]
@@ -452,10 +441,3 @@ def test_onnx_computes_what_the_returned_model_does(data, tmp_path):
     onnx.checker.check_model(file)
     (answer,) = ReferenceEvaluator(str(file)).run(None, {"images": data[0].numpy()})
     np.testing.assert_allclose(answer, small(data[0]).detach(), atol=1e-5, rtol=1e-4)
-
-
-def test_a_budget_of_everything_changes_nothing(data):
-    model = mlp([784, 40, 10], seed=0)
-    small, report = compress(model, data, 1.0)
-    assert not report.ranks and report.parameters.share == 1
-    assert torch.equal(small(data[0]), model(data[0]))
