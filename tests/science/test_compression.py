@@ -344,11 +344,7 @@ def test_the_model_stays_as_it_was_and_the_copy_in_its_mode(data):
     small, report = compress(model, (data[0].double(), data[1]), 0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(module.training for module in (*model.modules(), *small.modules()))
-    assert report.ranks.keys() == {"0"}
-    assert {(p.dtype, p.requires_grad) for p in small[0].parameters()} == {
-        (torch.float64, False),
-        (torch.float64, True),
-    }
+    assert report.ranks.keys() == {"0"} and {parameter.dtype for parameter in small.parameters()} == {torch.float64}
 
 
 def _tied():
@@ -407,9 +403,7 @@ def test_matrices_that_cannot_be_replaced_are_left_alone_by_name(make, reasons, 
     for name, reason in reasons.items():
         assert reason in report.left_alone[name]
         assert f"{name}: left alone, {report.left_alone[name]}" in str(report)
-    assert "parameters: " in str(report) and all(
-        f"{name}: rank {rank}" in str(report) for name, rank in report.ranks.items()
-    )
+    assert all(f"{name}: rank {rank}" in str(report) for name, rank in report.ranks.items())
     assert make is not _tied or small[1].weight is small[2].weight
 
 
