@@ -21,17 +21,9 @@ from lowrank_helpers.calibration import check_task, output_fisher, output_moment
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
-from lowrank_helpers.layers import Replaceable, replaceable_layers, substitute_, with_factors
+from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, substitute_, with_factors
 from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
-from lowrank_helpers.selection import (
-    BY_WEIGHTS,
-    STRATEGIES,
-    Layer,
-    allocate,
-    layers_of,
-    smallest_allocation,
-    total_cost,
-)
+from lowrank_helpers.selection import BY_WEIGHTS, STRATEGIES, Layer, allocate, layers_of, total_cost
 from lowrank_helpers.training import progress
 from lowrank_helpers.unfold import format_shape
 
@@ -44,6 +36,7 @@ LARGE_BATCH = 128 * 3 * 224**2  # numbers of images at a time: large ones of lar
 HELD_OUT_PART = 6  # of images without validation images, one in so many fits nothing: as Dataset.hold_out
 FAR = 2.0  # times its prediction: a larger change of the outputs is far from it
 SMALL = 0.05  # relative change of the outputs that is never far
+PRECISION = 1.01  # ratio of budgets down to which one is searched
 OWN_OUTPUTS, OWN_WEIGHT = "its own outputs", "its weight"  # what factors fit instead of the model's outputs
 
 Split = tuple[Tensor, Tensor]
@@ -262,12 +255,14 @@ class _Search:
 
     def ranks(self, budget: float, metric: str) -> dict[str, int]:
         """Choose ranks within a budget."""
-        if metric == "latency":
-            return self.fast_enough(budget)
         if metric == "accuracy":
-            if (before := self.accuracy({})) < budget:
-                raise ValueError(f"an accuracy of {budget:.2%} is impossible: the model itself has {before:.2%}")
-            return smallest_allocation(self.layers("parameters"), self.strategy, self.accuracy, budget)
+            if (whole := self.accuracy({})) < budget:
+                raise ValueError(f"an accuracy of {budget:.2%} is impossible: the model itself has {whole:.2%}")
+            return self.bisected("parameters", lambda ranks: self.accuracy(ranks) >= budget)[1]
+        if metric == "latency":
+            if (fastest := self.latency(dict.fromkeys(self.svds, 1))) > budget:
+                raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
+            return self.bisected("flops", lambda ranks: self.latency(ranks) > budget)[0]
         layers, total = self.layers(metric), SIZES[metric](self.model, self.images)
         limit = budget if isinstance(budget, Integral) else budget * total
         fixed = total - total_cost(layers, {})
@@ -279,20 +274,24 @@ class _Search:
             )
         return allocate(layers, limit - fixed, self.strategy)
 
-    def fast_enough(self, target: float) -> dict[str, int]:
-        """Choose the most FLOPs, to a sixteenth of the model's, with which a batch takes no longer than a share."""
-        layers, fastest = self.layers("flops"), np.inf
-        dense, least = (total_cost(layers, ranks) for ranks in ({}, dict.fromkeys(layers, 1)))
-        for limit in np.linspace(dense, least, 16):
-            ranks = allocate(layers, limit, self.strategy)
-            share = self.seconds(with_factors(self.model, _cut(ranks, self.svds))).share
-            fastest = min(fastest, share)
-            if share <= target:
-                return ranks
-        raise ValueError(
-            f"a latency of {target:.0%} is impossible for batches of {LATENCY_BATCH}: "
-            f"the fastest try took {fastest:.0%}"
-        )
+    def bisected(
+        self, metric: str, is_large: Callable[[Mapping[str, int]], bool]
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the ranks of the largest budget that is not large, rank 1 at least, and of the smallest that is.
+
+        The two budgets are 1 % apart. What is measured should rise with the budget, but for noise.
+        """
+        layers = self.layers(metric)
+        low, high = (float(total_cost(layers, ranks)) for ranks in (dict.fromkeys(layers, 1), {}))
+        below, above = allocate(layers, low, self.strategy), dict[str, int]()
+        while high > PRECISION * low:
+            middle = (low * high) ** 0.5
+            ranks = allocate(layers, middle, self.strategy)
+            if is_large(ranks):
+                above, high = ranks, middle
+            else:
+                below, low = ranks, middle
+        return below, above
 
     def refitted(self, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], dict[str, str]]:
         """Return factors of these ranks with the least change, and what those fit that fall back.
@@ -330,9 +329,13 @@ class _Search:
             return factors, report
         return other if other[1].measured_error < report.measured_error / 2 else (factors, report)
 
+    def latency(self, ranks: Mapping[str, int]) -> float:
+        """Return the time of a batch with these ranks as a share of the whole model's."""
+        return self.seconds(factorize(self.model, ranks, self.svds)).share
+
     def accuracy(self, ranks: Mapping[str, int]) -> float:
         """Return the accuracy on the held-out images with these ranks."""
-        logits = _outputs(with_factors(self.model, _cut(ranks, self.svds)), self.held_out)
+        logits = _outputs(factorize(self.model, ranks, self.svds), self.held_out)
         return (logits.view(len(self.labels), -1).argmax(dim=1) == self.labels).double().mean().item()
 
     @cached_property
@@ -414,19 +417,19 @@ def _search(
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
     """Return the layers that may be replaced, and of every other matrix of the model why it may not."""
-    matrices = [
-        (name, kind, parameter)
+    layers, own, left_alone = replaceable_layers(model), {}, {}
+    matrices = {
+        (name, kind): parameter
         for name, module in named_layers(model).items()
         for kind, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
-    ]
-    layers, own, left_alone = replaceable_layers(model), {}, {}
-    for name, kind, parameter in matrices:
-        shared = [other for other, _, p in matrices if p.data_ptr() == parameter.data_ptr() and other != name]
+    }
+    for (name, kind), weight in matrices.items():
+        shared = [other for (other, _), w in matrices.items() if w.data_ptr() == weight.data_ptr() and other != name]
         if name not in layers or kind != "weight":
-            kind_of = type(model.get_submodule(name)).__name__
             left_alone[f"{name}.{kind}".strip(".").removesuffix(".weight")] = (
-                f"of {kind_of}: only plain weights of linear layers and of 2-D convolutions of one group are replaced"
+                f"of {type(model.get_submodule(name)).__name__}: only plain weights of linear layers and of 2-D "
+                "convolutions of one group are replaced"
             )
         elif shared:
             left_alone[name] = f"shares its weight with {', '.join(shared)}"

@@ -17,8 +17,6 @@ import numpy.typing as npt
 from lowrank_helpers.factorization import Decomposition
 from lowrank_helpers.rank import gavish_donoho_threshold
 
-PRECISION = 1.01  # ratio of budgets down to which the smallest one is searched
-
 Array = npt.NDArray[np.float64]
 
 
@@ -166,25 +164,6 @@ def allocate(layers: Mapping[str, Layer], budget: float, strategy: str) -> dict[
     n_taken = np.searchsorted(np.cumsum(costs), budget, side="right")
     ranks = zip(layers, np.bincount(owner[:n_taken], minlength=len(layers)).tolist(), strict=True)
     return {name: rank for name, rank in ranks if rank <= layers[name].largest_rank}
-
-
-def smallest_allocation(
-    layers: Mapping[str, Layer], strategy: str, score: Callable[[Mapping[str, int]], float], target: float
-) -> dict[str, int]:
-    """Return the ranks of the smallest budget, to within 1 %, whose score reaches a target.
-
-    Searched by bisection: the score should rise with the budget, but for noise. All layers dense must reach the target.
-    """
-    best: dict[str, int] = {}
-    low, high = (float(total_cost(layers, ranks)) for ranks in (dict.fromkeys(layers, 1), best))
-    while high > PRECISION * low:
-        middle = (low * high) ** 0.5
-        ranks = allocate(layers, middle, strategy)
-        if score(ranks) >= target:
-            best, high = ranks, middle
-        else:
-            low = middle
-    return best
 
 
 def allocate_by_shares(layers: Mapping[str, Layer], budget: float, shares: Sequence[float]) -> dict[str, int]:
