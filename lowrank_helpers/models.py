@@ -8,7 +8,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 from lowrank_helpers.data import IMAGE_SIDE, N_CLASSES
 
-Model = TypeVar("Model", bound=nn.Module)
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -66,7 +64,9 @@ def mlp(widths: Sequence[int], activation: str = "relu", *, seed: int) -> nn.Seq
         layers[f"fc{i}"] = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
         if i < len(widths) - 1:
             layers[f"act{i}"] = ACTIVATIONS[activation]()
-    return _drawn(nn.Sequential(layers), seed)
+    model = nn.Sequential(layers)
+    draw_(model.parameters(), torch.Generator().manual_seed(seed))
+    return model
 
 
 def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
@@ -94,7 +94,9 @@ def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
     layers["fc1"] = nn.Linear(channels[-1] * side**2, width, bias=False)
     layers["act"] = nn.ReLU()
     layers["fc2"] = nn.Linear(width, N_CLASSES, bias=False)
-    return _drawn(nn.Sequential(layers), seed)
+    model = nn.Sequential(layers)
+    draw_(model.parameters(), torch.Generator().manual_seed(seed))
+    return model
 
 
 class Attention(nn.Module):
@@ -167,7 +169,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, n_heads) for _ in range(n_blocks)))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, N_CLASSES, bias=False)
-        _drawn(self, seed)
+        draw_(self.parameters(), torch.Generator().manual_seed(seed))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (n, 784) to logits (n, 10)."""
@@ -178,18 +180,12 @@ class VisionTransformer(nn.Module):
         return logits
 
 
-def _drawn(model: Model, seed: int) -> Model:
-    """Draw every matrix of a model, its convolutions' too, and return the model."""
-    matrices = (parameter for parameter in model.parameters() if parameter.dim() > 1)
-    draw_(matrices, torch.Generator().manual_seed(seed))
-    return model
-
-
 def draw_(weights: Iterable[Tensor], generator: torch.Generator) -> None:
-    """Fill weights as PyTorch does those of a layer: uniform on ±1/√(inputs of one output)."""
+    """Fill matrices, a convolution's too, as PyTorch does: uniform on ±1/√(inputs of one output); vectors stay."""
     for weight in weights:
-        bound = weight[0].numel() ** -0.5
-        nn.init.uniform_(weight, -bound, bound, generator=generator)
+        if weight.dim() > 1:
+            bound = weight[0].numel() ** -0.5
+            nn.init.uniform_(weight, -bound, bound, generator=generator)
 
 
 class LowRankLayer(nn.Sequential):

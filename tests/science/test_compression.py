@@ -106,11 +106,10 @@ def test_large_images_go_through_a_model_few_at_a_time(digits_held_out, monkeypa
         sizes.clear()
 
 
-@pytest.mark.parametrize("metric", ["parameters", "flops", "accuracy"])
-def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, digits_held_out, monkeypatch, metric):
+def test_operations_and_time_are_of_the_models_given_and_returned(trained, digits_held_out, monkeypatch):
     timed = []
     monkeypatch.setattr(compression, "_seconds", lambda *timing: timed.append(timing) or len(timed))
-    small, report = compress(trained, digits_held_out, 0.6, metric=metric)
+    small, report = compress(trained, digits_held_out, 0.6)
     assert [(n_parameters(model), len(batch)) for model, batch in timed] == [
         (n_parameters(model), 64) for model in (trained, small)
     ]
@@ -250,7 +249,6 @@ def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(m
     _, before = compress(model, data, 0.5)
     assert before.measured_error > 2 * before.error and not before.fallbacks
     assert report.measured_error < 0.9 * before.measured_error
-    assert report.fallbacks == {"0": "its own outputs"}
     assert f"0: rank {report.ranks['0']}, fitted to its own outputs" in str(report)
     assert f"predicted {report.error:.3g}, measured {report.measured_error:.3g} on images" in str(report)
 
@@ -269,16 +267,6 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
     _, report = compress(TwoWays(), (_draw(300, 40), torch.zeros(300)), 0.6)
     assert "with it cut, the outputs changed by" in report.left_alone["hard"]
     assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
-
-
-def test_a_head_that_is_zero_leaves_factors_that_can_be_tuned(data):
-    model = mlp([784, 40, 10], seed=0)
-    nn.init.zeros_(model.fc2.weight)
-    small, report = compress(model, data, 0.3)
-    assert report.fallbacks["fc1"] == "its own outputs"
-    hidden, wanted = small.fc1(data[0]), model.fc1(data[0])
-    assert (hidden - wanted).norm() < 0.8 * wanted.norm()
-    assert all(any(parameter.any() for parameter in layer.parameters()) for layer in (small.fc1, small.fc2))
 
 
 def test_data_must_fit_each_other_and_the_model(data):
