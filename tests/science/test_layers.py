@@ -4,7 +4,6 @@ from collections import OrderedDict
 
 import pytest
 import torch
-import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from lowrank_helpers import lora
 from lowrank_helpers.factorization import truncated_svd
 from lowrank_helpers.layers import decompose, factorize, factorize_standard, hidden_layers, replaceable_layers
 from lowrank_helpers.lora import LoRALinear
-from lowrank_helpers.models import LowRankLayer, mlp, n_parameters
+from lowrank_helpers.models import LowRankLayer, mlp
 
 
 def _draw(*shape, seed=0):
@@ -95,12 +94,8 @@ def test_wrong_layers_and_ranks_of_a_model_are_refused(make):
         make(model, {"1": 6})
 
 
-def test_what_is_factorised_reloads_and_exports():
-    x = _draw(7, 20).double()
-    small, other = (factorize(_model(), {"0.fc1": 3, "2": 2}) for _ in range(2))
-    nn.utils.vector_to_parameters(torch.zeros(n_parameters(other), dtype=torch.float64), other.parameters())
-    other.load_state_dict(small.state_dict())
-    torch.testing.assert_close(other(x), small(x))
+def test_what_is_factorised_is_exported():
+    small, x = factorize(_model(), {"0.fc1": 3, "2": 2}), _draw(7, 20).double()
     torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x))
 
 
@@ -161,13 +156,6 @@ def _shared():
 )
 def test_hidden_layers_are_those_whose_result_reaches_the_output_through_another_alone(make, hidden):
     assert list(hidden_layers(make())) == hidden
-
-
-def test_of_published_architectures_the_head_is_the_output_layer():
-    with torch.device("meta"):  # no weights are drawn: only the structure counts
-        assert hidden_layers(torchvision.models.resnet18()) == {}
-        hidden = hidden_layers(torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32))
-    assert "heads.head" not in hidden and "encoder.layers.encoder_layer_0.mlp.0" in hidden
 
 
 def test_a_model_that_cannot_be_traced_is_refused_with_its_layers():

@@ -90,12 +90,6 @@ def test_removing_gives_the_model_back():
     assert all(parameter.requires_grad for parameter in removed.parameters())
 
 
-def test_a_rank_above_what_the_layer_has_is_of_use_to_pefts_adapters_alone():
-    layer = LoRALinear(nn.Linear(3, 2), torch.ones(5, 3), torch.ones(2, 5), 10)
-    torch.testing.assert_close(layer.weight - layer.base.weight, torch.full((2, 3), 10.0))
-    assert layer.base.weight.requires_grad, "the layer that is given stays as it was"
-
-
 def test_adapts_the_linear_layers_of_a_transformer():
     torch.manual_seed(0)
     base = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
@@ -140,15 +134,19 @@ def test_extracted_adapters_are_as_close_to_an_update_as_their_rank_allows():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "alpha", "named"),
+    ("ranks", "alpha", "error", "named"),
     [
-        ({"fc9": 2}, 1, "fc9.*allowed: fc1, fc2, fc3"),
-        ({"fc2": 10}, 1, "rank 10 .*allowed: 1 to 9"),
-        *(({"fc1": 2}, alpha, f"alpha {alpha} must be finite and above 0") for alpha in (0, -4, np.nan, np.float32(0))),
+        ({"fc9": 2}, 1, ValueError, r"fc9.*allowed: fc1, fc2, fc3"),
+        ({"fc2": 10}, 1, ValueError, r"rank 10 .*allowed: 1 to 9"),
+        *(({"fc1": 2}, alpha, ValueError, f"alpha {alpha} must be") for alpha in (0, -4, np.nan, np.float32(0))),
+        *(
+            ({"fc1": rank}, alpha, TypeError, None)
+            for rank, alpha in ((2.0, 1), ("2", 1), (2, "1"), (2, None), (2, 1j))
+        ),
     ],
 )
-def test_impossible_adapters_are_refused_by_name(ranks, alpha, named):
-    with pytest.raises(ValueError, match=named):
+def test_impossible_adapters_are_refused_by_name(ranks, alpha, error, named):
+    with pytest.raises(error, match=named):
         lora.adapt(mlp(WIDTHS, seed=0), ranks, alpha=alpha, seed=0)
 
 
@@ -159,12 +157,6 @@ def test_what_cannot_be_adapted_is_refused():
         LoRALinear(nn.Linear(4, 4), torch.zeros(2, 3), torch.zeros(4, 2), 1.0)
     with pytest.raises(ValueError, match="the model itself is the layer"):
         lora.adapt(nn.Linear(4, 4), {"": 2}, alpha=1, seed=0)
-
-
-@pytest.mark.parametrize(("rank", "alpha"), [(2.0, 1), ("2", 1), (2, "1"), (2, None), (2, 1j)])
-def test_what_are_no_numbers_are_type_errors(rank, alpha):
-    with pytest.raises(TypeError):
-        lora.adapt(mlp(WIDTHS, seed=0), {"fc1": rank}, alpha=alpha, seed=0)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float16, torch.float32)])

@@ -136,14 +136,6 @@ def test_layers_know_the_error_of_their_outputs_and_what_a_network_costs():
     assert total_cost(layers, ranks) == n_parameters(cut)
 
 
-def test_uses_weigh_what_a_layer_costs():
-    once = _layer(20, 20, 0)
-    layers = {"once": once, "often": replace(once, uses=100)}
-    ranks = allocate(layers, 100 * 40 * 4, "activation-aware")
-    assert "once" not in ranks and ranks["often"] < 4
-    assert total_cost(layers, ranks) == 400 + 100 * 40 * ranks["often"]
-
-
 @given(st.integers(1, 40), st.lists(st.integers(1, 40), min_size=1))
 def test_the_smallest_rank_is_found_between_those_of_the_grid(least, grid):
     assert smallest_rank(lambda rank: float(rank), [*grid, 40], least) == max(least, min(grid))
