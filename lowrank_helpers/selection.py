@@ -63,7 +63,7 @@ def layers_of(
     outputs: Mapping[str, Decomposition] | None = None,
     uses: Mapping[str, float] | None = None,
 ) -> dict[str, Layer]:
-    """Return what to choose among, from ``decompose(model)``, ``decompose(model, moments, …)`` and ``uses`` by layer."""
+    """Return what to choose among, from ``decompose(model)``, ``decompose(model, moments, …)`` and uses by layer."""
 
     def layer(name: str, svd: Decomposition) -> Layer:
         factors = svd.factors(1)
