@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_helpers.factorization import column_basis, precise
-from lowrank_helpers.layers import Replaceable, named_replaceable
+from lowrank_helpers.layers import plain_layers, replaceable_layers
 from lowrank_helpers.timing import spending
 from lowrank_helpers.training import progress
 
@@ -55,7 +55,7 @@ class _SecondMoments:
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor, names: Collection[str]) -> None:
-        self.layers = named_replaceable(model, names)
+        self.layers = plain_layers(replaceable_layers(model), names)
         if not len(inputs):
             raise ValueError("second moments need at least one input")
         self.bases = {name: column_basis(layer.weight.flatten(1)) for name, layer in self.layers.items()}
@@ -76,22 +76,6 @@ class _SecondMoments:
         if idle := [name for name in self.layers if name not in self.sums]:
             raise ValueError(f"{', '.join(idle)}: the model does not call this layer")
         return {name: self.sums[name] / n[name] for name in self.layers}
-
-
-@torch.no_grad()
-def output_rows(model: nn.Module, inputs: Tensor, layers: Mapping[str, Replaceable]) -> dict[str, float]:
-    """Return how many rows of outputs one input gives, by the names of those layers that the model calls.
-
-    1 for a layer of an MLP, the number of tokens in a transformer, the number of positions of a convolution.
-    """
-    rows: dict[str, float] = {}
-
-    def count(name: str, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        rows[name] = rows.get(name, 0) + output.numel() / len(layers[name].weight) / len(inputs)
-
-    with _hooked(layers, count):
-        model(inputs)
-    return rows
 
 
 @spending("factorising")

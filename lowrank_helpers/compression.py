@@ -4,10 +4,10 @@ A convolution is a matrix (out, in·kh·kw) that is applied at every position. F
 images, instead of its weight, are those of Zhang et al. 2016, arXiv 1505.06798, section 2.1.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_helpers.calibration import check_task, output_fisher, output_moments, output_rows, without_mean
+from lowrank_helpers.calibration import check_task, output_fisher, output_moments, without_mean
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
-from lowrank_helpers.layers import Replaceable, replaceable_layers, substitute_, with_factors
+from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, substitute_, with_factors
 from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
-from lowrank_helpers.rank import singular_values
-from lowrank_helpers.selection import BY_WEIGHTS, STRATEGIES, Layer, allocate, allocation_of, smallest_allocation
+from lowrank_helpers.selection import BY_WEIGHTS, STRATEGIES, Layer, allocate, layers_of, total_cost
 from lowrank_helpers.training import progress
 from lowrank_helpers.unfold import format_shape
 
@@ -37,6 +36,7 @@ LARGE_BATCH = 128 * 3 * 224**2  # numbers of images at a time: large ones of lar
 HELD_OUT_PART = 6  # of images without validation images, one in so many fits nothing: as Dataset.hold_out
 FAR = 2.0  # times its prediction: a larger change of the outputs is far from it
 SMALL = 0.05  # relative change of the outputs that is never far
+PRECISION = 1.01  # ratio of budgets down to which one is searched
 OWN_OUTPUTS, OWN_WEIGHT = "its own outputs", "its weight"  # what factors fit instead of the model's outputs
 
 Split = tuple[Tensor, Tensor]
@@ -133,12 +133,12 @@ def compress(
     ----------
     model : nn.Module
         Maps a batch of images to one tensor, logits (n, n_classes) where accuracy counts. It stays as it is. One that
-        takes or gives something else goes in a module that takes and gives such a tensor. Of a compiled model the
-        original is cut; compile the result again. A model that is one layer goes in an ``nn.Sequential``.
+        takes or gives something else goes in a module that takes and gives such a tensor, and a model that is one
+        layer in an ``nn.Sequential``. Compile the result, not the model.
     data : Dataset or (images, labels)
         Training images measure the layers' outputs. Validation images fit nothing: they choose, and the change of the
         outputs is measured on them. Of a pair, or without them, that is a sixth of the images, drawn at random.
-        Labels count for accuracy alone: whole numbers (n,) or probabilities (n, n_classes).
+        Labels (n,) count for accuracy alone.
     budget : float
         For ``parameters`` and ``flops`` a share of the model's (a float up to 1) or a count (an int); for ``latency`` a
         share; for ``accuracy`` the least on validation images, 0 to 1, that the smallest model found must have.
@@ -161,175 +161,160 @@ def compress(
         The model is no module, or the data are of another kind.
     ValueError
         The budget is impossible (the message says what is possible), no layer can be replaced, the model gives no
-        finite tensor, there are no validation images where they must choose, or an option is unknown.
+        finite tensor, or an option is unknown.
     """
     _check_options(budget, metric, strategy, task)
-    model = _plain(model)
+    _check_model(model)
     device = next((parameter.device for parameter in model.parameters()), None)
     images, held_out, labels = (tensor.to(device) for tensor in _parts(data))
-    measured = deepcopy(model).eval()
-    outputs = _checked_outputs(measured, images[:FEW])
+    model_in_use = deepcopy(model).eval()
+    with torch.no_grad():
+        outputs = model_in_use(images[:FEW])
+    if not isinstance(outputs, Tensor) or not outputs.isfinite().all():
+        gave = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise ValueError(f"{type(model).__name__} gave {gave}; put it in a module that maps images to a finite tensor")
     if metric == "accuracy":
-        labels = _classes(labels, outputs)
-    found = _candidates(measured, images, strategy == "fisher-weighted", task)
-    bench = _Bench(measured, found, strategy, task, images, held_out, labels)
-    factors, report = bench.compressed(budget, metric)
+        _check_labels(labels, outputs)
+    search = _search(model_in_use, images, held_out, labels, strategy, task)
+    factors, report = search.compressed(budget, metric)
     return with_factors(model, factors), report
 
 
-def _flops(model: nn.Module, images: Tensor) -> int:
-    """Count the operations for one input; with gradients, as PyTorch's fused attention runs without and is not seen."""
+def _flops(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """Count the operations for one input, by the dotted name of a module, and of the whole model by ``""``.
+
+    With gradients, as PyTorch's fused attention, which is not seen, runs without.
+    """
     model = deepcopy(model).requires_grad_()
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model(images[:1])
-    return int(counter.get_total_flops())
+    counts = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
+    return counts | {"": counter.get_total_flops()}
 
 
 SIZES: dict[str, Callable[[nn.Module, Tensor], int]] = {
     "parameters": lambda model, images: n_parameters(model),
-    "flops": _flops,
+    "flops": lambda model, images: _flops(model, images)[""],
 }
 METRICS = (*SIZES, "accuracy", "latency")
 
 
-class _Candidates(NamedTuple):
-    """What of a model can be replaced, by the layer's dotted name.
+@dataclass(frozen=True)
+class _Search:
+    """What can be replaced in a model in evaluation mode, and data to choose by.
 
-    ``svds`` have s as a share of the model's outputs, where they are Fisher-weighted, and else of the layer's.
-    ``rows`` are those of outputs for one input; ``left_alone`` are the other matrices with the reason why; by ``flat``
-    layers the model's outputs have no derivative, where one was asked for.
+    Attributes
+    ----------
+    svds : dict of str to ActivationAwareSVD
+        By the dotted name of a layer. ``s`` is a share of the model's outputs, where they are Fisher-weighted, and else
+        of the layer's.
+    left_alone : dict of str to str
+        The other matrices, with the reason why.
+    fallbacks : dict of str to str
+        What factors fit of layers by which the model's outputs have no derivative, where one was asked for.
     """
 
-    svds: dict[str, ActivationAwareSVD]
-    rows: dict[str, float]
-    left_alone: dict[str, str]
-    flat: frozenset[str]
-
-    def layers(self, strategy: str, metric: str) -> dict[str, Layer]:
-        """Return what a strategy chooses among where a step costs ``parameters`` or ``flops``."""
-
-        def layer(svd: ActivationAwareSVD, rows: float) -> Layer:
-            n, m = svd.A.shape
-            s = svd.s.cpu().numpy()
-            # A large matrix's singular values take minutes, and most strategies do not use them.
-            weights = singular_values(svd.A) if strategy in BY_WEIGHTS else s
-            return Layer((n, m), weights, s, uses=2 * rows if metric == "flops" else 1)
-
-        return {name: layer(svd, self.rows[name]) for name, svd in self.svds.items()}
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """A model in evaluation mode, its candidates, images to measure with, and held-out images with their classes."""
-
     model: nn.Module
-    found: _Candidates
-    strategy: str
-    task: str | None
+    svds: dict[str, ActivationAwareSVD]
+    left_alone: dict[str, str]
+    fallbacks: dict[str, str]
     images: Tensor
     held_out: Tensor
     labels: Tensor
+    strategy: str
+    task: str | None
 
     def compressed(self, budget: float, metric: str) -> tuple[dict[str, Factors], Report]:
         """Return factors within a budget and what was done, as :func:`compress` does."""
-        measured: dict[str, Change] = {}
-        if metric == "accuracy":
-            ranks, measured["accuracy"] = self.accurate_enough(budget)
-        elif metric == "latency":
-            ranks, measured["seconds"] = self.fast_enough(budget)
-        else:
-            ranks = self.small_enough(budget, metric)
+        ranks = self.ranks(budget, metric)
         # To first order, the squared changes by independent layers add.
-        predicted = sum(self.found.svds[n].s[rank:].square().sum().item() for n, rank in ranks.items()) ** 0.5
-        factors = self.factors(ranks)
-        error, fallbacks = self.change(factors), {name: OWN_OUTPUTS for name in ranks if name in self.found.flat}
+        predicted = sum(self.svds[n].s[rank:].square().sum().item() for n, rank in ranks.items()) ** 0.5
+        factors, fallbacks = _cut(ranks, self.svds), {n: fit for n, fit in self.fallbacks.items() if n in ranks}
+        error = self.change(factors)
         far = metric != "accuracy" and _far(error, predicted)
         if far:
-            factors, error, fallbacks = self.refitted(ranks, fallbacks)
+            factors, refitted = self.refitted(ranks)
+            error, fallbacks = self.change(factors), fallbacks | refitted
         small = with_factors(self.model, factors)
-        for name, size in SIZES.items():
-            measured[name] = Change(size(self.model, self.images), size(small, self.images))
-        if metric != "latency":
-            measured["seconds"] = self.seconds(small)
-        report = Report(ranks, self.found.left_alone, fallbacks, predicted, error, **measured)
+        sizes = {name: Change(size(self.model, self.images), size(small, self.images)) for name, size in SIZES.items()}
+        report = Report(ranks, self.left_alone, fallbacks, predicted, error, seconds=self.seconds(small), **sizes)
+        if metric == "accuracy":
+            report = replace(report, accuracy=Change(self.accuracy({}), self.accuracy(ranks)))
         if far and _far(error, predicted):
             return self.with_one_left_alone(factors, report, budget, metric)
         return factors, report
 
-    def small_enough(self, budget: float, metric: str) -> dict[str, int]:
-        """Choose ranks within a budget of parameters or FLOPs."""
-        layers, total = self.found.layers(self.strategy, metric), SIZES[metric](self.model, self.images)
+    def layers(self, metric: str) -> dict[str, Layer]:
+        """Return what the strategy chooses among where a step costs ``parameters`` or ``flops``."""
+        # A large matrix's singular values take minutes, and most strategies do not use them.
+        by_weights = self.strategy in BY_WEIGHTS
+        weights = {name: SVD.of(svd.A) if by_weights else svd for name, svd in self.svds.items()}
+        flops = _flops(self.model, self.images) if metric == "flops" else {}
+        uses = {name: flops[name] / svd.A.numel() for name, svd in self.svds.items() if flops}
+        return layers_of(weights, self.svds, uses)
+
+    def ranks(self, budget: float, metric: str) -> dict[str, int]:
+        """Choose ranks within a budget."""
+        if metric == "accuracy":
+            if (whole := self.accuracy({})) < budget:
+                raise ValueError(f"an accuracy of {budget:.2%} is impossible: the model itself has {whole:.2%}")
+            return self.bisected("parameters", lambda ranks: self.accuracy(ranks) >= budget)[1]
+        if metric == "latency":
+            if (fastest := self.latency(dict.fromkeys(self.svds, 1))) > budget:
+                raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
+            return self.bisected("flops", lambda ranks: self.latency(ranks) > budget)[0]
+        layers, total = self.layers(metric), SIZES[metric](self.model, self.images)
         limit = budget if isinstance(budget, Integral) else budget * total
-        fixed = total - allocation_of(layers, {}).cost
-        least = fixed + allocation_of(layers, dict.fromkeys(layers, 1)).cost
+        fixed = total - total_cost(layers, {})
+        least = fixed + total_cost(layers, dict.fromkeys(layers, 1))
         if limit < least:
             raise ValueError(
                 f"a budget of {limit:,.0f} {metric} is too small: rank 1 wherever it can be takes {least:,}, "
-                f"{least / total:.2%} of the model's {total:,}; {fixed:,} of these are in no layer that can be replaced"
+                f"{least / total:.2%} of the model's {total:,}"
             )
-        return allocate(layers, limit - fixed, self.strategy).ranks
+        return allocate(layers, limit - fixed, self.strategy)
 
-    def accurate_enough(self, target: float) -> tuple[dict[str, int], Change]:
-        """Choose the smallest model that reaches an accuracy."""
+    def bisected(
+        self, metric: str, is_large: Callable[[Mapping[str, int]], bool]
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the ranks of the largest budget that is not large, rank 1 at least, and of the smallest that is.
 
-        @cache
-        def accuracy(ranks: frozenset[tuple[str, int]]) -> float:
-            logits = _outputs(with_factors(self.model, self.factors(dict(ranks))), self.held_out)
-            return (logits.view(len(self.labels), -1).argmax(dim=1) == self.labels).double().mean().item()
+        The two budgets are 1 % apart. What is measured should rise with the budget, but for noise.
+        """
+        layers = self.layers(metric)
+        low, high = (float(total_cost(layers, ranks)) for ranks in (dict.fromkeys(layers, 1), {}))
+        below, above = allocate(layers, low, self.strategy), dict[str, int]()
+        while high > PRECISION * low:
+            middle = (low * high) ** 0.5
+            ranks = allocate(layers, middle, self.strategy)
+            if is_large(ranks):
+                above, high = ranks, middle
+            else:
+                below, low = ranks, middle
+        return below, above
 
-        def score(ranks: Mapping[str, int]) -> float:
-            return accuracy(frozenset(ranks.items()))
-
-        before = score({})
-        if before < target:
-            raise ValueError(f"an accuracy of {target:.2%} is impossible: the model itself has {before:.2%}")
-        ranks = smallest_allocation(self.found.layers(self.strategy, "parameters"), self.strategy, score, target).ranks
-        return ranks, Change(before, score(ranks))
-
-    def fast_enough(self, target: float) -> tuple[dict[str, int], Change]:
-        """Choose the most FLOPs, to a sixteenth of the model's, with which a batch takes no longer than a share."""
-        layers = self.found.layers(self.strategy, "flops")
-        dense, least = (allocation_of(layers, ranks).cost for ranks in ({}, dict.fromkeys(layers, 1)))
-        fastest = np.inf
-        for limit in np.linspace(dense, least, 16):
-            ranks = allocate(layers, limit, self.strategy).ranks
-            seconds = self.seconds(with_factors(self.model, self.factors(ranks)))
-            fastest = min(fastest, seconds.share)
-            if seconds.share <= target:
-                return ranks, seconds
-        raise ValueError(
-            f"a latency of {target:.0%} is impossible for batches of {LATENCY_BATCH}: "
-            f"the fastest try took {fastest:.0%}"
-        )
-
-    def refitted(
-        self, ranks: Mapping[str, int], fallbacks: Mapping[str, str]
-    ) -> tuple[dict[str, Factors], float, dict[str, str]]:
-        """Return factors of these ranks with the least change, that change, and what those fit that fall back.
+    def refitted(self, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], dict[str, str]]:
+        """Return factors of these ranks with the least change, and what those fit that fall back.
 
         Starts with all layers alike and then turns to one layer after the other, so that no change is larger than that
         of the truncated SVDs.
         """
-        kinds = ("", OWN_OUTPUTS, OWN_WEIGHT)
-        cut: dict[tuple[str, str], Factors] = {}
-        for name, rank in ranks.items():
-            svd = self.found.svds[name]
-            fits: list[Decomposition] = [svd, svd.unweighted(), SVD.of(svd.A)]
-            cut |= {(name, kind): fitted.factors(rank) for kind, fitted in zip(kinds, fits, strict=True)}
+        fits: dict[str, dict[str, Factors]] = {
+            "": _cut(ranks, self.svds),
+            OWN_OUTPUTS: _cut(ranks, {name: svd.unweighted() for name, svd in self.svds.items()}),
+            OWN_WEIGHT: _cut(ranks, {name: SVD.of(self.svds[name].A) for name in ranks}),
+        }
 
-        @cache
-        def change(chosen: tuple[tuple[str, str], ...]) -> float:
-            return self.change({name: cut[name, kind] for name, kind in chosen})
+        def factors(choice: Sequence[str]) -> dict[str, Factors]:
+            return {name: fits[fit][name] for name, fit in zip(ranks, choice, strict=True)}
 
-        chosen = min((tuple((name, kind) for name in ranks) for kind in kinds), key=change)
-        for name in ranks:
-            chosen = min((tuple((dict(chosen) | {name: kind}).items()) for kind in kinds), key=change)
-        fitted_to = {name: kind or fallbacks.get(name, "") for name, kind in chosen}
-        return (
-            {name: cut[name, kind] for name, kind in chosen},
-            change(chosen),
-            {name: kind for name, kind in fitted_to.items() if kind},
-        )
+        def least(choices: Iterable[list[str]]) -> list[str]:
+            return min(choices, key=lambda choice: self.change(factors(choice)))
+
+        chosen = least([fit] * len(ranks) for fit in fits)
+        for i in range(len(ranks)):
+            chosen = least([*chosen[:i], fit, *chosen[i + 1 :]] for fit in fits)
+        return factors(chosen), {name: fit for name, fit in zip(ranks, chosen, strict=True) if fit}
 
     def with_one_left_alone(
         self, factors: dict[str, Factors], report: Report, budget: float, metric: str
@@ -337,39 +322,44 @@ class _Bench:
         """Leave that layer dense without whose cut the outputs change least, if it halves the change in the budget."""
         worst = min(factors, key=lambda name: self.change({n: pair for n, pair in factors.items() if n != name}))
         reason = f"with it cut, the outputs changed by {report.measured_error:.3g}, predicted {report.error:.3g}"
-        svds = {name: svd for name, svd in self.found.svds.items() if name != worst}
-        found = self.found._replace(svds=svds, left_alone=self.found.left_alone | {worst: reason})
+        svds = {name: svd for name, svd in self.svds.items() if name != worst}
         try:
-            other = replace(self, found=found).compressed(budget, metric)
+            other = replace(self, svds=svds, left_alone=self.left_alone | {worst: reason}).compressed(budget, metric)
         except ValueError:  # the budget is too small without it
             return factors, report
         return other if other[1].measured_error < report.measured_error / 2 else (factors, report)
 
-    def factors(self, ranks: Mapping[str, int]) -> dict[str, Factors]:
-        """Return the factors of these ranks."""
-        return {name: self.found.svds[name].factors(rank) for name, rank in ranks.items()}
+    def latency(self, ranks: Mapping[str, int]) -> float:
+        """Return the time of a batch with these ranks as a share of the whole model's."""
+        return self.seconds(factorize(self.model, ranks, self.svds)).share
+
+    def accuracy(self, ranks: Mapping[str, int]) -> float:
+        """Return the accuracy on the held-out images with these ranks."""
+        logits = _outputs(factorize(self.model, ranks, self.svds), self.held_out)
+        return (logits.view(len(self.labels), -1).argmax(dim=1) == self.labels).double().mean().item()
 
     @cached_property
-    def measured_on(self) -> Tensor:
-        """Held-out images, fewer where a model's outputs are large."""
+    def measured_on(self) -> tuple[Tensor, Tensor]:
+        """Held-out images, fewer where a model's outputs are large, and what the whole model puts out for them."""
         n_outputs = len(_outputs(self.model, self.held_out[:1]))
-        return self.held_out[: min(BATCH, max(1, LARGE_BATCH // n_outputs))]
-
-    @cached_property
-    def outputs(self) -> Tensor:
-        """What the whole model puts out for the images that the change is measured on."""
-        return _outputs(self.model, self.measured_on, self.task)
+        images = self.held_out[: min(BATCH, max(1, LARGE_BATCH // n_outputs))]
+        return images, _outputs(self.model, images, self.task)
 
     def change(self, factors: Mapping[str, Factors]) -> float:
         """Return the relative change of the outputs with these factors, measured."""
-        difference = _outputs(with_factors(self.model, factors), self.measured_on, self.task) - self.outputs
-        change = (difference.norm() / self.outputs.norm()).item() if difference.any() else 0.0
+        images, outputs = self.measured_on
+        difference = _outputs(with_factors(self.model, factors), images, self.task) - outputs
+        change = (difference.norm() / outputs.norm()).item() if difference.any() else 0.0
         return np.inf if np.isnan(change) else change
 
     def seconds(self, small: nn.Module) -> Change:
         """Time a smaller model right after the model itself, as a machine's speed drifts."""
         batch = self.images[:LATENCY_BATCH]
         return Change(_seconds(self.model, batch), _seconds(small, batch))
+
+
+def _cut(ranks: Mapping[str, int], svds: Mapping[str, Decomposition]) -> dict[str, Factors]:
+    return {name: svds[name].factors(rank) for name, rank in ranks.items()}
 
 
 def _far(measured: float, predicted: float) -> bool:
@@ -382,7 +372,9 @@ def _seconds(model: nn.Module, batch: Tensor) -> float:
 
 
 @torch.no_grad()
-def _candidates(model: nn.Module, images: Tensor, fisher: bool, task: str | None) -> _Candidates:
+def _search(
+    model: nn.Module, images: Tensor, held_out: Tensor, labels: Tensor, strategy: str, task: str | None
+) -> _Search:
     """Find the layers of a model that can be replaced, and measure their outputs, or what these do to the model's.
 
     A layer can be replaced if it has a weight of its own, the model calls it, and the model's outputs stay the same
@@ -394,9 +386,9 @@ def _candidates(model: nn.Module, images: Tensor, fisher: bool, task: str | None
     if not _alike(_outputs(model, few), outputs):
         raise ValueError(f"{type(model).__name__} gives other outputs for the same images each time")
     layers, left_alone = _layers_with_own_weight(model)
-    rows = output_rows(model, few, layers)
+    called = _flops(model, few)
     for name, layer in layers.items():
-        if name not in rows:
+        if name not in called:
             left_alone[name] = "the model never calls it, or reads its weight without calling it"
         elif reason := _objection(model, name, layer, few, outputs):
             left_alone[name] = reason
@@ -404,38 +396,40 @@ def _candidates(model: nn.Module, images: Tensor, fisher: bool, task: str | None
     if not names:
         raise ValueError(f"{type(model).__name__} has no layer that can be replaced: {left_alone}")
     moments = output_moments(model, images, names, batch_size=batch_size)
-    weights: dict[str, Tensor] = {}
-    if fisher:
+    fisher: dict[str, Tensor] = {}
+    if strategy == "fisher-weighted":
         square = _outputs(model, images[:BATCH], task).square().sum() / len(images[:BATCH])
         fewer = max(1, batch_size // GRADIENT_SHARE)
         try:
             found = output_fisher(model, images, names, task=task, batch_size=fewer)
-            weights = {name: G / square for name, G in found.items() if G.any() and square > 0}
+            fisher = {name: G / square for name, G in found.items() if G.any() and square > 0}
         except ValueError:  # without a derivative, all factors fit their layers' outputs
             pass
     svds = {}
     for name in progress(names, "decomposing layers"):
         A = layers[name].weight.flatten(1)
-        svd = ActivationAwareSVD.of(A.to(precise(A)), moments[name], weights.get(name))
-        svds[name] = svd if name in weights else svd.relative()
-    return _Candidates(svds, rows, left_alone, frozenset(names) - weights.keys() if fisher else frozenset())
+        svd = ActivationAwareSVD.of(A.to(precise(A)), moments[name], fisher.get(name))
+        svds[name] = svd if name in fisher else svd.relative()
+    flat = [name for name in names if name not in fisher] if strategy == "fisher-weighted" else []
+    fallbacks = dict.fromkeys(flat, OWN_OUTPUTS)
+    return _Search(model, svds, left_alone, fallbacks, images, held_out, labels, strategy, task)
 
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
     """Return the layers that may be replaced, and of every other matrix of the model why it may not."""
-    matrices = [
-        (name, kind, parameter)
+    layers, own, left_alone = replaceable_layers(model), {}, {}
+    matrices = {
+        (name, kind): parameter
         for name, module in named_layers(model).items()
         for kind, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
-    ]
-    layers, own, left_alone = replaceable_layers(model), {}, {}
-    for name, kind, parameter in matrices:
-        shared = [other for other, _, p in matrices if p.data_ptr() == parameter.data_ptr() and other != name]
+    }
+    for (name, kind), weight in matrices.items():
+        shared = [other for (other, _), w in matrices.items() if w.data_ptr() == weight.data_ptr() and other != name]
         if name not in layers or kind != "weight":
-            kind_of = type(model.get_submodule(name)).__name__
             left_alone[f"{name}.{kind}".strip(".").removesuffix(".weight")] = (
-                f"of {kind_of}: only plain weights of linear layers and of 2-D convolutions of one group are replaced"
+                f"of {type(model.get_submodule(name)).__name__}: only plain weights of linear layers and of 2-D "
+                "convolutions of one group are replaced"
             )
         elif shared:
             left_alone[name] = f"shares its weight with {', '.join(shared)}"
@@ -464,7 +458,7 @@ def _outputs(model: nn.Module, images: Tensor, task: str | None = None) -> Tenso
     """Return a model's outputs in one dimension, each time with the same draws where it draws at random."""
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         torch.manual_seed(0)
-        outputs = [model(batch) for batch in progress(images.split(_batch_size(images)), "measuring outputs")]
+        outputs = [model(batch) for batch in images.split(_batch_size(images))]
     outputs = [output.to(precise(output)) for output in outputs]
     return torch.cat([(without_mean(output) if task else output).flatten() for output in outputs])
 
@@ -477,38 +471,17 @@ def _batch_size(images: Tensor) -> int:
     return max(1, min(BATCH, LARGE_BATCH // images[0].numel()))
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    """Return a model whose layers can be found and replaced: a copy without compiled code, a lone layer in a module."""
+def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
     if empty := [name for name, p in model.named_parameters() if is_lazy(p) or p.is_meta]:
         raise ValueError(f"{', '.join(empty[:3])}: no values yet; load them, or run the model once, before compressing")
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
-        model = deepcopy(getattr(model, "_orig_mod", model))
-        for name, module in list(model.named_modules()):
-            module._compiled_call_impl = None
-            if hasattr(module, "_orig_mod"):
-                substitute_(model, name, module._orig_mod)
-    return nn.Sequential(model) if isinstance(model, Replaceable) else model
-
-
-@torch.no_grad()
-def _checked_outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """Return what a model maps images to, if that is the one finite tensor that it must be."""
-    wanted = "compress needs a model that maps images to one finite tensor: put another in a module that does"
-    try:
-        outputs = model(images)
-    except Exception as error:
-        error.add_note(wanted)
-        raise
-    if not isinstance(outputs, Tensor) or not outputs.isfinite().all():
-        gave = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise ValueError(f"{wanted}; {type(model).__name__} gave {gave}")
-    return outputs
+        raise ValueError("the model is compiled: compress it as it was before, and compile the result")
 
 
 def _parts(data: Dataset | Split) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images to measure on, held-out images, and the labels of these if they may choose."""
+    """Return images to measure on, and held-out images with their labels."""
     pair = (data.train_images, data.train_labels) if isinstance(data, Dataset) else data
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
         raise TypeError(f"data must be a Dataset or two tensors, images and labels; given: {data!r:.100}")
@@ -519,24 +492,18 @@ def _parts(data: Dataset | Split) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(data, Dataset) and len(data.validation_labels):
         return images[order[:CALIBRATION]], data.validation_images, data.validation_labels
     n = max(1, len(images) // HELD_OUT_PART)
-    may_choose = labels[:0] if isinstance(data, Dataset) else labels[order[:n]]
-    return images[order[n : n + CALIBRATION]], images[order[:n]], may_choose
+    return images[order[n : n + CALIBRATION]], images[order[:n]], labels[order[:n]]
 
 
-def _classes(labels: Tensor, logits: Tensor) -> Tensor:
-    """Return labels as classes (n,), for a model that gives such logits."""
-    if not len(labels):
-        raise ValueError("validation images choose here, and there are none: Dataset.hold_out() sets some aside")
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
     if logits.dim() != 2:
         raise ValueError(f"accuracy needs logits (n, n_classes); the model gives {format_shape(logits.shape)}")
     n_classes = logits.shape[1]
-    classes = labels.argmax(dim=1) if labels.shape[1:] == (n_classes,) else labels
-    if classes.dim() != 1 or (classes != classes.long()).any() or not 0 <= classes.min() <= classes.max() < n_classes:
+    if labels.dim() != 1 or (labels != labels.long()).any() or not 0 <= labels.min() <= labels.max() < n_classes:
         raise ValueError(
-            f"labels must be whole numbers (n,) from 0 to {n_classes - 1} or probabilities (n, {n_classes}); "
+            f"labels must be whole numbers (n,) from 0 to {n_classes - 1}; "
             f"given: {format_shape(labels.shape)}, {labels.min():g} to {labels.max():g}"
         )
-    return classes
 
 
 def _check_options(budget: float, metric: str, strategy: str, task: str | None) -> None:

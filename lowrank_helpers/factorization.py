@@ -7,8 +7,8 @@ They minimise the error of the matrix, ‖A − B·C‖_F. The activation-aware 
 """
 
 import operator
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +16,12 @@ from torch import Tensor
 DAMPING = 1e-3  # of the mean eigenvalue of G; 1e-2 does the same to a percent
 
 
-@dataclass(frozen=True)
-class Factors:
-    """Factors B (n, r) and C (r, m) of a matrix.
-
-    Attributes
-    ----------
-    errors : list of float
-        ‖A − B·C‖_F after each sweep of an iterative method, the start first; empty for a direct one.
-    """
+class Factors(NamedTuple):
+    """Factors B (n, r) and C (r, m) of a matrix; ``errors`` are ‖A − B·C‖_F after each sweep, the start first."""
 
     B: Tensor
     C: Tensor
-    errors: list[float] = field(default_factory=list)
+    errors: Sequence[float] = ()
 
     @property
     def product(self) -> Tensor:
@@ -104,17 +97,6 @@ def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 
         C = B.T @ A
         errors.append(torch.dist(A, B @ C).item())
     return Factors(B, C, errors)
-
-
-class Decomposition(Protocol):
-    """What factors of any rank can be cut from; ``s[r]`` is the root of what rank r + 1 takes off the squared error."""
-
-    @property
-    def s(self) -> Tensor:
-        """Shape (k,), largest first; ``optimal_errors(s)`` are the errors at ranks 0 … k."""
-
-    def factors(self, rank: int) -> Factors:
-        """Return the best factors of that rank."""
 
 
 class SVD(NamedTuple):
@@ -201,14 +183,14 @@ class ActivationAwareSVD(NamedTuple):
             A moment has another shape, or holds NaN or infinity.
         """
         A = A.detach()
-        allowed = {(len(A), len(A)), (min(A.shape), min(A.shape))}
+        k = len(A) if len(moment) == len(A) else min(A.shape)
         for given in (moment,) if fisher is None else (moment, fisher):
-            if given.shape != moment.shape or given.shape not in allowed or not given.isfinite().all():
+            if given.shape != (k, k) or not given.isfinite().all():
                 raise ValueError(
                     f"a moment of outputs of a {A.shape[0]}×{A.shape[1]} matrix must be finite and "
                     f"{len(A)}×{len(A)}; given: {tuple(given.shape)}"
                 )
-        basis = column_basis(A) if len(moment) < len(A) else None
+        basis = column_basis(A) if k < len(A) else None
         if not moment.any():
             rows = (A if basis is None else basis.T @ A).double()
             moment = rows @ rows.T
@@ -237,6 +219,9 @@ class ActivationAwareSVD(NamedTuple):
         Q, R = torch.linalg.qr(self.expand[:, :rank])
         balanced = SVD.of(R @ self.project[:rank] @ self.A.double()).factors(rank)
         return Factors((Q @ balanced.B).to(self.A), balanced.C.to(self.A))
+
+
+Decomposition = SVD | ActivationAwareSVD  # ``optimal_errors(s)`` are the errors of the factors of rank 0 to len(s)
 
 
 def column_basis(A: Tensor) -> Tensor | None:

@@ -2,15 +2,17 @@
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, check_rank
-from lowrank_helpers.models import LowRankLayer, check_plain, linear_layers, named_layers
+from lowrank_helpers.models import LowRankLayer, draw_, linear_layers, named_layers
 from lowrank_helpers.timing import spending
 
 Replaceable = nn.Linear | nn.Conv2d
+Kind = TypeVar("Kind", bound=Replaceable)
 
 
 def replaceable_layers(model: nn.Module) -> dict[str, Replaceable]:
@@ -22,18 +24,26 @@ def replaceable_layers(model: nn.Module) -> dict[str, Replaceable]:
     }
 
 
-def check_names(names: Collection[str], layers: Mapping[str, nn.Module], kind: str) -> None:
-    """Raise ``ValueError`` unless all names are those of layers, which are of that kind."""
+def plain_layers(layers: Mapping[str, Kind], names: Collection[str]) -> dict[str, Kind]:
+    """Return the named ones of some layers, in the order of these, if their weights say what they compute.
+
+    Raises
+    ------
+    ValueError
+        A name is not among the layers, or a layer has a ``forward`` of its own: no layer that is made of its weight
+        can take its place. Subclasses that inherit ``forward``, as in ``nn.MultiheadAttention``, are plain.
+    """
     if unknown := set(names) - layers.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no {kind}; allowed: {', '.join(layers)}")
-
-
-def named_replaceable(model: nn.Module, names: Collection[str]) -> dict[str, Replaceable]:
-    """Return the named layers in the model's order; raise ``ValueError`` for a name that :func:`factorize` refuses."""
-    layers = replaceable_layers(model)
-    check_names(names, layers, "linear layer or 2-D convolution of one group")
+        raise ValueError(f"{', '.join(sorted(unknown))}: no layer that can be replaced; allowed: {', '.join(layers)}")
     found = {name: layer for name, layer in layers.items() if name in names}
-    check_plain(found)
+    for name, layer in found.items():
+        kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+        forward = getattr(layer.forward, "__func__", None)
+        if (forward, type(layer).__call__) != (kind.forward, kind.__call__):
+            raise ValueError(
+                f"layer {name!r} is a {type(layer).__name__} with a forward of its own, which its weight does not "
+                f"describe: leave it out, or make it an nn.{kind.__name__} first"
+            )
     return found
 
 
@@ -66,8 +76,7 @@ def decompose(
     """
     moments, fisher = moments or {}, fisher or {}
     layers = replaceable_layers(model)
-    check_plain(layers)
-    matrices = {name: layer.weight.flatten(1) for name, layer in layers.items()}
+    matrices = {name: layer.weight.flatten(1) for name, layer in plain_layers(layers, layers).items()}
     return {
         name: ActivationAwareSVD.of(A, moments[name], fisher.get(name)) if name in moments else SVD.of(A)
         for name, A in matrices.items()
@@ -104,7 +113,7 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Dec
       (B): Linear(in_features=3, out_features=16, bias=True)
     )
     """
-    layers = named_replaceable(model, ranks)
+    layers = plain_layers(replaceable_layers(model), ranks)
     svds = svds or {name: SVD.of(layer.weight.flatten(1)) for name, layer in layers.items()}
     return with_factors(model, {name: svds[name].factors(ranks[name]) for name in layers})
 
@@ -122,17 +131,13 @@ def factorize_standard(model: nn.Module, ranks: Mapping[str, int], *, seed: int)
     3
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(rank: int, n: int, m: int) -> Factors:
-        check_rank(rank, (n, m))
-        B, C = torch.empty(n, rank), torch.empty(rank, m)
-        for factor in (B, C):
-            bound = factor.shape[1] ** -0.5
-            nn.init.uniform_(factor, -bound, bound, generator=generator)
-        return Factors(B, C)
-
-    layers = named_replaceable(model, ranks)
-    return with_factors(model, {name: draw(ranks[name], *w.weight.flatten(1).shape) for name, w in layers.items()})
+    factors = {}
+    for name, layer in plain_layers(replaceable_layers(model), ranks).items():
+        n, m = layer.weight.flatten(1).shape
+        check_rank(ranks[name], (n, m))
+        factors[name] = Factors(torch.empty(n, ranks[name]), torch.empty(ranks[name], m))
+        draw_([factors[name].B, factors[name].C], generator)
+    return with_factors(model, factors)
 
 
 def with_factors(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
@@ -141,12 +146,12 @@ def with_factors(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     A layer that the model uses in several places is replaced in all of them. Layers that share a weight, but are not
     the same module, are replaced one by one.
     """
-    layers = named_replaceable(model, factors)
     copy = deepcopy(model)
+    layers = replaceable_layers(copy)
+    for name, pair in factors.items():
+        substitute_(copy, name, LowRankLayer.of(layers[name], pair.B, pair.C))
     if factors:
         _use_no_fused_code(copy)
-    for name, layer in layers.items():
-        substitute_(copy, name, LowRankLayer.of(layer, factors[name].B, factors[name].C))
     return copy
 
 
@@ -158,12 +163,8 @@ def substitute_(model: nn.Module, name: str, layer: nn.Module) -> None:
     >>> layer = nn.Linear(4, 4)
     >>> model = nn.Sequential(layer, nn.ReLU(), layer)
     >>> substitute_(model, "0", nn.Identity())
-    >>> model
-    Sequential(
-      (0): Identity()
-      (1): ReLU()
-      (2): Identity()
-    )
+    >>> [type(module).__name__ for module in model]
+    ['Identity', 'ReLU', 'Identity']
     """
     if not name:
         raise ValueError(f"the model itself is the layer, a {type(model).__name__}: put it into an nn.Sequential")
@@ -200,20 +201,19 @@ def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:
     ['0']
     """
     try:
-        pending = [node for node in _LayerTracer().trace(model).nodes if node.op == "output"]
+        graph = _LayerTracer().trace(model)
     except Exception as error:  # whatever a model's own code raises when it meets a stand-in for a tensor
         raise ValueError(
             f"torch.fx cannot trace this {type(model).__name__} ({error}): name the layers yourself, out of "
             f"{', '.join(linear_layers(model))}"
         ) from error
-    seen: set[fx.Node] = set()
     given: set[nn.Parameter] = set()
-    while pending:
-        node = pending.pop()
-        seen.add(node)
-        weights = set(model.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else set()
-        given |= weights
-        pending += [] if weights else [source for source in node.all_input_nodes if source not in seen]
+    reached: set[fx.Node] = set()
+    for node in reversed(graph.nodes):  # each after all that use it
+        if node.op == "output" or node in reached:
+            weights = set(model.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else set()
+            given |= weights
+            reached |= set() if weights else set(node.all_input_nodes)
     return {name: layer for name, layer in linear_layers(model).items() if layer.weight not in given}
 
 

@@ -3,8 +3,6 @@
 After Hu et al. 2021, *LoRA*, arXiv 2106.09685; the names are the paper's. Works on the ``nn.Linear`` layers of
 any model. Every function leaves the model it is given as it was and returns a copy. On disk an adapter is what
 Hugging Face's PEFT (https://huggingface.co/docs/peft) makes of it, so each loads the other's.
-
-Names on disk are those of the bare model, without the prefixes of ``torch.compile`` and data parallelism.
 """
 
 import json
@@ -19,19 +17,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional as F
 
 from lowrank_helpers.factorization import check_rank, precise, truncated_svd
 from lowrank_helpers.hashing import checksum
-from lowrank_helpers.layers import check_names, substitute_
-from lowrank_helpers.models import check_plain, linear_layers
+from lowrank_helpers.layers import plain_layers, substitute_
+from lowrank_helpers.models import linear_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PREFIX = "base_model.model."  # PEFT's, of every name
 FACTORS = (".lora_A.weight", ".lora_B.weight")  # how the names of both end
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
-PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in which a network's parameters are compared
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule)  # their layers have other names
 
 # What a config of PEFT's may say. First, what the factors say too, what is read, and what matters to training alone.
 ANY_VALUE = {
@@ -74,13 +72,14 @@ class LoRALinear(nn.Module):
     TypeError
         α is no number.
     ValueError
-        The factors do not fit the base, or α is not finite and above 0.
+        The factors do not fit the base, it has a ``forward`` of its own, or α is not finite and above 0.
     """
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, alpha: float) -> None:
         super().__init__()
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha {alpha} must be finite and above 0")
+        plain_layers({"base": base}, ["base"])
         self.rank = len(A)
         if (A.shape, B.shape) != ((self.rank, base.in_features), (base.out_features, self.rank)):
             raise ValueError(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit {base}")
@@ -95,14 +94,9 @@ class LoRALinear(nn.Module):
         return self.alpha / self.rank
 
     @property
-    def delta(self) -> Tensor:
-        """The update ΔW = (α/r)·B·A, (out_features, in_features)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-    @property
     def weight(self) -> Tensor:
         """The matrix that the layer applies, W + ΔW: for ``merge``, and for models that read their layers' weights."""
-        return self.base.weight + self.delta
+        return self.base.weight + self.scaling * (self.lora_B @ self.lora_A)
 
     @property
     def bias(self) -> Tensor | None:
@@ -112,7 +106,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features) without forming ΔW."""
         # Scaled in the middle, where a sample has `rank` numbers and not out_features.
-        return self.base(x) + F.linear(self.scaling * F.linear(x, self.lora_A), self.lora_B)
+        outputs: Tensor = self.base(x) + F.linear(self.scaling * F.linear(x, self.lora_A), self.lora_B)
+        return outputs
 
     def extra_repr(self) -> str:
         """Show rank and α in ``print(model)``."""
@@ -157,12 +152,8 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
     if adapters(model):
         raise ValueError(f"layers {', '.join(adapters(model))} have adapters already; merge or remove them first")
     copy = deepcopy(model).requires_grad_(False)
-    layers = linear_layers(copy)
-    check_names(ranks, layers, "linear layer of the model")
-    check_plain({name: layers[name] for name in ranks})
     generator = torch.Generator().manual_seed(seed)
-    for name in [name for name in layers if name in ranks]:  # in the model's order, whatever that of ranks
-        layer = layers[name]
+    for name, layer in plain_layers(linear_layers(copy), ranks).items():
         check_rank(ranks[name], layer.weight.shape)
         A = torch.randn(ranks[name], layer.in_features, generator=generator) * layer.in_features**-0.5
         substitute_(copy, name, LoRALinear(layer, A, torch.zeros(layer.out_features, ranks[name]), alpha))
@@ -212,18 +203,12 @@ def remove(model: nn.Module) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """Return a copy of a model with W + ΔW in a plain ``nn.Linear`` for each adapted layer, all of it trainable.
 
-    Raises
-    ------
-    ValueError
-        An adapted layer has a ``forward`` of its own.
-
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> merge(adapt(model, {"0": 2}, alpha=4, seed=0))[0]
     Linear(in_features=20, out_features=16, bias=True)
     """
-    check_plain({name: layer.base for name, layer in adapters(model).items()})
     copy = deepcopy(model)
     for name, layer in adapters(copy).items():
         weight = layer.weight.detach()
@@ -272,8 +257,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     """Write a model's adapters and its buffers into a folder as PEFT does.
 
     ``adapter_config.json`` names the layers with their ranks and α. ``adapter_model.safetensors`` has the factors, and
-    the buffers, such as BatchNorm's statistics, which a training moves too. Its header has checksums of the parameters
-    below the adapters. ``PeftModel.from_pretrained(base, folder)`` loads it.
+    the buffers, such as BatchNorm's statistics, which a training moves too. Its header has the checksum of the
+    parameters below the adapters. ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     Parameters
     ----------
@@ -283,14 +268,16 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     Raises
     ------
     ValueError
-        The model has no adapters, or parameters beside them that are not frozen: what trained them would be lost.
+        The model has no adapters, or parameters beside them that are not frozen: what trained them would be lost. Or
+        ``torch.compile`` or data parallelism is around a module and changes the names in it.
     """
-    own = adapters(model)
-    layers = {_plain_name(model, name): layer for name, layer in own.items()}
+    layers = adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save")
+    if wrappers := [type(module).__name__ for module in model.modules() if isinstance(module, WRAPPERS)]:
+        raise ValueError(f"the names of layers in {wrappers[0]} are not the model's: save the model without it")
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if beside := [name for name in trainable if name.rpartition(".")[0] not in own]:
+    if beside := [name for name in trainable if name.rpartition(".")[0] not in layers]:
         raise ValueError(
             f"{', '.join(beside)} can be trained beside the adapters, and an adapter does not hold them: "
             "freeze them if they are as they were, or merge and save the whole network"
@@ -313,7 +300,7 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
         PREFIX + name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in (tensors | _buffers(base)).items()
     }
-    header = {"format": "pt"} | {f"{BASE}_{dtype}": _checksum(base, dtype) for dtype in DTYPES}
+    header = {"format": "pt", BASE: _checksum(base)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(stored, folder / WEIGHTS, metadata=header)
@@ -323,82 +310,59 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """Return a copy of a model with the adapters and buffers of a folder that :func:`save_adapter` or PEFT wrote.
 
-    Our own adapters also know the parameters that they were trained on, in any precision; for PEFT's, only names and
+    Our own adapters also know the parameters that they were trained on, and their precision; for PEFT's, only names and
     shapes are compared.
 
     Parameters
     ----------
     model : nn.Module
-        The network that was adapted, without adapters, on any device and in any precision.
+        The network that was adapted, without adapters, on any device.
     folder : Path or str
 
     Raises
     ------
     AdapterError
         The folder holds no adapter or a damaged one; it uses more of PEFT than plain LoRA of linear layers, which the
-        message names; the model lacks a layer of it, or has it in another shape; or the model's parameters are not
-        those that the adapter was trained on.
-    ValueError
-        An adapted layer of the model has a ``forward`` of its own.
+        message names; the model lacks a layer of it, or has it in another shape or with a ``forward`` of its own; or
+        the model's parameters are not those that the adapter was trained on.
     """
     folder = Path(folder)
     config, (header, tensors) = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
     copy = deepcopy(model).requires_grad_(False)
     layers, buffers = linear_layers(copy), _buffers(copy)
-    names = {_plain_name(copy, name): name for name in layers}
     stems = [name.removesuffix(FACTORS[0]) for name in tensors if name.endswith(FACTORS[0])]
-    for stored in [stem for stem in stems if stem + FACTORS[1] in tensors]:
-        plain = stored if stored in names else stored.removeprefix("module.")
-        if plain not in names:
-            raise AdapterError(f"{folder} adapts layer {stored!r}; the model's linear layers are {', '.join(names)}")
-        layer = layers[names[plain]]
-        check_plain({plain: layer})
-        A, B = (tensors.pop(stored + end) for end in FACTORS)
+    for name in [stem for stem in stems if stem + FACTORS[1] in tensors]:
+        if name not in layers:
+            raise AdapterError(f"{folder} adapts layer {name!r}; the model's linear layers are {', '.join(layers)}")
+        A, B = (tensors.pop(name + end) for end in FACTORS)
         try:
-            adapter = LoRALinear(layer, A, B, _alpha(config, stored, len(A)))
+            adapter = LoRALinear(layers[name], A, B, _alpha(config, name, len(A)))
         except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
-            raise AdapterError(f"{folder} has an impossible adapter for layer {stored!r}: {error}") from error
-        substitute_(copy, names[plain], adapter)
-    for stored, tensor in tensors.items():
-        if stored not in buffers or buffers[stored].shape != tensor.shape:
+            raise AdapterError(f"{folder} has an impossible adapter for layer {name!r}: {error}") from error
+        substitute_(copy, name, adapter)
+    for name, tensor in tensors.items():
+        if name not in buffers or buffers[name].shape != tensor.shape:
             raise AdapterError(
-                f"{folder} is damaged or no adapter of linear layers: it holds {stored} {tuple(tensor.shape)}"
+                f"{folder} is damaged or no adapter of linear layers: it holds {name} {tuple(tensor.shape)}"
             )
-        buffers[stored].copy_(tensor)
-    dtype = min((p.dtype for p in model.parameters() if p.dtype in DTYPES), key=DTYPES.index, default=DTYPES[0])
-    if header.get(f"{BASE}_{dtype}", "") not in ("", _checksum(model, dtype)):
+        buffers[name].copy_(tensor)
+    if header.get(BASE, own := _checksum(model)) != own:
         raise AdapterError(
-            f"{folder} was trained on a network of the same shapes with other weights; "
-            "load the weights that it was trained on first, all in one precision"
+            f"{folder} was trained on a network with other weights, or on this one in another precision: "
+            "load the adapter onto that, and convert the result"
         )
     return copy
 
 
-def _plain_name(model: nn.Module, name: str) -> str:
-    """Return a dotted name as it is without ``torch.compile`` and data parallelism around the module."""
-    kept, module = [], model
-    for part in filter(None, name.split(".")):
-        if part != "_orig_mod" and not (part == "module" and isinstance(module, PARALLEL)):
-            kept.append(part)
-        module = getattr(module, part)
-    return ".".join(kept)
-
-
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that a model's ``state_dict`` has, by plain name."""
+    """Return the buffers that a model's ``state_dict`` has."""
     stored = model.state_dict()
-    return {_plain_name(model, name): buffer for name, buffer in model.named_buffers() if name in stored}
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def _checksum(model: nn.Module, dtype: torch.dtype) -> str:
-    """Return the checksum of a model's parameters in one precision.
-
-    A network that is rounded to half precision has the checksum that the original has in that precision.
-    """
-    named = model.named_parameters(remove_duplicate=False)  # a weight may be shared here and not there
-    return checksum(
-        {_plain_name(model, name): p.to(dtype) if p.is_floating_point() else p.detach() for name, p in named}
-    )
+def _checksum(model: nn.Module) -> str:
+    """Return the checksum of a model's parameters; a weight may be shared here and not there."""
+    return checksum(dict(model.named_parameters(remove_duplicate=False)))
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -416,15 +380,13 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the header and the tensors of a file of PEFT's, by names without the prefixes that it has for all."""
+    """Return the header and the tensors of a file of PEFT's, by names without the prefix that it has for all."""
     try:
         with safe_open(file, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-            header = stored.metadata() or {}
+            tensors = {name.removeprefix(PREFIX): stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return stored.metadata() or {}, tensors
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} cannot be read as an adapter: {error}") from error
-    plain = {name: name.replace("_orig_mod.", "").removeprefix("module.").removeprefix(PREFIX) for name in tensors}
-    return header, {plain[name]: tensor for name, tensor in tensors.items()}
 
 
 def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
@@ -438,4 +400,5 @@ def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
     if given("rank_pattern", "r") != rank:
         raise ValueError(f"rank {given('rank_pattern', 'r')}, with factors of rank {rank}")
     scale = rank**0.5 if config.get("use_rslora") else 1  # a scale of α/√r (Kalajdzievski 2023, arXiv 2312.03732)
-    return given("alpha_pattern", "lora_alpha") * scale
+    alpha: float = given("alpha_pattern", "lora_alpha") * scale
+    return alpha

@@ -6,9 +6,8 @@ seed: uniform on ±1/√(inputs of one output) (He et al. 2015 with a = √5).
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 from lowrank_helpers.data import IMAGE_SIDE, N_CLASSES
 
-Model = TypeVar("Model", bound=nn.Module)
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -66,7 +64,9 @@ def mlp(widths: Sequence[int], activation: str = "relu", *, seed: int) -> nn.Seq
         layers[f"fc{i}"] = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
         if i < len(widths) - 1:
             layers[f"act{i}"] = ACTIVATIONS[activation]()
-    return _drawn(nn.Sequential(layers), seed)
+    model = nn.Sequential(layers)
+    draw_(model.parameters(), torch.Generator().manual_seed(seed))
+    return model
 
 
 def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
@@ -84,14 +84,7 @@ def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
     -------
     nn.Sequential
         Maps (n, 784) to logits (n, 10), float32, on the CPU.
-
-    Raises
-    ------
-    ValueError
-        There is no convolution, or a number is below 1.
     """
-    if not channels or min(*channels, width) < 1:
-        raise ValueError(f"channels {list(channels)} and width {width} must be numbers of at least 1")
     layers: OrderedDict[str, nn.Module] = OrderedDict(image=nn.Unflatten(1, (1, IMAGE_SIDE, IMAGE_SIDE)))
     for i, (before, after) in enumerate(pairwise([1, *channels]), start=1):
         layers[f"conv{i}"] = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
@@ -101,7 +94,9 @@ def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
     layers["fc1"] = nn.Linear(channels[-1] * side**2, width, bias=False)
     layers["act"] = nn.ReLU()
     layers["fc2"] = nn.Linear(width, N_CLASSES, bias=False)
-    return _drawn(nn.Sequential(layers), seed)
+    model = nn.Sequential(layers)
+    draw_(model.parameters(), torch.Generator().manual_seed(seed))
+    return model
 
 
 class Attention(nn.Module):
@@ -122,7 +117,8 @@ class Attention(nn.Module):
         )
         # Not F.scaled_dot_product_attention, which takes 2.5 times as long on a CPU in bfloat16 for a few tokens.
         weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)
-        return self.out((weights @ value).transpose(1, 2).flatten(2))
+        outputs: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
+        return outputs
 
 
 class Block(nn.Module):
@@ -137,7 +133,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (n, n_tokens, width) to the same shape."""
         x = x + self.attention(self.norm1(x))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x
 
 
 class VisionTransformer(nn.Module):
@@ -172,24 +169,23 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, n_heads) for _ in range(n_blocks)))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, N_CLASSES, bias=False)
-        _drawn(self, seed)
+        draw_(self.parameters(), torch.Generator().manual_seed(seed))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (n, 784) to logits (n, 10)."""
         # Not F.unfold, which a GPU does image by image.
         patches = images.unflatten(1, (IMAGE_SIDE // self.patch, self.patch, IMAGE_SIDE // self.patch, self.patch))
         tokens = self.blocks(self.embed(patches.transpose(2, 3).flatten(3).flatten(1, 2)) + self.positions)
-        return self.head(self.norm(tokens).mean(dim=1))
+        logits: Tensor = self.head(self.norm(tokens).mean(dim=1))
+        return logits
 
 
-def _drawn(model: Model, seed: int) -> Model:
-    """Draw every matrix of a model, its convolutions' too, and return the model."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            bound = parameter[0].numel() ** -0.5
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    return model
+def draw_(weights: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Fill matrices, a convolution's too, as PyTorch does: uniform on ±1/√(inputs of one output); vectors stay."""
+    for weight in weights:
+        if weight.dim() > 1:
+            bound = weight[0].numel() ** -0.5
+            nn.init.uniform_(weight, -bound, bound, generator=generator)
 
 
 class LowRankLayer(nn.Sequential):
@@ -221,19 +217,16 @@ class LowRankLayer(nn.Sequential):
 
         Dtype, device, mode, bias, and what is frozen, are the layer's.
         """
-        n, m = layer.weight.flatten(1).shape
-        rank = len(C)
+        (n, m), rank = layer.weight.flatten(1).shape, len(C)
         if (B.shape, C.shape) != ((n, rank), (rank, m)):
             raise ValueError(f"B {tuple(B.shape)} and C {tuple(C.shape)} must be ({n}, r) and (r, {m})")
-        first: nn.Linear | nn.Conv2d
-        second: nn.Linear | nn.Conv2d
+        first: nn.Linear | nn.Conv2d = nn.Linear(m, rank, bias=False, device="meta")
+        second: nn.Linear | nn.Conv2d = nn.Linear(rank, n, bias=False, device="meta")
         if isinstance(layer, nn.Conv2d):
             window = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
             options = {name: getattr(layer, name) for name in window}
             first = nn.Conv2d(layer.in_channels, rank, bias=False, device="meta", **options)
             second = nn.Conv2d(rank, n, 1, bias=False, device="meta")
-        else:
-            first, second = (nn.Linear(a, b, bias=False, device="meta") for a, b in ((m, rank), (rank, n)))
         for new, factor in ((first, C), (second, B)):
             weight = factor.detach().reshape(new.weight.shape).to(layer.weight)
             weight = weight.clone(memory_format=torch.contiguous_format)
@@ -262,68 +255,27 @@ class LowRankLayer(nn.Sequential):
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules of a model by dotted name, but not the two in a low-rank layer: it counts as one."""
     low_rank = [module for module in model.modules() if isinstance(module, LowRankLayer)]
-    inside = {part for layer in low_rank for part in layer.modules() if part is not layer}
+    inside = {part for layer in low_rank for factor in layer for part in factor.modules()}
     return {name: module for name, module in model.named_modules() if module not in inside}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every ``nn.Linear`` of a model by its dotted name, in order of registration.
-
-    Examples
-    --------
-    >>> list(linear_layers(mlp([784, 512, 10], seed=0)))
-    ['fc1', 'fc2']
-    """
+    """Return every ``nn.Linear`` of a model by its dotted name, in order of registration."""
     return {name: module for name, module in named_layers(model).items() if isinstance(module, nn.Linear)}
 
 
-def check_plain(layers: Mapping[str, nn.Module]) -> None:
-    """Raise ``ValueError`` if a linear layer or 2-D convolution among named layers has a ``forward`` of its own.
-
-    Its weight then does not say what it computes, so that no layer made of the weight can take its place. Subclasses
-    that inherit ``forward``, such as PyTorch's in ``nn.MultiheadAttention``, are plain.
-    """
-    for name, layer in layers.items():
-        kind = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(layer, kind)), None)
-        if kind and (
-            getattr(layer.forward, "__func__", None) is not kind.forward or type(layer).__call__ is not kind.__call__
-        ):
-            raise ValueError(
-                f"layer {name!r} is a {type(layer).__name__} with a forward of its own, which its weight does not "
-                f"describe: leave it out, or make it an nn.{kind.__name__} first"
-            )
-
-
 def n_parameters(model: nn.Module) -> int:
-    """Count a model's parameters, frozen ones included.
-
-    Examples
-    --------
-    >>> n_parameters(nn.Linear(4, 3))
-    15
-    """
+    """Count a model's parameters, frozen ones included."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def n_trainable(model: nn.Module) -> int:
-    """Count the parameters that training would change.
-
-    Examples
-    --------
-    >>> n_trainable(nn.Linear(4, 3).requires_grad_(False))
-    0
-    """
+    """Count the parameters that training would change."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def squared_norm(model: nn.Module) -> Tensor:
-    """Sum ‖W‖_F² over all linear layers; for one of low rank that of the product, ‖B·C‖_F² = ⟨BᵀB, C·Cᵀ⟩.
-
-    Examples
-    --------
-    >>> squared_norm(LowRankLayer.of(nn.Linear(3, 5), torch.ones(5, 2), torch.ones(2, 3))).item()  # 15 entries, each 2
-    60.0
-    """
+    """Sum ‖W‖_F² over all linear layers; for one of low rank that of the product, ‖B·C‖_F² = ⟨BᵀB, C·Cᵀ⟩."""
     total = torch.zeros(())
     for module in named_layers(model).values():
         if isinstance(module, LowRankLayer) and module.B.weight.dim() == 2:

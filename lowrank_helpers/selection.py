@@ -17,8 +17,6 @@ import numpy.typing as npt
 from lowrank_helpers.factorization import Decomposition
 from lowrank_helpers.rank import gavish_donoho_threshold
 
-PRECISION = 1.01  # ratio of budgets down to which the smallest one is searched
-
 Array = npt.NDArray[np.float64]
 
 
@@ -59,56 +57,26 @@ class Layer:
         steps = np.full(self.largest_rank, n + m)
         return self.uses * np.append(steps, n * m - steps.sum())
 
-    @property
-    def errors(self) -> Array:
-        """The squared error of the outputs, as a share of their square, at rank 0 to ``largest_rank`` and dense."""
-        tails = _tails(self.output_singular_values)
-        return np.append(tails[: self.largest_rank + 1], 0)
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """Ranks for the layers of a network.
-
-    Attributes
-    ----------
-    ranks : dict of str to int
-        By layer; a layer that is not named stays dense.
-    cost : int
-        Of all layers, dense ones included, in the unit of the budget: parameters, or multiplications where a layer's
-        ``uses`` says so.
-    error : float
-        Predicted: the root of the summed squares of the layers' relative output errors. To first order, independent
-        errors of different layers add in squares.
-    """
-
-    ranks: dict[str, int]
-    cost: int
-    error: float
-
 
 def layers_of(
-    weights: Mapping[str, Decomposition], outputs: Mapping[str, Decomposition] | None = None
+    weights: Mapping[str, Decomposition],
+    outputs: Mapping[str, Decomposition] | None = None,
+    uses: Mapping[str, float] | None = None,
 ) -> dict[str, Layer]:
-    """Return what to choose among, from ``decompose(model)`` and ``decompose(model, moments, …)``."""
-    outputs = outputs or weights
-    return {
-        name: Layer(_shape(svd), svd.s.double().cpu().numpy(), outputs[name].s.double().cpu().numpy())
-        for name, svd in weights.items()
-    }
+    """Return what to choose among, from ``decompose(model)``, ``decompose(model, moments, …)`` and uses by layer."""
+
+    def layer(name: str, svd: Decomposition) -> Layer:
+        factors = svd.factors(1)
+        s, of_outputs = (svds[name].s.double().cpu().numpy() for svds in (weights, outputs or weights))
+        return Layer((len(factors.B), factors.C.shape[1]), s, of_outputs, uses[name] if uses else 1)
+
+    return {name: layer(name, svd) for name, svd in weights.items()}
 
 
-def _shape(svd: Decomposition) -> tuple[int, int]:
-    factors = svd.factors(1)
-    return len(factors.B), factors.C.shape[1]
-
-
-def allocation_of(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> Allocation:
-    """Return ranks with their cost and predicted error; ranks past the largest useful one mean dense."""
-    kept = {name: rank for name, rank in ranks.items() if rank <= layers[name].largest_rank}
-    cost = sum(layer.costs[: kept.get(name)].sum() for name, layer in layers.items())
-    error = sum(layers[name].errors[rank] for name, rank in kept.items())
-    return Allocation(kept, round(cost), float(np.sqrt(error)))
+def total_cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:
+    """Return what all layers cost, those without a rank as dense ones, in the unit that their ``uses`` count."""
+    total: float = sum(layer.costs[: ranks.get(name)].sum() for name, layer in layers.items())
+    return round(total)
 
 
 def _tails(s: Array) -> Array:
@@ -139,7 +107,8 @@ def by_output_error(layer: Layer) -> Array:
 
     Taking the greatest first is the optimum for a sum of concave curves, up to the last step (Everett 1963).
     """
-    return -np.diff(layer.errors) / layer.costs
+    errors = np.append(_tails(layer.output_singular_values)[: layer.largest_rank + 1], 0)
+    return -np.diff(errors) / layer.costs
 
 
 def by_fisher(layer: Layer) -> Array:
@@ -160,7 +129,7 @@ STRATEGIES: dict[str, Callable[[Layer], Array]] = {
 BY_WEIGHTS = ("energy", "gavish-donoho")  # the strategies that use ``Layer.weight_singular_values``
 
 
-def allocate(layers: Mapping[str, Layer], budget: float, strategy: str) -> Allocation:
+def allocate(layers: Mapping[str, Layer], budget: float, strategy: str) -> dict[str, int]:
     """Take directions of all layers by falling priority until the next one does not fit the budget.
 
     Every layer keeps one direction at least. Of equals the first layer's comes first.
@@ -172,6 +141,11 @@ def allocate(layers: Mapping[str, Layer], budget: float, strategy: str) -> Alloc
         Of the cost of all layers.
     strategy : str
         One of ``STRATEGIES``.
+
+    Returns
+    -------
+    dict of str to int
+        Ranks by layer; a layer that is not named stays dense.
 
     Raises
     ------
@@ -188,30 +162,11 @@ def allocate(layers: Mapping[str, Layer], budget: float, strategy: str) -> Alloc
     owner = np.repeat(np.arange(len(layers)), [len(step) for step in steps])[order]
     costs = np.concatenate([layer.costs for layer in layers.values()])[order]
     n_taken = np.searchsorted(np.cumsum(costs), budget, side="right")
-    ranks = np.bincount(owner[:n_taken], minlength=len(layers))
-    return allocation_of(layers, dict(zip(layers, ranks.tolist(), strict=True)))
+    ranks = zip(layers, np.bincount(owner[:n_taken], minlength=len(layers)).tolist(), strict=True)
+    return {name: rank for name, rank in ranks if rank <= layers[name].largest_rank}
 
 
-def smallest_allocation(
-    layers: Mapping[str, Layer], strategy: str, score: Callable[[Mapping[str, int]], float], target: float
-) -> Allocation:
-    """Return the allocation of the smallest budget, to within 1 %, whose score reaches a target.
-
-    Searched by bisection: the score should rise with the budget, but for noise. All layers dense must reach the target.
-    """
-    best = allocation_of(layers, {})
-    low, high = float(sum(layer.costs[0] for layer in layers.values())), float(best.cost)
-    while high > PRECISION * low:
-        middle = (low * high) ** 0.5
-        allocation = allocate(layers, middle, strategy)
-        if score(allocation.ranks) >= target:
-            best, high = allocation, middle
-        else:
-            low = middle
-    return best
-
-
-def allocate_by_shares(layers: Mapping[str, Layer], budget: float, shares: Sequence[float]) -> Allocation:
+def allocate_by_shares(layers: Mapping[str, Layer], budget: float, shares: Sequence[float]) -> dict[str, int]:
     """Give each layer a share of the budget: the largest rank that it pays for, but never so many as to stay dense.
 
     Parameters
@@ -225,9 +180,10 @@ def allocate_by_shares(layers: Mapping[str, Layer], budget: float, shares: Seque
     ValueError
         The shares are not as many as the layers.
     """
-    pairs = zip(layers.items(), shares, strict=True)
-    paid = {name: int(share * budget / sum(layer.shape)) for (name, layer), share in pairs}
-    return allocation_of(layers, {name: min(max(1, paid[name]), layer.largest_rank) for name, layer in layers.items()})
+    return {
+        name: min(max(1, int(share * budget / sum(layer.shape))), layer.largest_rank)
+        for (name, layer), share in zip(layers.items(), shares, strict=True)
+    }
 
 
 def narrow_widths(widths: Sequence[int], budget: int) -> list[int]:

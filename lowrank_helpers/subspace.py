@@ -68,7 +68,8 @@ class SubspaceModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map as the network does at the weights that z stands for."""
-        return functional_call(self.model, self.weights(), (x,))
+        outputs: Tensor = functional_call(self.model, self.weights(), (x,))
+        return outputs
 
 
 def intrinsic_dimension(dimensions: Sequence[int], scores: Sequence[float], target: float) -> float:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_helpers.calibration import output_fisher, output_moments, output_rows, without_mean
+from lowrank_helpers.calibration import output_fisher, output_moments, without_mean
 from lowrank_helpers.factorization import column_basis
-from lowrank_helpers.layers import decompose, factorize, replaceable_layers
+from lowrank_helpers.layers import decompose, factorize
 
 
 def _matrix(n, m, seed=0, dtype=torch.float64):
@@ -52,22 +52,23 @@ def test_classes_are_the_second_axis_of_images_and_else_the_last(classes):
         assert classes == 1 or centred.sum(axis).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("stop", [torch.Tensor.detach, torch.round, torch.no_grad()(lambda x: x.clone()), torch.sign])
+@pytest.mark.parametrize("stop", [torch.Tensor.detach, torch.round, torch.no_grad()(lambda x: x.clone())])
 def test_where_the_outputs_have_no_derivative_output_fisher_are_zero(stop):
     model = nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(5, 2))
     model[1].register_forward_hook(lambda layer, arguments, output: stop(output))
-    found = output_fisher(model, _matrix(9, 3).float(), ["0", "2"])
+    found = output_fisher(model, torch.randn(9, 3), ["0", "2"])
     assert not found["0"].any() and found["2"].diag().all()
 
 
 def test_outputs_without_a_finite_derivative_are_refused():
-    steep = nn.Sequential(nn.Linear(3, 2), nn.Identity())
-    nn.utils.vector_to_parameters(torch.zeros(8), steep.parameters())
-    steep[1].register_forward_hook(lambda layer, arguments, output: output.sqrt())
+    steep = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(steep.weight)
+    model = nn.Sequential(steep, nn.Identity())
+    model[1].register_forward_hook(lambda layer, arguments, output: output.sqrt())
     with pytest.raises(ValueError, match="0: the derivative of the outputs is NaN or infinite there"):
-        output_fisher(steep, torch.randn(20, 3), ["0"])
+        output_fisher(model, torch.randn(20, 3), ["0"])
     with pytest.raises(ValueError, match="task 'regression' is unknown; allowed: None, 'classification'"):
-        output_fisher(steep, torch.randn(20, 3), ["0"], task="regression")
+        output_fisher(model, torch.randn(20, 3), ["0"], task="regression")
 
 
 def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
@@ -80,7 +81,6 @@ def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
     for name, X in inputs.items():
         outputs = (X @ model[int(name)].weight.flatten(1).T).detach().numpy()
         np.testing.assert_allclose(moments[name], outputs.T @ outputs / len(outputs), atol=1e-12)
-    assert output_rows(model, x, replaceable_layers(model)) == {"1": 9, "4": 1, "6": 1}
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
@@ -89,13 +89,12 @@ def test_moments_of_a_tall_layer_are_in_as_many_coordinates_as_it_has_inputs_at_
     outputs = (tokens.reshape(30, 4) @ layer[0].weight.T @ column_basis(layer[0].weight)).detach()
     moment = output_moments(layer, tokens, ["0"])["0"]
     torch.testing.assert_close(moment, (outputs.T @ outputs / 30).double(), atol=1e-4, rtol=1e-4)
-    assert output_rows(layer, tokens, replaceable_layers(layer)) == {"0": 5}
 
 
 @pytest.mark.parametrize("measure", [output_moments, output_fisher])
 def test_wrong_layers_and_measuring_without_inputs_are_refused(measure):
     model = _convolutional(False)
-    with pytest.raises(ValueError, match=r"fc9: no linear layer or 2-D convolution of one group; allowed: 1, 4, 6"):
+    with pytest.raises(ValueError, match="fc9: no layer that can be replaced; allowed: 1, 4, 6"):
         measure(model, _matrix(7, 16), ["fc9"])
     with pytest.raises(ValueError, match="at least one input"):
         measure(model, _matrix(7, 16)[:0], ["1"])

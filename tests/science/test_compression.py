@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
@@ -46,14 +46,6 @@ def data():
     return _draw(60, 784), torch.arange(60) % 10
 
 
-CONVOLUTIONS = [
-    {},
-    {"stride": 2, "padding": 2},
-    {"padding": "same", "dilation": 2, "bias": False},
-    {"stride": (2, 1), "padding": (1, 2), "padding_mode": "circular"},
-]
-
-
 @pytest.fixture(scope="module")
 def digits_held_out(digits):
     return digits.hold_out()
@@ -67,32 +59,27 @@ def trained(digits_held_out):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("budget", [0.3, 6000])
+@pytest.mark.parametrize("budget", [0.3, np.float32(0.3), 6000, np.int64(6000)])
 def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budget, strategy):
     small, report = compress(trained, digits_held_out, budget, strategy=strategy)
-    limit = budget * n_parameters(trained) if isinstance(budget, float) else budget
-    assert n_parameters(small) == report.parameters.after <= limit
+    limit = budget * n_parameters(trained) if budget < 1 else budget
+    assert 0.8 * limit < n_parameters(small) == report.parameters.after <= limit
     assert report.parameters.before == n_parameters(trained)
-    assert report.parameters.after > 0.8 * limit
 
 
 def test_a_budget_of_flops_is_kept_as_pytorch_counts_them(trained, digits_held_out):
     _, report = compress(trained, digits_held_out, 0.5, metric="flops")
-    by_hand = 2 * (14**2 * 8 * 9 + 7**2 * 12 * 72 + 588 * 24 + 240)
-    assert report.flops.before == by_hand
+    assert report.flops.before == 2 * (14**2 * 8 * 9 + 7**2 * 12 * 72 + 588 * 24 + 240)
     assert 0.4 < report.flops.share <= 0.5
-    share = report.parameters.share
-    ours, other = (compress(trained, digits_held_out, share, metric=of)[1] for of in ("flops", "parameters"))
-    assert ours.ranks != other.ranks
+    assert compress(trained, digits_held_out, report.parameters.share)[1].ranks != report.ranks
 
 
 def test_an_accuracy_is_kept_on_validation_images_and_less_would_not_do(trained, digits_held_out):
     validation = digits_held_out.splits()["validation"]
     before = evaluate(trained, *validation).accuracy
     small, report = compress(trained, digits_held_out, 0.98 * before, metric="accuracy")
-    assert evaluate(small, *validation).accuracy == pytest.approx(report.accuracy.after, abs=1e-6)
-    assert report.accuracy.before == pytest.approx(before, abs=1e-6)
-    assert report.accuracy.after >= 0.98 * before
+    after = evaluate(small, *validation).accuracy
+    assert report.accuracy == pytest.approx((before, after), abs=1e-6) and after >= 0.98 * before
     assert report.parameters.share < 0.8
     less, _ = compress(trained, digits_held_out, int(0.9 * report.parameters.after))
     assert evaluate(less, *validation).accuracy < 0.98 * before
@@ -104,7 +91,7 @@ def test_a_latency_is_what_was_measured_and_the_largest_model_that_keeps_it(trai
     assert report.seconds.before == 2
     assert report.seconds.share == pytest.approx((1 + report.parameters.share) / 2)
     assert 0.68 < report.seconds.share <= 0.75
-    with pytest.raises(ValueError, match=r"batches of 64: the fastest try took 5\d%"):
+    with pytest.raises(ValueError, match=r"impossible: with rank 1 everywhere it is 5\d%"):
         compress(trained, digits_held_out, 0.4, metric="latency")
 
 
@@ -119,13 +106,13 @@ def test_large_images_go_through_a_model_few_at_a_time(digits_held_out, monkeypa
         sizes.clear()
 
 
-@pytest.mark.parametrize("metric", ["parameters", "flops", "accuracy"])
-def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, digits_held_out, monkeypatch, metric):
+def test_operations_and_time_are_of_the_models_given_and_returned(trained, digits_held_out, monkeypatch):
     timed = []
     monkeypatch.setattr(compression, "_seconds", lambda *timing: timed.append(timing) or len(timed))
-    small, report = compress(trained, digits_held_out, 0.6, metric=metric)
-    models, batches = zip(*timed, strict=True)
-    assert [*map(n_parameters, models), *map(len, batches)] == [n_parameters(trained), n_parameters(small), 64, 64]
+    small, report = compress(trained, digits_held_out, 0.6)
+    assert [(n_parameters(model), len(batch)) for model, batch in timed] == [
+        (n_parameters(model), 64) for model in (trained, small)
+    ]
     assert "flops: " in str(report) and "seconds: 1 → 2 (200.0%)" in str(report)
 
 
@@ -146,12 +133,6 @@ def test_what_is_returned_says_operations_and_time_whatever_the_budget(trained, 
 def test_an_impossible_budget_is_refused_with_what_is_possible(data, budget, options, named):
     with pytest.raises(ValueError, match=named):
         compress(mlp([784, 40, 10], seed=0), data, budget, **options)
-
-
-@pytest.mark.parametrize("budget", [np.float32(0.5), np.float64(0.5), np.int64(16_000)])
-def test_budgets_of_numpy_are_numbers(data, budget):
-    model = mlp([784, 40, 10], seed=0)
-    assert compress(model, data, budget)[1].ranks == compress(model, data, budget.item())[1].ranks
 
 
 def _steps(x):
@@ -210,15 +191,6 @@ def test_no_layer_is_lost_and_no_change_is_much_larger_than_that_of_the_plain_sv
     )
 
 
-@pytest.mark.parametrize("model", [nn.Linear(784, 40), nn.Sequential(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 9, 5))])
-def test_a_model_may_be_one_layer(model, data):
-    convolution = isinstance(model, nn.Sequential)
-    model, x = (model[1], data[0].view(-1, 1, 28, 28)) if convolution else (model, data[0])
-    small, report = compress(model, (x, data[1]), 0.7)
-    assert report.ranks.keys() == {"0"} and report.parameters.share <= 0.7
-    assert small(x).shape == model(x).shape
-
-
 def test_a_layer_may_be_called_without_a_batch(data):
     class Conditioned(nn.Module):
         def __init__(self):
@@ -233,21 +205,6 @@ def test_a_layer_may_be_called_without_a_batch(data):
     assert report.ranks["condition"] == 1 and report.measured_error < 0.5
 
 
-@pytest.mark.parametrize("compiled", ["whole", "part", "in place"])
-def test_of_a_compiled_model_the_original_is_cut(data, compiled):
-    model = mlp([784, 40, 30, 10], seed=0)
-    wanted = compress(model, data, 0.5)[0](data[0])
-    if compiled == "whole":
-        model = torch.compile(model, backend="eager")
-    elif compiled == "part":
-        model.fc2 = torch.compile(model.fc2, backend="eager")
-    else:
-        model.fc1.compile(backend="eager")
-    small, report = compress(model, data, 0.5)
-    assert not report.left_alone
-    torch.testing.assert_close(small(data[0]), wanted)
-
-
 def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_refused(data):
     dropout = _Answers(lambda x: F.dropout(x, training=True))
     assert compress(dropout, data, 0.5)[1].ranks.keys() == {"fc"}
@@ -255,31 +212,13 @@ def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_
         compress(_Answers(lambda x: x * np.random.default_rng().random()), data, 0.5)
 
 
-def test_a_head_of_many_rows_is_measured_in_as_many_dimensions_as_it_has_columns():
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 30_000))  # its outputs' moment has 7 GB
-    _, report = compress(model, (_draw(48, 64), torch.zeros(48)), 0.8)
-    assert "2" in report.ranks
-
-
-@pytest.mark.parametrize(
-    "spelt",
-    [Tensor.int, Tensor.double, lambda y: F.one_hot(y, 10), lambda y: F.one_hot(y).float()],
-)
-def test_labels_may_be_spelt_in_many_ways(data, spelt):
-    model = mlp([784, 40, 10], seed=0)
-    labels = model(data[0]).argmax(dim=1)
-    labels[:10] = torch.arange(10)
-    wanted = compress(model, (data[0], labels), 0.5, metric="accuracy")[1]
-    assert compress(model, (data[0], spelt(labels)), 0.5, metric="accuracy")[1].accuracy == wanted.accuracy
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda y: y + 20, r"whole numbers \(n,\) from 0 to 9 .* given: 10, 2\d to 29"),
+        (lambda y: y + 20, r"whole numbers \(n,\) from 0 to 9; given: 10, 2\d to 29"),
         (lambda y: -1 - y, r"given: 10, -\d+ to -\d"),
         (lambda y: y + 0.5, r"given: 10, \d.5 to"),
-        (lambda y: y[:, None].repeat(1, 3), "given: 10×3"),
+        (lambda y: F.one_hot(y, 10), "given: 10×10"),
     ],
 )
 def test_labels_that_name_no_class_are_refused(data, change, named):
@@ -296,7 +235,6 @@ def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(m
     _, before = compress(model, data, 0.5)
     assert before.measured_error > 2 * before.error and not before.fallbacks
     assert report.measured_error < 0.9 * before.measured_error
-    assert report.fallbacks == {"0": "its own outputs"}
     assert f"0: rank {report.ranks['0']}, fitted to its own outputs" in str(report)
     assert f"predicted {report.error:.3g}, measured {report.measured_error:.3g} on images" in str(report)
 
@@ -317,19 +255,7 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
     assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
 
 
-def test_a_head_that_is_zero_leaves_factors_that_can_be_tuned(data):
-    model = mlp([784, 40, 10], seed=0)
-    nn.init.zeros_(model.fc2.weight)
-    small, report = compress(model, data, 0.3)
-    assert report.fallbacks["fc1"] == "its own outputs"
-    hidden, wanted = small.fc1(data[0]), model.fc1(data[0])
-    assert (hidden - wanted).norm() < 0.8 * wanted.norm()
-    assert all(any(parameter.any() for parameter in layer.parameters()) for layer in (small.fc1, small.fc2))
-
-
-def test_data_must_fit_each_other_and_the_model(data, digits):
-    with pytest.raises(ValueError, match="hold_out"):
-        compress(mlp([784, 40, 10], seed=0), digits, 0.5, metric="accuracy")
+def test_data_must_fit_each_other_and_the_model(data):
     model, (images, labels) = mlp([784, 40, 10], seed=0), data
     for wrong in ((images.numpy(), labels.numpy()), None, (images,)):
         with pytest.raises(TypeError, match="data must be a Dataset or two tensors, images and labels; given: "):
@@ -337,7 +263,7 @@ def test_data_must_fit_each_other_and_the_model(data, digits):
     for wrong in ((images, labels[:-1]), (images[:1], labels[:1])):
         with pytest.raises(ValueError, match=r"at least two images are needed, with a label each; given: \d+, \d+$"):
             compress(model, wrong, 0.5)
-    with pytest.raises(ValueError, match=r"one finite tensor.* Sequential gave NaN or infinity"):
+    with pytest.raises(ValueError, match=r"Sequential gave NaN or infinity; put it in a module"):
         compress(model, (images * torch.nan, labels), 0.5)
 
 
@@ -350,33 +276,39 @@ class _Answers(nn.Module):
         return self.answer(self.fc(x))
 
 
-class _TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(784, 10)
+def _compiled_in_place():
+    model = mlp([784, 20, 10], seed=0)
+    model.fc1.compile(backend="eager")
+    return model
 
-    def forward(self, x, mask):
-        return self.fc(x) * mask
+
+@torch.no_grad()
+def _pruned():
+    return nn.Sequential(prune.l1_unstructured(nn.Linear(784, 10), "weight", 0.5))
 
 
 @pytest.mark.parametrize(
-    ("model", "error", "named"),
+    ("make", "error", "named"),
     [
-        ("resnet18", TypeError, "must be a torch.nn.Module, not str"),
-        (nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
-        (nn.Sequential(nn.LazyLinear(9)), ValueError, r"0\.weight, 0\.bias: no values yet"),
-        (nn.Linear(784, 9, device="meta"), ValueError, "weight, bias: no values yet"),
-        (_TwoInputs(), TypeError, "'mask'"),
-        (_Answers(lambda x: {"logits": x}), ValueError, "put another in a module that does; _Answers gave a dict"),
-        (_Answers(lambda x: (x, x)), ValueError, "gave a tuple"),
-        (mlp([784, 20, 10], seed=0).bfloat16(), RuntimeError, "dtype"),
+        (lambda: "resnet18", TypeError, "must be a torch.nn.Module, not str"),
+        (lambda: nn.Sequential(nn.LazyLinear(9)), ValueError, r"0\.weight, 0\.bias: no values yet"),
+        (lambda: nn.Linear(784, 9, device="meta"), ValueError, "weight, bias: no values yet"),
+        (lambda: torch.compile(mlp([784, 20, 10], seed=0), backend="eager"), ValueError, "the model is compiled"),
+        (_compiled_in_place, ValueError, "the model is compiled"),
+        (lambda: nn.Linear(784, 9), ValueError, r"the model itself is the layer.*nn\.Sequential"),
+        (lambda: _Answers(lambda x: {"logits": x}), ValueError, "_Answers gave a dict; put it in a module"),
+        (lambda: nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
+        (
+            lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)),
+            ValueError,
+            "1': 'of Conv1d: only plain",
+        ),
+        (_pruned, ValueError, "0.weight_orig': 'of Linear: only plain"),
     ],
 )
-def test_models_that_cannot_be_compressed_are_refused_with_what_to_do(model, error, named, data):
-    with pytest.raises(error, match=named) as raised:
-        compress(model, data, 0.5)
-    if type(raised.value) is not error or error is RuntimeError:
-        assert "put another in a module" in raised.value.__notes__[0]
+def test_models_that_cannot_be_compressed_are_refused_with_what_to_do(make, error, named, data):
+    with pytest.raises(error, match=named):
+        compress(make(), data, 0.5)
 
 
 def test_the_model_stays_as_it_was_and_the_copy_in_its_mode(data):
@@ -386,20 +318,7 @@ def test_the_model_stays_as_it_was_and_the_copy_in_its_mode(data):
     small, report = compress(model, (data[0].double(), data[1]), 0.5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(module.training for module in (*model.modules(), *small.modules()))
-    assert report.ranks.keys() == {"0"}
-    assert {(p.dtype, p.requires_grad) for p in small[0].parameters()} == {
-        (torch.float64, False),
-        (torch.float64, True),
-    }
-
-
-def test_a_layer_used_twice_is_replaced_in_both_places(data):
-    twice = nn.Linear(40, 40)
-    model = nn.Sequential(nn.Linear(784, 40), twice, nn.ReLU(), twice, nn.Linear(40, 10))
-    small, report = compress(model, data, 0.2, strategy="uniform")
-    assert "1" in report.ranks
-    assert small[1] is small[3]
-    assert n_parameters(small) <= 0.2 * n_parameters(model)
+    assert report.ranks.keys() == {"0"} and {parameter.dtype for parameter in small.parameters()} == {torch.float64}
 
 
 def _tied():
@@ -422,15 +341,6 @@ class _Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-class _Tagger(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words, self.lstm, self.out = nn.Embedding(50, 16), nn.LSTM(16, 32, batch_first=True), nn.Linear(32, 64)
-
-    def forward(self, x):
-        return self.out(self.lstm(self.words(x[:, :7].abs().long()))[0])
-
-
 def _convolutions():
     layers = nn.Conv2d(1, 16, 3, stride=2), nn.Conv2d(16, 16, 3, groups=4), nn.ConvTranspose2d(16, 8, 2)
     return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *layers, nn.Flatten(), nn.Linear(8 * 144, 10))
@@ -446,7 +356,6 @@ LEFT_ALONE = [
         {"1.parametrizations.weight.original": PLAIN},
     ),
     (_convolutions, {"2": f"of Conv2d: {PLAIN}", "3": f"of ConvTranspose2d: {PLAIN}"}),
-    (_Tagger, dict.fromkeys(["words", "lstm.weight_ih_l0", "lstm.weight_hh_l0"], PLAIN)),
 ]
 
 
@@ -458,39 +367,18 @@ def test_matrices_that_cannot_be_replaced_are_left_alone_by_name(make, reasons, 
     for name, reason in reasons.items():
         assert reason in report.left_alone[name]
         assert f"{name}: left alone, {report.left_alone[name]}" in str(report)
-    assert "parameters: " in str(report) and all(
-        f"{name}: rank {rank}" in str(report) for name, rank in report.ranks.items()
-    )
+    assert all(f"{name}: rank {rank}" in str(report) for name, rank in report.ranks.items())
     assert make is not _tied or small[1].weight is small[2].weight
 
 
-@torch.no_grad()
-def _pruned():
-    return nn.Sequential(prune.l1_unstructured(nn.Linear(784, 10), "weight", 0.5))
-
-
-@pytest.mark.parametrize(
-    ("model", "named"),
-    [
-        (nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3), nn.Flatten()), "1': 'of Conv1d: only plain"),
-        (_pruned(), "0.weight_orig': 'of Linear: only plain"),
-    ],
-)
-def test_a_model_without_replaceable_layers_is_refused(model, named, data):
-    with pytest.raises(ValueError, match=f"no layer that can be replaced: .*{named}"):
-        compress(model, data, 0.5)
-
-
-def _encoder(batch_first=True):
+def _encoder():
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(28, 2, 64, batch_first=batch_first)
-    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(28, 2, 64, batch_first=True), 2)
     return nn.Sequential(nn.Unflatten(1, (28, 28)), encoder, nn.Flatten(), nn.Linear(784, 10))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_pytorchs_transformer_is_compressed_and_its_attention_left_alone(data, frozen):
-    model = _encoder().eval().requires_grad_(not frozen)
+def test_pytorchs_transformer_is_compressed_and_its_attention_left_alone(data):
+    model = _encoder().eval().requires_grad_(False)
     small, report = compress(model, data, 0.6)
     assert {"1.layers.0.linear1", "1.layers.1.linear2"} <= report.ranks.keys()
     assert "never calls it" in report.left_alone["1.layers.0.self_attn.out_proj"]
@@ -511,10 +399,3 @@ def test_onnx_computes_what_the_returned_model_does(data, tmp_path):
     onnx.checker.check_model(file)
     (answer,) = ReferenceEvaluator(str(file)).run(None, {"images": data[0].numpy()})
     np.testing.assert_allclose(answer, small(data[0]).detach(), atol=1e-5, rtol=1e-4)
-
-
-def test_a_budget_of_everything_changes_nothing(data):
-    model = mlp([784, 40, 10], seed=0)
-    small, report = compress(model, data, 1.0)
-    assert not report.ranks and report.parameters.share == 1
-    assert torch.equal(small(data[0]), model(data[0]))

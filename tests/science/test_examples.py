@@ -5,18 +5,11 @@ import importlib
 
 import pytest
 
+MODULES = "analysis calibration costs factorization layers lora models rank selection statistics subspace"
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("analysis", "calibration", "costs", "factorization", "layers", "lora", "models", "rank", "selection"),
-        *("statistics", "subspace"),
-    ],
-)
+
+@pytest.mark.parametrize("module", MODULES.split())
 def test_examples_give_what_they_show(module):
-    failed, tried = doctest.testmod(
-        importlib.import_module(f"lowrank_helpers.{module}"),
-        optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS,
-    )
-    assert tried > 0
-    assert failed == 0
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    found = doctest.testmod(importlib.import_module(f"lowrank_helpers.{module}"), optionflags=flags)
+    assert found.attempted and not found.failed

@@ -61,30 +61,22 @@ def test_alternating_never_raises_the_error_nor_beats_the_optimum(case):
     assert errors[-1] == pytest.approx((A - factors.product).norm().item(), abs=1e-10)
 
 
-def test_alternating_least_squares_reaches_the_optimum():
+def test_alternating_least_squares_solves_each_factor_exactly_and_reaches_the_optimum():
     A = _matrix(30, 20)
+    C = factorization.random_factors(A, 7, seed=0).C
+    B = scipy.linalg.lstsq(C.T.numpy(), A.T.numpy())[0].T
+    C = scipy.linalg.lstsq(B, A.numpy())[0]
+    np.testing.assert_allclose(alternating_least_squares(A, 7, sweeps=1, seed=0).product, B @ C, atol=1e-10)
     for r in (1, 7, 20):
         error = alternating_least_squares(A, r, sweeps=200).errors[-1]
         assert error == pytest.approx(_optimum(A, r), rel=1e-3, abs=1e-9)
-
-
-def test_least_squares_solves_each_factor_exactly():
-    A = _matrix(12, 9)
-    C = factorization.random_factors(A, 3, seed=0).C
-    B = scipy.linalg.lstsq(C.T.numpy(), A.T.numpy())[0].T
-    C = scipy.linalg.lstsq(B, A.numpy())[0]
-    factors = alternating_least_squares(A, 3, sweeps=1, seed=0)
-    np.testing.assert_allclose(factors.product.numpy(), B @ C, atol=1e-10)
+    assert alternating_least_squares(0 * A, 2, sweeps=2).errors == [0, 0, 0]
 
 
 def test_random_factors_have_the_norm_of_the_matrix_on_average():
     A = 7 * _matrix(40, 30)
     squares = [factorization.random_factors(A, 5, seed=seed).product.norm().item() ** 2 for seed in range(100)]
     assert np.mean(squares) == pytest.approx(A.norm().item() ** 2, rel=0.1)
-
-
-def test_factors_of_a_zero_matrix_stay_at_zero():
-    assert alternating_least_squares(torch.zeros(4, 3), 2, sweeps=2).errors == [0, 0, 0]
 
 
 @pytest.mark.parametrize("make", [truncated_svd, lambda A, rank: alternating_least_squares(A, rank, sweeps=1)])

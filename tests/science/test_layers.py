@@ -4,15 +4,16 @@ from collections import OrderedDict
 
 import pytest
 import torch
-import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lowrank_helpers import lora
 from lowrank_helpers.factorization import truncated_svd
 from lowrank_helpers.layers import decompose, factorize, factorize_standard, hidden_layers, replaceable_layers
-from lowrank_helpers.models import LowRankLayer, mlp, n_parameters
+from lowrank_helpers.lora import LoRALinear
+from lowrank_helpers.models import LowRankLayer, mlp
 
 
 def _draw(*shape, seed=0):
@@ -58,33 +59,26 @@ def test_a_convolution_of_full_rank_stays_the_same(options):
     assert (layer.B.kernel_size, layer.C.bias, layer.bias is None) == ((1, 1), None, conv.bias is None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_a_low_rank_layer_is_pytorchs_own_in_mode_dtype_and_what_is_frozen(dtype):
-    layer = nn.Linear(6, 5, dtype=dtype).eval()
+def test_a_low_rank_layer_has_the_mode_and_dtype_of_the_layer_and_what_is_frozen():
+    layer = nn.Linear(6, 5, dtype=torch.float16).eval()
     layer.weight.requires_grad_(False)
-    small = LowRankLayer.of(layer, _draw(5, 2), _draw(2, 6))
-    assert {name: (p.dtype, p.requires_grad) for name, p in small.named_parameters()} == {
-        "C.weight": (dtype, False), "B.weight": (dtype, False), "B.bias": (dtype, True)
-    }  # fmt: skip
+    small = factorize(nn.Sequential(layer), {"0": 2})[0]
+    assert [(p.dtype, p.requires_grad) for p in small.parameters()] == [
+        (torch.float16, frozen) for frozen in (False, False, True)
+    ]
     assert not any(module.training for module in small.modules())
 
 
-def test_standard_factors_start_as_stacked_layers_would():
-    factorized = factorize_standard(mlp([784, 500, 10], seed=0), {"fc1": 100}, seed=1)
-    stacked = nn.Sequential(nn.Linear(784, 100, bias=False), nn.Linear(100, 500, bias=False))
-    for ours, theirs in zip(factorized.fc1, stacked, strict=True):
+def test_standard_factors_start_as_stacked_layers_would_from_the_seed_alone():
+    model, ranks = mlp([784, 500, 10], seed=0), {"fc1": 100, "fc2": 4}
+    one, again, other = (factorize_standard(model, some, seed=s) for some, s in (
+        (ranks, 1), (dict(reversed(ranks.items())), 1), (ranks, 2)
+    ))  # fmt: skip
+    for ours, theirs in zip(one.fc1, (nn.Linear(784, 100), nn.Linear(100, 500)), strict=True):
         assert ours.weight.shape == theirs.weight.shape
         torch.testing.assert_close(ours.weight.std(), theirs.weight.std(), rtol=0.02, atol=0)
         torch.testing.assert_close(ours.weight.max(), theirs.weight.max(), rtol=0.01, atol=0)
-    assert n_parameters(factorized) == 100 * (784 + 500) + 5000
-
-
-def test_standard_factors_are_drawn_from_the_seed_whatever_the_order_of_ranks():
-    model = mlp([20, 16, 12, 10], seed=0)
-    one = factorize_standard(model, {"fc1": 3, "fc2": 4}, seed=1)
-    again = factorize_standard(model, {"fc2": 4, "fc1": 3}, seed=1)
-    other = factorize_standard(model, {"fc1": 3, "fc2": 4}, seed=2)
-    assert torch.equal(one.fc1.weight, again.fc1.weight) and torch.equal(one.fc2.weight, again.fc2.weight)
+    assert all(map(torch.equal, one.parameters(), again.parameters()))
     assert not torch.equal(one.fc1.weight, other.fc1.weight)
 
 
@@ -94,23 +88,14 @@ def test_wrong_layers_and_ranks_of_a_model_are_refused(make):
         nn.Conv2d(4, 4, 3, groups=2), nn.Linear(6, 5), LowRankLayer.of(nn.Linear(3, 3), *[_draw(3, 3)] * 2)
     )
     for name in ("fc9", "0", "2", "2.B"):
-        with pytest.raises(ValueError, match=f"{name}: no linear layer or 2-D convolution of one group; allowed: 1$"):
+        with pytest.raises(ValueError, match=f"{name}: no layer that can be replaced; allowed: 1$"):
             make(model, {name: 1})
     with pytest.raises(ValueError, match="rank 6 is impossible for a 5×6 matrix"):
         make(model, {"1": 6})
 
 
-def test_what_is_factorised_reloads_and_exports(tmp_path):
-    small, other, x = (
-        factorize(_model(), {"0.fc1": 3, "2": 2}),
-        factorize(_model(), {"0.fc1": 3, "2": 2}),
-        _draw(7, 20).double(),
-    )
-    for parameter in other.parameters():
-        nn.init.zeros_(parameter)
-    torch.save(small.state_dict(), tmp_path / "small.pt")
-    other.load_state_dict(torch.load(tmp_path / "small.pt", weights_only=True))
-    torch.testing.assert_close(other(x), small(x))
+def test_what_is_factorised_is_exported():
+    small, x = factorize(_model(), {"0.fc1": 3, "2": 2}), _draw(7, 20).double()
     torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x))
 
 
@@ -124,7 +109,6 @@ class Residual(nn.Module):
         self.again = self.body.first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (…, 4) to log-probabilities (…, 3)."""
         return torch.log_softmax(self.head(x + self.again(self.body(x))), -1)
 
 
@@ -134,7 +118,6 @@ class TwoHeads(nn.Module):
         self.left, self.trunk, self.right = nn.Linear(4, 1), nn.Linear(4, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (…, 4) to (…, 1) and (…, 2)."""
         x = self.trunk(x).relu()
         return self.left(x), self.right(x)
 
@@ -145,43 +128,34 @@ class Wandering(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take a way that depends on the values."""
         return self.fc(x) if x.sum() > 0 else x
 
 
-def test_of_an_mlp_all_but_the_last_are_hidden_factorised_or_not():
-    model = mlp([784, 8, 8, 10], seed=0)
-    assert list(hidden_layers(model)) == ["fc1", "fc2"]
-    assert list(hidden_layers(factorize(model, {"fc2": 4}))) == ["fc1"]
-    assert list(hidden_layers(factorize(model, {"fc3": 4}))) == ["fc1", "fc2"]
+class Sum(TwoHeads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(self.trunk(x))
 
 
-def test_the_order_of_registration_does_not_matter():
-    assert list(hidden_layers(Residual())) == ["body.first"]
-    assert list(hidden_layers(TwoHeads())) == ["trunk"]
-
-
-def test_what_is_added_to_the_output_gives_it_too():
-    class Sum(TwoHeads):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.left(x) + self.right(self.trunk(x))
-
-    assert list(hidden_layers(Sum())) == ["trunk"]
-
-
-def test_a_layer_that_shares_the_output_layers_weight_is_no_hidden_one():
+def _shared():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[0].weight = model[4].weight
-    assert list(hidden_layers(model)) == ["2"]
+    return model
 
 
-def test_of_published_architectures_the_head_is_the_output_layer():
-    with torch.device("meta"):  # no weights are drawn: only the structure counts
-        assert hidden_layers(torchvision.models.resnet18()) == {}
-        assert "classifier.6" not in hidden_layers(torchvision.models.alexnet())
-        hidden = hidden_layers(torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32))
-    assert "heads.head" not in hidden
-    assert "encoder.layers.encoder_layer_0.mlp.0" in hidden
+@pytest.mark.parametrize(
+    ("make", "hidden"),
+    [
+        (lambda: mlp([784, 8, 8, 10], seed=0), ["fc1", "fc2"]),
+        (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc2": 4}), ["fc1"]),
+        (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc3": 4}), ["fc1", "fc2"]),
+        (Residual, ["body.first"]),
+        (TwoHeads, ["trunk"]),
+        (Sum, ["trunk"]),
+        (_shared, ["2"]),
+    ],
+)
+def test_hidden_layers_are_those_whose_result_reaches_the_output_through_another_alone(make, hidden):
+    assert list(hidden_layers(make())) == hidden
 
 
 def test_a_model_that_cannot_be_traced_is_refused_with_its_layers():
@@ -203,9 +177,60 @@ def test_a_layer_in_two_places_is_factorised_adapted_and_merged_in_both():
     torch.testing.assert_close(merged(x), adapted(x))
 
 
-def test_layers_that_only_share_a_weight_get_factors_of_their_own():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    model[2].weight = model[0].weight
-    small = factorize(model, {"0": 2})
-    assert small[2].weight.equal(model[2].weight)
-    assert small[0].rank == 2
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 0.3 * super().forward(x)
+
+
+class Called(nn.Linear):
+    def __call__(self, x):
+        return 0.3 * super().__call__(x)
+
+
+def patched(n, m):
+    layer = nn.Linear(n, m)
+    layer.forward = lambda x: 0.3 * F.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+RANKS = {"1": 2}
+REPLACING = {
+    "factorize": lambda model: factorize(model, RANKS),
+    "factorize_standard": lambda model: factorize_standard(model, RANKS, seed=0),
+    "decompose": decompose,
+    "adapt": lambda model: lora.adapt(model, RANKS, alpha=1, seed=0),
+    "extract": lambda model: lora.extract(model, model, RANKS),
+    "LoRALinear": lambda model: LoRALinear(model[1], torch.ones(1, 4), torch.ones(4, 1), 1),
+}
+
+
+@pytest.mark.parametrize("replaces", REPLACING.values(), ids=REPLACING)
+@pytest.mark.parametrize("layer", [Scaled, Called, patched])
+def test_a_layer_that_computes_more_than_its_weight_says_is_not_replaced(layer, replaces):
+    with pytest.raises(ValueError, match=r"layer '(1|base)' is a \w+ with a forward of its own"):
+        replaces(nn.Sequential(nn.ReLU(), layer(4, 4)))
+
+
+def test_such_a_layer_gets_no_adapter_from_a_file(tmp_path):
+    lora.save_adapter(lora.adapt(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), RANKS, alpha=1, seed=0), tmp_path)
+    with pytest.raises(ValueError, match=r"for layer '1': .* is a Scaled with a forward of its own"):
+        lora.load_adapter(nn.Sequential(nn.ReLU(), Scaled(4, 4)), tmp_path)
+
+
+class Bare(nn.Linear):
+    """A subclass that computes what nn.Linear does."""
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Bare(4, 4),
+        nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4),  # of nn.MultiheadAttention
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_subclasses_that_inherit_forward_are_layers_as_any_other(layer):
+    model, x = nn.Sequential(nn.ReLU(), layer), torch.randn(3, 4)
+    for replaced in (factorize(model, {"1": 4}), lora.merge(lora.adapt(model, RANKS, alpha=1, seed=0))):
+        torch.testing.assert_close(replaced(x), model(x), rtol=1e-4, atol=1e-5)

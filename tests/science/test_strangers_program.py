@@ -1,8 +1,7 @@
 """The science on a network and data that are not the series': a head registered first, biases, 20 inputs, 3 classes."""
 
-import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank_helpers import lora
 from lowrank_helpers.data import Dataset
@@ -12,51 +11,32 @@ from lowrank_helpers.training import Recipe, evaluate, fit
 
 
 class Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.head = nn.Linear(16, 3)
         self.trunk = nn.ModuleDict({"in": nn.Linear(20, 16), "mid": nn.Linear(16, 16)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (n, 20) to logits (n, 3), with a connection that skips a layer."""
+    def forward(self, x):
         x = self.trunk["in"](x).relu()
         return self.head(x + self.trunk["mid"](x).relu())
 
 
-@pytest.fixture(scope="module")
-def data() -> Dataset:
-    """Three classes that a plane separates."""
-    images = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
-    labels = images[:, :3].argmax(1)
-    train, none, test = slice(0, 400), slice(0, 0), slice(400, 600)
-    parts = [tensor[part] for part in (train, none, test) for tensor in (images, labels)]
-    return Dataset("planes", *parts, mean=0.0, std=1.0)
-
-
-@pytest.fixture(scope="module")
-def trained(data) -> nn.Module:
+def test_it_is_trained_measured_factorised_and_adapted_to_other_classes():
     torch.manual_seed(0)
-    model = Network()
-    fit(model, data, Recipe(30, 32, 1e-2, seed=0))
-    return model
+    model, images = Network(), torch.randn(600, 20)
+    labels = images[:, :3].argmax(1)
+    parts = [tensor[part] for part in (slice(400), slice(0), slice(400, 600)) for tensor in (images, labels)]
+    data, recipe = Dataset("planes", *parts, mean=0.0, std=1.0), Recipe(30, 32, 1e-2, seed=0)
+    fit(model, data, recipe)
+    assert evaluate(model, data.test_images, data.test_labels).accuracy > 0.85
+    assert rank_table(weight_matrices(model))["numerical rank"]["head"] == 3
 
-
-def test_it_trains_and_is_measured(trained, data):
-    assert evaluate(trained, data.test_images, data.test_labels).accuracy > 0.85
-    table = rank_table(weight_matrices(trained))
-    assert set(table.index) == {"head", "trunk.in", "trunk.mid"}
-    assert table.loc["head", "numerical rank"] == 3
-
-
-def test_its_hidden_layers_are_factorised(trained, data):
-    full = {name: min(layer.weight.shape) for name, layer in hidden_layers(trained).items()}
+    full = {name: min(layer.weight.shape) for name, layer in hidden_layers(model).items()}
     assert full == {"trunk.in": 16, "trunk.mid": 16}
-    assert torch.allclose(factorize(trained, full)(data.test_images), trained(data.test_images), atol=1e-4)
+    torch.testing.assert_close(factorize(model, full)(images), model(images), atol=1e-4, rtol=1e-4)
 
-
-def test_it_is_adapted_to_other_classes_by_low_rank(trained, data):
     turned = Dataset(**{**vars(data), "train_labels": (data.train_labels + 1) % 3})
-    adapted = lora.adapt(trained, {"head": 2, "trunk.mid": 2}, alpha=4, seed=0)
-    fit(adapted, turned, Recipe(30, 32, 1e-2, seed=0))
+    adapted = lora.adapt(model, {"head": 2, "trunk.mid": 2}, alpha=4, seed=0)
+    fit(adapted, turned, recipe)
     assert evaluate(lora.merge(adapted), data.test_images, (data.test_labels + 1) % 3).accuracy > 0.8
-    assert torch.equal(lora.remove(adapted)(data.test_images), trained(data.test_images))
+    assert torch.equal(lora.remove(adapted)(images), model(images))
