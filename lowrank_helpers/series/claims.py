@@ -6,7 +6,7 @@ than the luck of one run, is decided by paired differences over the recorded run
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,6 @@ class Claim:
     def from_json(cls, filed: Mapping[str, Any]) -> "Claim":
         """Return the claim that :func:`dataclasses.asdict` made a mapping of."""
         return cls(**{**filed, "comparisons": [Comparison(**each) for each in filed["comparisons"]]})
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the claim as what JSON knows."""
-        return asdict(self)
 
     def everything(self) -> Quantities:
         """Return all that the run measured."""

@@ -16,12 +16,11 @@ from torch import nn
 from lowrank_helpers import PROJECT, data, plots
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.parallel import n_side_by_side, side_by_side, take_one_thread_each
-from lowrank_helpers.series import claims, evidence, parameters
+from lowrank_helpers.series import claims, evidence, parameters, store
 from lowrank_helpers.series.claims import Claim, Comparison
 from lowrank_helpers.series.parameters import recipes
 from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
-from lowrank_helpers.series.store import Store
 from lowrank_helpers.timing import spent
 from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
@@ -82,7 +81,7 @@ class Run:
         dataset = settings.dataset(self.parameters["dataset"])
         self.data = data.load(dataset, self.data_dir).to(self.device).hold_out()
         self.folder = settings.run_folder or PROJECT / "reports" / "lab"
-        self._store = Store(settings.networks_folder or self.folder / "networks")
+        self._networks = settings.networks_folder or self.folder / "networks"
         self._claims: dict[str, Claim] = {}
         self._evidence = evidence.quoted(notebook, self.data.name, self.parameters)
         self._code = evidence.code_of(notebook)
@@ -184,7 +183,8 @@ class Run:
             model, recipe, data = trainings[key]
             label = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
             model.to(self.device)
-            return model, self._store.trained(model, data or self.data, recipe, others=others, label=label, stop=stop)
+            given = model, data or self.data, recipe
+            return model, store.trained(self._networks, *given, others=others, label=label, stop=stop)
 
         trained = side_by_side([partial(train, key) for key in trainings], self.device)
         return dict(zip(trainings, trained, strict=True))

@@ -14,7 +14,7 @@ from lowrank_helpers import layers, lora, rank
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import linear_layers, mlp, n_trainable
-from lowrank_helpers.series.store import Store
+from lowrank_helpers.series import store
 from lowrank_helpers.training import Recipe
 
 WIDTHS = [784, 12, 9, 10]
@@ -228,7 +228,7 @@ def test_the_store_keys_adapters_by_rank_and_alpha(tmp_path):
     torch.manual_seed(0)
     images, labels = torch.randn(20, 784), torch.arange(20) % 10
     data = Dataset("digits", images, labels, images[:0], labels[:0], images, labels, mean=0.0, std=1.0)
-    store, recipe = Store(tmp_path), Recipe(1, 10, 1e-3)
     for alpha in (1.0, 2.0, 2.0):
-        store.trained(lora.adapt(mlp(WIDTHS, seed=0), dict.fromkeys(LAYERS, 2), alpha=alpha, seed=0), data, recipe)
+        model = lora.adapt(mlp(WIDTHS, seed=0), dict.fromkeys(LAYERS, 2), alpha=alpha, seed=0)
+        store.trained(tmp_path, model, data, Recipe(1, 10, 1e-3))
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
