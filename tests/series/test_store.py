@@ -240,7 +240,7 @@ HOLDING = NET + "model.secret = lambda x: held\n"
         (f"import threading\nheld = threading.Lock()\n{HOLDING}", "secret.held is a lock"),
         (f"held = (i for i in range(3))\n{HOLDING}", "secret.held is a generator"),
         (f"held = get_ipython()\n{HOLDING}", "secret.held"),
-        ("import time\n" + NET.replace("+ self.shift", "+ time.perf_counter() % 1"), "it answers differently each time"),
+        ("import time\n" + NET.replace("+ self.shift", "+ time.perf_counter() % 1"), "it answers differently"),
         (NET.replace("return y if", "self.power *= 0.99\n        return y if"), CHANGED),
         (NET.replace("return y if", "self.made = iter(int, 1)\n        return y if"), CHANGED),
     ],
