@@ -28,7 +28,6 @@ PACKAGE = "lowrank_helpers"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 HELD = {MethodType: ("__func__", "__self__"), property: ("fget", "fset", "fdel"), CellType: ("cell_contents",)}
-HELD |= dict.fromkeys((staticmethod, classmethod), ("__func__",))
 
 # Read when the code is: the files may change while a kernel runs.
 SOURCES = {file: file.read_text() for file in sorted((PROJECT / PACKAGE).rglob("*.py"))}
@@ -173,7 +172,7 @@ def _parts(value: Any, *, with_numbers: bool) -> list[Any]:
         return [*value]
     if kind in (set, frozenset):
         return sorted(map(of_objects, value))
-    if hasattr(value, "__wrapped__"):  # as functools.cache leaves it
+    if hasattr(value, "__wrapped__"):  # as functools.cache and staticmethod leave it
         return [value.__wrapped__]
     reduced = value.__reduce_ex__(2)  # what pickle would write: an object's name, or how to make it again
     if isinstance(reduced, str):

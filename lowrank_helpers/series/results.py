@@ -85,17 +85,12 @@ def read_claims(folder: Path) -> dict[str, dict[str, Any]]:
 def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = None) -> dict[str, Any]:
     """Join the claims of a run folder into ``results.json`` and return them.
 
-    Parameters
-    ----------
-    seconds : float, optional
-        What the run took on the clock, from its start to here.
-
     Returns
     -------
     dict
-        ``seconds``: as given. ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on
-        what, and ``seconds_by_kind``, processor seconds by kind of work.
-        ``claims``: by id, the notebook and the fields of its :class:`lowrank_helpers.series.claims.Claim`.
+        ``seconds``: on the clock, as given. ``notebooks``: by name, how it ended, in how many seconds, and its
+        ``parameters``, ``environment`` and ``seconds_by_kind``. ``claims``: by id, the notebook and the fields of
+        its :class:`lowrank_helpers.series.claims.Claim`.
     """
     notebooks: dict[str, Any] = {
         outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}

@@ -7,7 +7,6 @@ unpickled.
 import copy
 import json
 import os
-import random
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -126,13 +124,12 @@ def _is_still(model: nn.Module, network: str) -> bool:
 def _first_answers(model: nn.Module, data: Dataset, recipe: Recipe) -> str:
     """Return a digest of what a network in training mode answers to a few images, and of the gradients.
 
-    They tell of much that neither its code nor its attributes do, such as random numbers that it draws. All is done to
-    a copy, and generators of random numbers are left as they were.
+    They tell of much that neither its code nor its attributes do, such as the random numbers that it draws from
+    PyTorch. All is done to a copy, and PyTorch's generators are left as they were.
     """
     # Tensors that a module has computed, as torch.nn.utils.prune's do, cannot be copied with the rest.
     computed = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, Tensor)]
     device = data.train_images.device
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (a network may draw from it)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), products_in(recipe.precision, device):
             probed = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).train()
@@ -143,9 +140,6 @@ def _first_answers(model: nn.Module, data: Dataset, recipe: Recipe) -> str:
         return checksum({str(i): value for i, value in enumerate([answers, *gradients]) if value is not None})
     except Exception as error:
         raise UnknownError(f"a copy of it does not answer ({type(error).__name__}: {error})") from error
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
 def _save(file: Path, model: nn.Module, history: History) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import random
 import re
 import signal
 import subprocess
@@ -13,7 +12,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -240,7 +238,7 @@ HOLDING = NET + "model.secret = lambda x: held\n"
         (f"import threading\nheld = threading.Lock()\n{HOLDING}", "secret.held is a lock"),
         (f"held = (i for i in range(3))\n{HOLDING}", "secret.held is a generator"),
         (f"held = get_ipython()\n{HOLDING}", "secret.held"),
-        ("import time\n" + NET.replace("+ self.shift", "+ time.perf_counter() % 1"), "it answers differently"),
+        ("import random\n" + NET.replace("+ self.shift", "+ random.random()"), "it answers differently each time"),
         (NET.replace("return y if", "self.power *= 0.99\n        return y if"), CHANGED),
         (NET.replace("return y if", "self.made = iter(int, 1)\n        return y if"), CHANGED),
     ],
@@ -260,7 +258,7 @@ def test_the_key_leaves_everything_as_it_is(cells, few):
     model[0].weight.grad = torch.ones_like(model[0].weight)
     model[1].train()
     own = cells(NET, "model.forward = lambda x: model.fc(x)")["model"]
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    state = torch.get_rng_state()
     before = copy.deepcopy(model.state_dict())
     assert determinants(model, few, RECIPE, {}) == determinants(model, few, RECIPE, {})
     determinants(own, few, RECIPE, {})
@@ -268,8 +266,7 @@ def test_the_key_leaves_everything_as_it_is(cells, few):
     assert [layer.training for layer in model.modules()] == [False, False, True, False, False]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[0].bias.grad is None
-    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
-    assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_key_is_of_the_code_that_trains_and_of_the_device(few, monkeypatch):
