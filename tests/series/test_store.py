@@ -170,7 +170,7 @@ LAYERS = (
 # What a student changes, and that is all: the cells before, and the cells after.
 CHANGES = {
     "class attribute": (NET, "Net.shift = 1.0\nmodel = Net()"),
-    "edited forward": (NET, NET.replace("+ self.shift", "- self.shift - 1e-9")),
+    "method that scoring calls": (NET.replace("y * 1.0", "y.sin()"), NET.replace("y * 1.0", "y.cos()")),
     "edited forward of scoring": (NET, NET.replace("y * 1.0", "y * 2.0")),
     "edited constant": (NET, "SCALE = 0.25\nmodel = Net()"),
     "edited function": (NET, "def squash(x):\n    return torch.sin(x)\nmodel = Net()"),
@@ -202,7 +202,6 @@ SAME = {
     "commented": (NET, NET.replace("Everything", "All").replace("A network.", "Some network.\n\n    And more.")),
     "laid out": (NET, NET.replace("self.fc(x * self.mask)", "self.fc(\n            x * self.mask\n        )")),
     "other names around it": (NET, "unused = 3\nmodel = Net()"),
-    "own seed": (ATTENTION, ATTENTION),
     "mode": (LAYERS, "model.eval()"),
     "something else in the environment": (
         NET + "import os\nmodel.inner = lambda x: x if 'SHOUT' in os.environ else -x",
