@@ -12,6 +12,7 @@ from typing import Any
 import click
 import nbformat
 
+from evidence import gather  # in this folder
 from lowrank_helpers import PROJECT
 from lowrank_helpers.cli import GIVEN
 from lowrank_helpers.series import evidence, execution, parameters
@@ -96,7 +97,7 @@ def main(name: str, pairs: tuple[tuple[str, str], ...], runs: int) -> None:
         click.echo(f"{fault}: noticed in {sum(map(bool, noticed))} of {runs} runs")
         click.echo("".join(f"  {line}\n" for lines in noticed for line in lines[:2]), nl=False)
     runs_of = sorted((PROJECT / "reports" / "sweeps" / f"evidence-{dataset}" / "points").iterdir())
-    others = {folder: evidence.gather([other for other in runs_of if other != folder], name) for folder in runs_of}
+    others = {folder: gather([other for other in runs_of if other != folder], name) for folder in runs_of}
     alarms = [evidence.unlike(rest, claims_in(folder, name), n_values) for folder, rest in others.items() if rest]
     click.echo(f"recorded runs unlike the others: {sum(map(bool, alarms))} of {len(alarms)}")
     click.echo("".join(f"  {line}\n" for lines in alarms for line in lines), nl=False)

@@ -38,11 +38,9 @@ def treatment(cell: NotebookNode) -> tuple[str, str]:
 
 
 def essence(output: NotebookNode, *, exact: bool = False) -> NotebookNode:
-    """Return what must be the same of an output, by kind: MIME type, stream or error."""
+    """Return what must be the same of an output, by kind: MIME type or stream."""
     if output.output_type == "stream":
         shown = {output.name: output.text}
-    elif output.output_type == "error":
-        shown = {"error": f"{output.ename}: {output.evalue}"}
     else:  # a table is there twice: as plain text it breaks its lines where numbers have more digits
         shown = {
             kind: data for kind, data in output.data.items() if kind != "text/plain" or "text/html" not in output.data

@@ -107,7 +107,7 @@ class RecordedCell(IPyNbCell):
             self.config.stash[REMARKS].append(f"unchecked: {self.nodeid} ({reason})")
             return True
         test, ref = ([essence(each, exact=key == "exact") for each in outputs] for outputs in (test, ref))
-        return super().compare_outputs(test, ref, skip_compare=("output_type",))
+        return bool(super().compare_outputs(test, ref, skip_compare=("output_type",)))
 
 
 class Claims(pytest.Item):
@@ -115,20 +115,18 @@ class Claims(pytest.Item):
 
     def runtest(self) -> None:
         """Fail where this run is unlike the recorded ones, and remark that there are none, or none of today's code."""
-        name = self.path.stem
+        name, remarks = self.path.stem, self.config.stash[REMARKS]
         filed = read_claims(self.config.stash[FOLDER]).get(name)
         if not filed:
             return
         dataset = filed["environment"]["dataset"]
         recorded = evidence.quoted(name, dataset, filed["parameters"])
         if not recorded.runs:
-            self.config.stash[REMARKS].append(f"no evidence: {name} on {dataset} with these parameters")
+            remarks.append(f"no evidence: {name} on {dataset} with these parameters")
             return
         if changed := evidence.changed(recorded):
             said = f"{' and '.join(changed)} changed since revision {recorded.made_by['revision']}"
-            self.config.stash[REMARKS].append(
-                f"old evidence: {name}: {said}; `python scripts/evidence.py {name}` makes it anew"
-            )
+            remarks.append(f"old evidence: {name}: {said}; `python scripts/evidence.py {name}` makes it anew")
         checked = {item.path.stem for item in self.session.items}
         n_values = sum(each.n_values for each in (evidence.read(name, dataset) for name in checked) if each)
         if lines := evidence.unlike(recorded, filed["claims"], n_values):

@@ -6,7 +6,7 @@ than the luck of one run, is decided by paired differences over the recorded run
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,14 +70,6 @@ class Claim:
         """Return the claim that :func:`dataclasses.asdict` made a mapping of."""
         return cls(**{**filed, "comparisons": [Comparison(**each) for each in filed["comparisons"]]})
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the claim as what JSON knows."""
-        return asdict(self)
-
-    def everything(self) -> Quantities:
-        """Return all that the run measured."""
-        return self.measured | self.series | self.timings
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -123,18 +115,21 @@ def verdict(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> Verdict:
         text = f"It {'holds' if claim.holds else 'does **not** hold'} in this run; no runs like it are recorded."
         return Verdict(None, text, "holds in this run" if claim.holds else "does not hold in this run")
     here = "and in this one" if claim.holds else "and **not** in this one"
-    settled = sum(holds) >= counts.SETTLED * len(holds)
-    short = f"{sum(holds)} of {len(holds)} runs"
     counted = f"olds in {sum(holds)} of {len(holds)} recorded runs, {here}."
-    if settled:
+    short = f"{sum(holds)} of {len(holds)} runs"
+    if sum(holds) >= counts.SETTLED * len(holds):
         return Verdict(True, f"H{counted}", short)
     return Verdict(False, f"**Not settled:** it h{counted}", f"not settled: {short}")
 
 
 def _average(claim: Claim, recorded: Recorded) -> Verdict:
-    found = [(each, _difference(each, recorded)) for each in claim.comparisons]
-    if any(difference is None for _, difference in found):
-        return Verdict(None, "Several runs decide this claim; none like this one are recorded.", "one run cannot tell")
+    found = []
+    for each in claim.comparisons:
+        values = recorded.get(each.quantity, {})
+        if not {each.first, each.second} <= values.keys():
+            text = "Several runs decide this claim; none like this one are recorded."
+            return Verdict(None, text, "one run cannot tell")
+        found.append((each, relative_difference(values[each.first], values[each.second], margin=each.counts)))
     settled = all(difference.verdict == each.relation for each, difference in found)
     said = "; ".join(
         f"{each.quantity}, {each.first} against {each.second}: {difference} ({difference.verdict})"
@@ -146,18 +141,10 @@ def _average(claim: Claim, recorded: Recorded) -> Verdict:
     return Verdict(settled, text, f"{'settled' if settled else 'not settled'} by the mean of {n} runs")
 
 
-def _difference(each: Comparison, recorded: Recorded) -> Any:
-    of = recorded.get(each.quantity, {})
-    if each.first not in of or each.second not in of:
-        return None
-    return relative_difference(of[each.first], of[each.second], margin=each.counts)
-
-
 def markdown(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> str:
     """Write a claim with its evidence: the sentence, how it stands, and a table of this run and the recorded ones."""
-    return "\n\n".join(
-        [f"> **{claim.id}** {claim.sentence}", verdict(claim, holds, recorded).text, table(claim, recorded)]
-    ).rstrip()
+    parts = f"> **{claim.id}** {claim.sentence}", verdict(claim, holds, recorded).text, table(claim, recorded)
+    return "\n\n".join(filter(None, parts))
 
 
 def table(claim: Claim, recorded: Recorded) -> str:

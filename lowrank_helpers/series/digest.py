@@ -11,10 +11,10 @@ import json
 import os
 import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -27,8 +27,7 @@ from lowrank_helpers.hashing import checksum
 PACKAGE = "lowrank_helpers"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
-WRAPPERS = {MethodType: ("__func__", "__self__"), property: ("fget", "fset", "fdel"), CellType: ("cell_contents",)}
-WRAPPERS |= dict.fromkeys((staticmethod, classmethod), ("__func__",))
+HELD = {MethodType: ("__func__", "__self__"), property: ("fget", "fset", "fdel"), CellType: ("cell_contents",)}
 
 # Read when the code is: the files may change while a kernel runs.
 SOURCES = {file: file.read_text() for file in sorted((PROJECT / PACKAGE).rglob("*.py"))}
@@ -36,7 +35,7 @@ RECIPES = (PROJECT / PACKAGE / "series" / "recipes.yaml").read_text()
 
 
 class UnknownError(Exception):
-    """Something has no digest that is the same in each run; the message names it."""
+    """An object has no digest that is the same in each run; the message names it."""
 
 
 def of_json(value: Any) -> str:
@@ -77,23 +76,17 @@ def of_objects(*values: Any, apart_from: Iterable[Tensor] = ()) -> str:
 
     Of a function that is its code, what it closes over and the globals that it uses, of a class its functions and
     attributes, of a network its class and attributes, and of other objects what pickle would write. Libraries count by
-    name and version. Of this package's globals only functions, classes and constants count, which are in capitals.
-
-    Parameters
-    ----------
-    *values
-        Functions, classes, networks, tensors, containers, numbers, and whatever can be pickled.
-    apart_from : iterable of Tensor
-        Tensors whose numbers do not count.
+    name and version. Of this package's globals only functions, classes, modules and constants in capitals count. Of the
+    tensors in ``apart_from`` the numbers do not count.
 
     Raises
     ------
     UnknownError
-        There is something in them that cannot be known, such as a lock or an open file.
+        One of them holds or uses an object that cannot be pickled, such as a lock or an open file.
     """
-    parts = _Parts(apart_from)
-    parts.add(*values)
-    return parts.sha.hexdigest()[:32]
+    hasher = _Hasher(apart_from)
+    hasher.add(values)
+    return hasher.sha.hexdigest()[:32]
 
 
 def _meaning(source: str) -> str:
@@ -112,26 +105,126 @@ def _meaning(source: str) -> str:
 def _library(module: str) -> str:
     """Return the name and version of the library that a module belongs to; empty for code that is edited here."""
     top = module.partition(".")[0]
-    parents = Path(getattr(sys.modules.get(top), "__file__", None) or os.__file__).parents
-    if top in sys.stdlib_module_names and Path(os.__file__).parent in parents:
+    file = Path(getattr(sys.modules.get(top), "__file__", None) or os.__file__)
+    if top in sys.stdlib_module_names and Path(os.__file__).parent in file.parents:
         return top
-    if top in ("__main__", PACKAGE) or not {"site-packages", "dist-packages"} & {folder.name for folder in parents}:
+    if top in ("__main__", PACKAGE) or not {"site-packages", "dist-packages"} & {*file.parts}:
         return ""
     version = getattr(sys.modules[top], "__version__", None)
     return f"{top} {version or metadata.version(metadata.packages_distributions()[top][0])}"
 
 
-@cache
-def _code(code: CodeType) -> str:
-    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
-    arguments = (
-        code.co_argcount,
-        code.co_posonlyargcount,
-        code.co_kwonlyargcount,
-        code.co_varnames,
-        code.co_flags & 12,
-    )
-    return of_objects(arguments, code.co_exceptiontable, steps)
+class _Hasher:
+    """Hashes objects with all their parts, each object once."""
+
+    def __init__(self, apart_from: Iterable[Tensor]) -> None:
+        self.sha = hashlib.sha256()
+        self._apart_from = {id(tensor) for tensor in apart_from}
+        self._seen: dict[int, tuple[int, Any]] = {}  # with the object: once it is gone, its id may be another's
+
+    def add(self, value: Any, *path: str) -> None:
+        if type(value) in PLAIN:
+            self._write(type(value).__name__, value)
+        elif id(value) in self._seen:
+            self._write("again", self._seen[id(value)][0])
+        else:
+            if not isinstance(value, tuple):  # Python makes one or several of those, as it likes
+                self._seen[id(value)] = len(self._seen), value
+            try:
+                parts = _parts(value, with_numbers=id(value) not in self._apart_from)
+            except Exception as error:
+                name = ".".join(filter(None, path)) or "it"
+                raise UnknownError(f"{name} is a {type(value).__qualname__}, which has no digest") from error
+            self._write(type(value).__name__, len(parts))
+            name = ""
+            for part in parts:
+                self.add(part, *path, name)
+                name = part if isinstance(part, str) else ""
+
+    def _write(self, *plain: Any) -> None:
+        self.sha.update(repr(plain).encode())
+
+
+def _parts(value: Any, *, with_numbers: bool) -> list[Any]:
+    """Return all that decides what an object does; a text names what follows it."""
+    kind = type(value)
+    if isinstance(value, Tensor):
+        hooks = [value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None)]
+        numbers = checksum({"": value}) if with_numbers else ""
+        return [numbers, value.requires_grad, *(list((by_number or {}).values()) for by_number in hooks)]
+    if isinstance(value, nn.Module):
+        return _of_network(value)
+    if isinstance(value, FunctionType):
+        return _of_function(value)
+    if isinstance(value, type):
+        return _of_class(value)
+    if isinstance(value, CodeType):
+        return _of_code(value)
+    if isinstance(value, ModuleType):
+        return _of_library(value.__name__)
+    if kind in HELD:
+        return [getattr(value, name) for name in HELD[kind]]
+    if kind is weakref.ref:
+        return [value()]
+    if kind is dict:
+        return [*chain(*value.items())]
+    if kind is tuple:
+        return [*value]
+    if kind in (set, frozenset):
+        return sorted(map(of_objects, value))
+    if hasattr(value, "__wrapped__"):  # as functools.cache and staticmethod leave it
+        return [value.__wrapped__]
+    reduced = value.__reduce_ex__(2)  # what pickle would write: an object's name, or how to make it again
+    if isinstance(reduced, str):
+        return _of_library(getattr(value, "__module__", None) or kind.__module__, reduced)
+    return [*reduced[:3], *(tuple(rest or ()) for rest in reduced[3:5])]
+
+
+def _of_library(module: str, name: str = "") -> list[Any]:
+    """Return what a library's object is known by."""
+    if not _library(module):
+        raise ValueError(f"{module} is no library")
+    return [_library(module), module, name]
+
+
+def _of_network(network: nn.Module) -> list[Any]:
+    parts: list[Any] = [type(network)]
+    for name, value in vars(network).items():
+        if {f"{name}_orig", f"{name}_g"} & network._parameters.keys():
+            continue  # a weight that torch.nn.utils computes from these before each pass
+        if "_hooks" not in name and name != "training":  # that mode is set by who trains it
+            parts += name, value
+        elif name.startswith(("_forward", "_backward")):
+            parts += name, list(value.values())  # their keys differ from run to run
+    return parts
+
+
+def _of_class(kind: type) -> list[Any]:
+    if _library(kind.__module__):
+        return _of_library(kind.__module__, kind.__qualname__)
+    named = [(name, value) for name, value in vars(kind).items() if callable(value) or not name.startswith("__")]
+    return [*kind.__bases__, *chain(*(pair for pair in named if pair[0] != "_abc_impl"))]
+
+
+def _of_function(function: FunctionType) -> list[Any]:
+    code, scope = function.__code__, function.__globals__
+    closure = chain(*zip(code.co_freevars, function.__closure__ or (), strict=True))
+    home = scope.get("__name__", "")
+    if _library(home):
+        return [*_of_library(home, function.__qualname__), *closure]
+    if home.partition(".")[0] == PACKAGE:  # its other globals are its state
+        scope = {name: x for name, x in scope.items() if callable(x) or isinstance(x, ModuleType) or name.isupper()}
+    own = code, function.__defaults__, function.__kwdefaults__, vars(function)
+    return [*own, *chain(*_used(code, scope)), *closure]
+
+
+def _of_code(code: CodeType) -> list[Any]:
+    """Return a function's signature and what it does step by step, without its docstring, which is in no step."""
+    steps = [*dis.get_instructions(code)]
+    constants = [step.argval for step in steps if step.opcode in dis.hasconst]
+    others = str([(step.opname, step.opcode in dis.hasconst or step.argval) for step in steps])
+    signature = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_varnames, code.co_flags
+    return [*signature, code.co_exceptiontable, others, *constants]
 
 
 def _used(code: CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -154,121 +247,3 @@ def _used(code: CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _used(inner, scope)
-
-
-class _Parts:
-    """Takes objects apart and hashes the parts, each but once."""
-
-    def __init__(self, apart_from: Iterable[Tensor]) -> None:
-        self.sha = hashlib.sha256()
-        self._apart_from = {id(tensor) for tensor in apart_from}
-        self._seen: dict[int, tuple[int, Any]] = {}  # with the object: once it is gone, its id may be another's
-        self._path: list[str] = []
-
-    def add(self, *values: Any) -> None:
-        self._write(len(values))
-        for value in values:
-            if type(value) in PLAIN:
-                self._write(value)
-            elif id(value) in self._seen:
-                self._write(self._seen[id(value)][0])
-            else:
-                if not isinstance(value, tuple):  # Python makes one or several of those, as it likes
-                    self._seen[id(value)] = len(self._seen), value
-                self._take_apart(value)
-
-    def add_named(self, values: Iterable[tuple[str, Any]]) -> None:
-        for name, value in values:
-            self._path.append(name)
-            self.add(name, value)
-            self._path.pop()
-
-    def _write(self, plain: Any) -> None:
-        self.sha.update(f"{type(plain).__name__} {plain!r}\0".encode())
-
-    def _take_apart(self, value: Any) -> None:
-        kind = type(value)
-        if isinstance(value, CodeType):
-            self.add(_code(value))
-        elif isinstance(value, FunctionType):
-            self._function(value)
-        elif isinstance(value, type):
-            self._class(value)
-        elif isinstance(value, Tensor):
-            self._tensor(value)
-        elif isinstance(value, nn.Module):
-            self._network(value)
-        elif isinstance(value, ModuleType) and _library(value.__name__):
-            self.add(_library(value.__name__), value.__name__)
-        elif kind in WRAPPERS:
-            self.add(kind.__name__, *(getattr(value, part, None) for part in WRAPPERS[kind]))
-        elif kind is weakref.ref:
-            self.add(value())
-        elif kind in (dict, OrderedDict):
-            self.add(*value.items())
-        elif kind in (list, tuple):
-            self.add(*value)
-        elif kind in (set, frozenset):
-            self.add(*sorted(map(of_objects, value)))
-        else:
-            self._pickled(value)
-
-    def _function(self, function: FunctionType) -> None:
-        home = function.__globals__.get("__name__", "")
-        if library := _library(home):
-            self.add(library, home, function.__qualname__)
-        else:
-            self.add(function.__code__, function.__defaults__, function.__kwdefaults__, vars(function))
-            in_package = home.partition(".")[0] == PACKAGE
-            for name, used in _used(function.__code__, function.__globals__):
-                if not in_package or callable(used) or isinstance(used, ModuleType) or name.split(".")[-1].isupper():
-                    self.add_named([(name, used)])
-        self.add_named(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-
-    def _class(self, kind: type) -> None:
-        if library := _library(kind.__module__):
-            self.add(library, kind.__module__, kind.__qualname__)
-        else:
-            self.add(*kind.__bases__)
-            self.add_named(
-                (name, value)
-                for name, value in vars(kind).items()
-                if name != "_abc_impl" and (callable(value) or not name.startswith("__"))
-            )
-
-    def _tensor(self, tensor: Tensor) -> None:
-        hooks = [tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)]
-        try:
-            numbers = "" if id(tensor) in self._apart_from else checksum({"": tensor})
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise self._unknown(tensor) from error
-        self.add(numbers, tensor.requires_grad, *(list((by_number or {}).values()) for by_number in hooks))
-
-    def _network(self, network: nn.Module) -> None:
-        self.add(type(network))
-        for name, value in vars(network).items():
-            if {f"{name}_orig", f"{name}_g"} & network._parameters.keys():
-                continue  # a weight that torch.nn.utils computes from these before each pass
-            if "_hooks" not in name and name != "training":  # that mode is set by who trains it
-                self.add_named([(name, value)])
-            elif name.startswith(("_forward", "_backward")):
-                self.add_named([(name, list(value.values()))])  # their keys differ from run to run
-
-    def _pickled(self, value: Any) -> None:
-        """Add what pickle would write of a value: where that is a name, the library's that it is in."""
-        try:
-            reduced = value.__wrapped__ if hasattr(value, "__wrapped__") else value.__reduce_ex__(2)
-        except Exception as error:
-            raise self._unknown(value) from error
-        if isinstance(reduced, str):
-            home = getattr(value, "__module__", None) or type(value).__module__
-            if not _library(home):
-                raise self._unknown(value)
-            self.add(_library(home), home, reduced)
-        elif isinstance(reduced, tuple):
-            self.add(*reduced[:3], *(list(rest) if rest else None for rest in reduced[3:5]))
-        else:
-            self.add(type(value), reduced)
-
-    def _unknown(self, value: Any) -> UnknownError:
-        return UnknownError(f"{'.'.join(self._path) or 'it'} is a {type(value).__qualname__}, which has no digest")

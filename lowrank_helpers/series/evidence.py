@@ -1,37 +1,27 @@
 """Evidence: what notebooks measured in many recorded runs, a small file a notebook, in the repository.
 
-``make evidence`` runs the series from many seeds and writes it. A notebook shows its claims beside it, and ``lowrank
-check`` compares a new run with it.
+``scripts/evidence.py`` runs the series from many seeds and writes it. A notebook shows its claims beside it, and
+``lowrank check`` compares a new run with it.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lowrank_helpers import PROJECT
-from lowrank_helpers.series import digest, parameters
+from lowrank_helpers.series import digest
 from lowrank_helpers.series.claims import Claim
-from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.results import read_claims
 from lowrank_helpers.series.store import write_atomically
 from lowrank_helpers.statistics import prediction_interval
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from lowrank_helpers.series.sweep import Point
-
 FOLDER = PROJECT / "evidence"
-SEEDS = range(1, 21)  # of the recorded runs; the notebooks show seed 0
 FREE = ("seed", "device", "precision", "data_dir", "dataset")  # parameters in which a run may differ from the evidence
 CODE = {"source": "the notebook", "package": "the package"}  # what decides what a run measures, by its digest's name
-DIGITS = 5  # of a recorded number
 FALSE_ALARMS = 0.01  # of a whole check of a run that is one more of the same kind
 LEAST = 1e-3  # share of a number below which no difference is one: of images, as many have a wrong label
 
@@ -67,15 +57,7 @@ class Evidence:
         """Return in which recorded runs a claim held, and what they measured for it."""
         return self.holds.get(id, []), self.measured.get(id, {})
 
-    def series(self, id: str, quantity: str) -> "pd.DataFrame":
-        """Return a recorded quantity, a row a run and a column a label; empty where it is not recorded."""
-        import pandas as pd  # here: commands need not wait for it
-
-        frame = pd.DataFrame(self.measured.get(id, {}).get(quantity, {}))
-        frame.columns = [_as_number(label) for label in frame.columns]
-        return frame
-
-    @cached_property
+    @property
     def n_values(self) -> int:
         """How many numbers a run measures."""
         return sum(len(of) for quantities in self.measured.values() for of in quantities.values())
@@ -92,9 +74,14 @@ def read(notebook: str, dataset: str) -> Evidence | None:
     return Evidence(**json.loads(file.read_text())) if file.exists() else None
 
 
+def kind_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters in which a run must be as the recorded ones."""
+    return {name: value for name, value in parameters.items() if name not in FREE}
+
+
 def quoted(notebook: str, dataset: str, parameters: Mapping[str, Any]) -> Evidence:
     """Return a notebook's evidence from runs with these parameters, which has no runs where none are recorded."""
-    recorded, given = read(notebook, dataset), _plain(parameters)
+    recorded, given = read(notebook, dataset), kind_of(parameters)
     if recorded and recorded.parameters == given:
         return recorded
     return Evidence(notebook, dataset, given, {}, [], {}, {})
@@ -107,59 +94,6 @@ def write(evidence: Evidence) -> Path:
     file = file_of(evidence.notebook, evidence.dataset)
     write_atomically(file, f"{text}\n".encode())
     return file
-
-
-def points(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> "list[Point]":
-    """Return the runs that make evidence of notebooks and of those that they read, one a seed.
-
-    Odd seeds multiply in float32, and even ones in what is fastest here, unless a precision is given: where bfloat16
-    is, evidence is of both.
-
-    Raises
-    ------
-    ParameterError
-        There are no seeds, a given parameter is not in ``FREE``, or one is not allowed.
-    """
-    from lowrank_helpers.series import execution, sweep  # here: a kernel, which quotes evidence, runs no notebooks
-
-    if wrong := given.keys() - FREE or given.keys() & {"seed"}:
-        allowed = ", ".join(name for name in FREE if name != "seed")
-        raise ParameterError(f"parameter {min(wrong)!r} is not allowed where evidence is recorded; allowed: {allowed}")
-    if not seeds:
-        raise ParameterError("seeds are missing; allowed: such as 1..20 or 3,5")
-    for seed in seeds:
-        parameters.check({"seed": seed})
-    names = execution.with_what_they_read(names)
-    by_seed = {seed: {"precision": "float32" if seed % 2 else "auto", **given} for seed in seeds}
-    return [sweep.points(sweep.Sweep(names, {"seed": [seed]}, given))[0] for seed, given in by_seed.items()]
-
-
-def gather(folders: Iterable[Path], notebook: str) -> Evidence | None:
-    """Join what a notebook filed in several run folders, one a seed; None where no folder has a run of this kind.
-
-    Runs count that went to their end, under today's code, with the notebook's own parameters (but for those in
-    ``FREE``). So evidence grows when runs of further seeds are added to the folders.
-    """
-    whole = [folder for folder in folders if (folder / f"{notebook}.ipynb").exists()]
-    filed = [found for folder in whole if (found := read_claims(folder).get(notebook))]
-    declared, code = _plain(parameters.declared(source_of(notebook))), code_of(notebook)
-    runs = [
-        run for run in filed if _plain(run["parameters"]) == declared and code.items() <= run["environment"].items()
-    ]
-    if not runs:
-        return None
-    runs.sort(key=lambda run: run["parameters"]["seed"])
-    claims = [run["claims"] for run in runs]
-    newest = max((run["environment"] for run in runs), key=lambda environment: environment["started"])
-    return Evidence(
-        notebook,
-        newest["dataset"],
-        declared,
-        {name: newest[name] for name in ("revision", "versions", *CODE)},
-        [{"seed": run["parameters"]["seed"], "precision": run["environment"]["precision"]} for run in runs],
-        {id: [bool(run[id].holds) for run in claims] for id, claim in claims[0].items() if claim.holds is not None},
-        {id: _joined([run[id] for run in claims]) for id in claims[0]},
-    )
 
 
 def changed(evidence: Evidence) -> list[str]:
@@ -176,20 +110,6 @@ def source_of(notebook: str) -> Path:
 def code_of(notebook: str) -> dict[str, str]:
     """Return the digests of today's code that claims are filed with: a notebook's ``source`` and the ``package``."""
     return {"source": digest.of_notebook(source_of(notebook)), "package": digest.of_science()}
-
-
-def _joined(claims: Sequence[Claim]) -> dict[str, dict[str, list[float | None]]]:
-    """Return what runs measured for one claim: by quantity and label one value a run."""
-    joined: dict[str, dict[str, list[float | None]]] = {}
-    for i, claim in enumerate(claims):
-        for name, values in claim.everything().items():
-            for label, value in values.items():
-                joined.setdefault(name, {}).setdefault(label, [None] * len(claims))[i] = _rounded(value)
-    return joined
-
-
-def _rounded(value: float | None) -> float | None:
-    return value if value is None or isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
 def unlike(evidence: Evidence, claims: Mapping[str, Claim], n_values: int) -> list[str]:
@@ -240,14 +160,3 @@ def limits(values: Sequence[float], n_values: int) -> tuple[float, float]:
             lows.append(float(np.exp(logs.low)))
             highs.append(float(np.exp(logs.high)))
     return min(lows), max(highs)
-
-
-def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in parameters.items() if name not in FREE}
-
-
-def _as_number(label: str) -> float | str:
-    try:
-        return float(label)
-    except ValueError:
-        return label

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_helpers import PROJECT
 from lowrank_helpers.series import digest
 from lowrank_helpers.series.claims import Claim
-from lowrank_helpers.series.store import UnusableError, write_atomically
+from lowrank_helpers.series.store import write_atomically
 
 FORMAT = 3
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "papermill", "nbconvert")
@@ -56,7 +56,7 @@ def claims_file(folder: Path, notebook: str) -> Path:
 
 def file_claims(folder: Path, content: Mapping[str, Any]) -> None:
     """File a notebook's name, ``parameters``, ``environment``, ``seconds_by_kind`` and ``claims`` by id."""
-    plain = {**content, "claims": {id: claim.to_json() for id, claim in content["claims"].items()}}
+    plain = {**content, "claims": {id: asdict(claim) for id, claim in content["claims"].items()}}
     text = json.dumps({"format": FORMAT, "checksum": digest.of_json(plain), **plain}, indent=1, ensure_ascii=False)
     write_atomically(claims_file(folder, content["notebook"]), text.encode())
 
@@ -69,39 +69,28 @@ def read_claims(folder: Path) -> dict[str, dict[str, Any]]:
     filed = {}
     for file in sorted((folder / "claims").glob("*.json")):
         try:
-            filed[file.stem] = _read(file)
-        except UnusableError as error:
-            warnings.warn(f"{file.name} among the claims {error}; left out", stacklevel=2)
+            content = json.loads(file.read_bytes())
+            intact = (content.pop("format"), content["notebook"]) == (FORMAT, file.stem)
+            intact = intact and content.pop("checksum") == digest.of_json(content)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            intact = False
+        if intact:
+            claims = {id: Claim.from_json(claim) for id, claim in content["claims"].items()}
+            filed[file.stem] = content | {"claims": claims}
+        else:
+            warnings.warn(f"{file.name} among the claims is damaged or of another version; left out", stacklevel=2)
     return filed
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-        version, checksum = content.pop("format"), content.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise UnusableError(f"cannot be read ({error!r})") from error
-    if version != FORMAT:
-        raise UnusableError(f"has format {version!r}, not {FORMAT!r}")
-    if content.get("notebook") != file.stem or checksum != digest.of_json(content):
-        raise UnusableError("does not match its name and checksum")
-    return content | {"claims": {id: Claim.from_json(claim) for id, claim in content["claims"].items()}}
 
 
 def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = None) -> dict[str, Any]:
     """Join the claims of a run folder into ``results.json`` and return them.
 
-    Parameters
-    ----------
-    seconds : float, optional
-        What the run took on the clock, from its start to here.
-
     Returns
     -------
     dict
-        ``seconds``: as given. ``notebooks``: by name, how it ended, in how many seconds, with which parameters, on
-        what, and ``seconds_by_kind``, processor seconds by kind of work.
-        ``claims``: by id, the notebook and what :meth:`lowrank_helpers.series.claims.Claim.to_json` returns.
+        ``seconds``: on the clock, as given. ``notebooks``: by name, how it ended, in how many seconds, and its
+        ``parameters``, ``environment`` and ``seconds_by_kind``. ``claims``: by id, the notebook and the fields of
+        its :class:`lowrank_helpers.series.claims.Claim`.
     """
     notebooks: dict[str, Any] = {
         outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}
@@ -111,7 +100,7 @@ def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = No
     for name, filed in read_claims(folder).items():
         of_run = {part: filed[part] for part in ("parameters", "environment", "seconds_by_kind")}
         notebooks.setdefault(name, {"status": "earlier"}).update(of_run)
-        claims |= {id: {"notebook": name} | claim.to_json() for id, claim in filed["claims"].items()}
+        claims |= {id: {"notebook": name} | asdict(claim) for id, claim in filed["claims"].items()}
     results = {
         "format": FORMAT,
         "seconds": seconds,

@@ -16,17 +16,20 @@ from torch import nn
 from lowrank_helpers import PROJECT, data, plots
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.parallel import n_side_by_side, side_by_side, take_one_thread_each
-from lowrank_helpers.series import claims, evidence, parameters
+from lowrank_helpers.series import claims, evidence, parameters, store
 from lowrank_helpers.series.claims import Claim, Comparison
 from lowrank_helpers.series.parameters import recipes
 from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
-from lowrank_helpers.series.store import Store
 from lowrank_helpers.timing import spent
 from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
 CLAIM_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
 FULL_SIZE = 10_000  # training images from which on recipes are taken as they are
+STAND_IN = """⚠ **MNIST could not be had: everything below is measured on `digits`,** \
+scikit-learn's bundled 8×8 digits resampled to 28×28.
+
+"""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -82,27 +85,17 @@ class Run:
         dataset = settings.dataset(self.parameters["dataset"])
         self.data = data.load(dataset, self.data_dir).to(self.device).hold_out()
         self.folder = settings.run_folder or PROJECT / "reports" / "lab"
-        self._store = Store(settings.networks_folder or self.folder / "networks")
+        self._networks = settings.networks_folder or self.folder / "networks"
         self._claims: dict[str, Claim] = {}
         self._evidence = evidence.quoted(notebook, self.data.name, self.parameters)
         self._code = evidence.code_of(notebook)
         self._started = datetime.now(UTC)
-        display(Markdown(self._header()))
-
-    def _header(self) -> str:
-        lines = []
-        if self.parameters["dataset"] == "auto" and self.data.name != "mnist":
-            lines.append(
-                f"⚠ **MNIST could not be had: everything below is measured on `{self.data.name}`,** "
-                "scikit-learn's bundled 8×8 digits resampled to 28×28.\n"
-            )
-        lines.append(
-            f"Dataset **{self.data.name}** ({len(self.data.train_labels):,} training, "
-            f"{len(self.data.validation_labels):,} validation and {len(self.data.test_labels):,} test images) · "
-            f"seed **{self.parameters['seed']}** · "
-            f"device **{self.device.type}** · matrix products in **{self.precision}**, weights in float32"
-        )
-        return "\n".join(lines)
+        sizes = {split: f"{len(labels):,}" for split, (_, labels) in self.data.splits().items()}
+        images = "{train} training, {validation} validation and {test} test images".format(**sizes)
+        header = f"Dataset **{self.data.name}** ({images}) · seed **{self.parameters['seed']}** · "
+        header += f"device **{self.device.type}** · matrix products in **{self.precision}**, weights in float32"
+        stands_in = self.parameters["dataset"] == "auto" and self.data.name != "mnist"
+        display(Markdown(STAND_IN + header if stands_in else header))
 
     def recipe(self, kind: str, **options: Any) -> Recipe:
         """Return how a kind of network is trained, with this run's seed and precision.
@@ -141,38 +134,22 @@ class Run:
         others: Mapping[str, Dataset] | None = None,
         label: str = "training",
     ) -> tuple[nn.Module, History]:
-        """Move a network to the run's device and train it, or load it if this training has been done.
-
-        Parameters
-        ----------
-        model : nn.Module
-            Trained in place.
-        recipe : Recipe
-        data : Dataset, optional
-            By default the run's.
-        others : mapping of str to Dataset, optional
-            Further data to score on each epoch, as in :func:`lowrank_helpers.training.fit`.
-        label : str
-            Names the progress bar.
-
-        Returns
-        -------
-        nn.Module, History
-            The same network, trained, and how it went.
-        """
+        """Train one network as :meth:`train_all` does; the label names the progress bar."""
         return self.train_all({label: Training(model, recipe, data)}, others=others)[label]
 
     def train_all(
         self, trainings: Mapping[Key, Training], *, others: Mapping[str, Dataset] | None = None
     ) -> dict[Key, tuple[nn.Module, History]]:
-        """Train several networks as :meth:`train` does, side by side where the processor has cores for it.
+        """Train networks in place on the run's device, or load those whose training has been done.
+
+        They train side by side where the processor has cores for it.
 
         Parameters
         ----------
         trainings : mapping to Training
             The keys name the progress bars.
         others : mapping of str to Dataset, optional
-            Further data to score all of them on each epoch.
+            Further data to score all of them on, as in :func:`lowrank_helpers.training.fit`.
 
         Returns
         -------
@@ -184,7 +161,8 @@ class Run:
             model, recipe, data = trainings[key]
             label = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
             model.to(self.device)
-            return model, self._store.trained(model, data or self.data, recipe, others=others, label=label, stop=stop)
+            given = model, data or self.data, recipe
+            return model, store.trained(self._networks, *given, others=others, label=label, stop=stop)
 
         trained = side_by_side([partial(train, key) for key in trainings], self.device)
         return dict(zip(trainings, trained, strict=True))
@@ -227,23 +205,21 @@ class Run:
         """
         if not CLAIM_ID.fullmatch(id):
             raise ValueError(f"claim id {id!r} is not allowed; allowed: an item such as '3.1' or a part, '3.1/spread'")
-        stated = {"larger": larger or {}, "smaller": smaller or {}, "alike": alike or {}}
-        if any(stated.values()) == (holds is not None) or any(stated.values()) != (counts is not None):
-            raise ValueError(f"claim {id} needs either holds, or counts with larger, smaller or alike")
         comparisons = [
             Comparison(quantity, str(first), str(second), relation, float(counts or 0))
-            for relation, pairs in stated.items()
-            for quantity, (first, second) in pairs.items()
+            for relation, pairs in {"larger": larger, "smaller": smaller, "alike": alike}.items()
+            for quantity, (first, second) in (pairs or {}).items()
         ]
+        if bool(comparisons) == (holds is not None) or bool(comparisons) != (counts is not None):
+            raise ValueError(f"claim {id} needs either holds, or counts with larger, smaller or alike")
         parts = [claims.quantities(values or {}) for values in (measured, series, timings)]
         names = [name for part in parts for name in part]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"claim {id} has the quantity {min(twice)!r} more than once")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"claim {id} has the quantity {twice[0]!r} more than once")
         claim = Claim(id, sentence, None if holds is None else bool(holds), comparisons, *parts)
         self._claims[id] = claim
         self._file_claims()
-        text = claims.markdown(claim, *self._evidence.of(id))
-        display(Markdown(text), metadata={"lowrank": {"claim": id}})
+        display(Markdown(claims.markdown(claim, *self._evidence.of(id))), metadata={"lowrank": {"claim": id}})
 
     def recorded(self, id: str, quantity: str) -> pd.DataFrame:
         """Return a quantity of a claim in the recorded runs, for a pale band behind this run's line.
@@ -253,7 +229,9 @@ class Run:
         DataFrame
             A row a run, a column a label; empty where no run with these parameters is recorded.
         """
-        return self._evidence.series(id, quantity)
+        frame = pd.DataFrame(self._evidence.of(id)[1].get(quantity, {}))
+        places = pd.to_numeric(pd.Series(frame.columns), errors="coerce")
+        return frame if places.isna().any() else frame.set_axis(places, axis="columns")
 
     def answers(self, *, of_all: bool = False) -> None:
         """Show the answers to the assignment's items, which are the claims without the parts, and how each stands.
@@ -274,30 +252,20 @@ class Run:
         display(Markdown("\n".join(lines)))
 
     def _file_claims(self) -> None:
+        known = {"starting": self._seconds_to_start} | spent  # processor seconds of this process, by kind of work
         filed = {
             "notebook": self.notebook,
             "parameters": self.parameters,
             "environment": {
                 "dataset": self.data.name,
                 "started": self._started.isoformat(timespec="seconds"),
-                "device": _device_name(self.device),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
                 "precision": self.precision,
                 "threads": n_side_by_side(),
             }
             | self._code
             | software(),
-            "seconds_by_kind": self._seconds_by_kind(),
+            "seconds_by_kind": known | {"rest": max(0.0, time.process_time() - sum(known.values()))},
             "claims": self._claims,
         }
         file_claims(self.folder, filed)
-
-    def _seconds_by_kind(self) -> dict[str, float]:
-        """Return the processor seconds of this process so far, by kind of work."""
-        known = {"starting": self._seconds_to_start} | spent
-        return known | {"rest": max(0.0, time.process_time() - sum(known.values()))}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type

@@ -1,22 +1,22 @@
 """Trained networks on disk: each made once, under a key of everything that determines it.
 
-One safetensors file a network: its weights, and in the file's header its history, the format's version and a
-checksum. Nothing is ever unpickled.
+One safetensors file a network: its weights, and in the file's header its history and a checksum. Nothing is ever
+unpickled.
 """
 
 import copy
 import json
 import os
-import random
 import tempfile
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -30,85 +30,71 @@ from lowrank_helpers.series import digest
 from lowrank_helpers.series.digest import UnknownError
 from lowrank_helpers.training import History, Recipe, fit, products_in
 
-FORMAT = "1"
+FORMAT = 2  # of the files
 PROBED = 8  # images to which a network answers for its key
 TEMPORARY = ".tmp"  # ending of files being written; a killed process leaves them behind
 
 
-class Store:
-    """A folder of trained networks.
+def trained(
+    folder: Path,
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    others: Mapping[str, Dataset] | None = None,
+    label: str = "training",
+    stop: Event | None = None,
+) -> History:
+    """Train a network in place as :func:`fit` does, or load what that training gave if a folder has it.
 
-    Parameters
-    ----------
-    folder : Path
-        Made when the first network is saved.
+    A training that another process or thread is at is not done twice: this one waits for it. A network is trained and
+    not kept, with a warning, where something that decides its training cannot be known, such as an attribute that
+    cannot be pickled, or where training changes more of it than its ``state_dict``.
+
+    Returns
+    -------
+    History
+        Of the training, whenever it ran.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def trained(
-        self,
-        model: nn.Module,
-        data: Dataset,
-        recipe: Recipe,
-        *,
-        others: Mapping[str, Dataset] | None = None,
-        label: str = "training",
-        stop: Event | None = None,
-    ) -> History:
-        """Train a network in place as :func:`fit` does, or load what that training gave if it has been done.
-
-        A training that another process or thread is at is not done twice: this one waits for it.
-
-        The key is made of all that decides it: the network's weights before training, its attributes, hooks and code
-        wherever that is defined, its first answers and gradients, the data, the recipe, the code that trains, PyTorch's
-        version and the kind of device. Where something cannot be known, such as an attribute that cannot be pickled, or
-        where training changes more of the network than its ``state_dict``, it is trained and not kept, with a warning.
-
-        Returns
-        -------
-        History
-            Of the training, whenever it ran.
-        """
-        try:
-            key, rest = _key(model, data, recipe, others or {}), _rest(model)
-        except UnknownError as error:
-            _warn(f"{label}: the network is trained and not kept, as {error}")
-            return fit(model, data, recipe, others=others, label=label, stop=stop)
-        file = self.folder / f"{key}.safetensors"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = self.folder / f".{key}.lock{TEMPORARY}"
-        with FileLock(lock):
-            history = _stored(file, key, model)
-            if not history:
-                history = fit(model, data, recipe, others=others, label=label, stop=stop)
-                if _has_still(model, rest):
-                    _save(file, key, model, history)
-                else:
-                    _warn(f"{label}: the network is not kept, as training changed more of it than its state_dict")
-            lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
-        return history
+    train = partial(fit, model, data, recipe, others=others, label=label, stop=stop)
+    try:
+        decided = determinants(model, data, recipe, others or {})
+    except UnknownError as error:
+        warnings.warn(f"{label}: the network is trained and not kept, as {error}", stacklevel=2)
+        return train()
+    key = digest.of_json(decided)[:32]
+    file, lock = folder / f"{key}.safetensors", folder / f".{key}.lock{TEMPORARY}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        history = _load(file, model)
+        if not history:
+            history = train()
+            if _is_still(model, decided["network"]):
+                _save(file, model, history)
+            else:
+                changed = "training changed more of it than its state_dict"
+                warnings.warn(f"{label}: the network is not kept, as {changed}", stacklevel=2)
+        lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
+    return history
 
 
-class UnusableError(Exception):
-    """A stored file is damaged or not this project's; the message says how, to be read after the file's name."""
+def determinants(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, Dataset]) -> dict[str, Any]:
+    """Return all that decides a training, by name, in digests: two trainings are the same if these are.
 
-
-def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, Dataset]) -> str:
-    """Return the key of a training.
+    Of the network they are its weights, its attributes, hooks and code wherever that is defined, and its first answers.
 
     Raises
     ------
     UnknownError
-        It depends on something that cannot be known.
+        The training depends on something that cannot be known.
     """
     answers = _first_answers(model, data, recipe)
     if answers != _first_answers(model, data, recipe):
         raise UnknownError("it answers differently each time")
-    parts = {
+    return {
         "answers": answers,
-        "network": digest.of_objects(model),  # after its answers, as these may import something
+        "network": _apart_from_state(model),  # after its answers, as these may import something
+        "state": digest.of_objects(model.state_dict()),
         "data": data.fingerprint(),
         "others": {name: other.fingerprint() for name, other in others.items()},
         "recipe": asdict(recipe),
@@ -116,11 +102,11 @@ def _key(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, D
         "torch": torch.__version__,
         "numbers": str(torch.get_default_dtype()),
         "device": data.train_images.device.type,
+        "format": FORMAT,
     }
-    return digest.of_json(parts)[:32]
 
 
-def _rest(model: nn.Module) -> str:
+def _apart_from_state(model: nn.Module) -> str:
     """Return a digest of all that a network is, but for the numbers that the store keeps of it."""
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
@@ -129,22 +115,21 @@ def _rest(model: nn.Module) -> str:
     return digest.of_objects(model, apart_from=state.values())
 
 
-def _has_still(model: nn.Module, rest: str) -> bool:
+def _is_still(model: nn.Module, network: str) -> bool:
     with suppress(UnknownError):
-        return _rest(model) == rest
+        return _apart_from_state(model) == network
     return False
 
 
 def _first_answers(model: nn.Module, data: Dataset, recipe: Recipe) -> str:
     """Return a digest of what a network in training mode answers to a few images, and of the gradients.
 
-    They tell of much that neither its code nor its attributes do, such as random numbers that it draws. All is done to
-    a copy, and generators of random numbers are left as they were.
+    They tell of much that neither its code nor its attributes do, such as the random numbers that it draws from
+    PyTorch. All is done to a copy, and PyTorch's generators are left as they were.
     """
     # Tensors that a module has computed, as torch.nn.utils.prune's do, cannot be copied with the rest.
     computed = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, Tensor)]
     device = data.train_images.device
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (a network may draw from it)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), products_in(recipe.precision, device):
             probed = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).train()
@@ -155,50 +140,34 @@ def _first_answers(model: nn.Module, data: Dataset, recipe: Recipe) -> str:
         return checksum({str(i): value for i, value in enumerate([answers, *gradients]) if value is not None})
     except Exception as error:
         raise UnknownError(f"a copy of it does not answer ({type(error).__name__}: {error})") from error
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
 
 
-def _save(file: Path, key: str, model: nn.Module, history: History) -> None:
+def _save(file: Path, model: nn.Module, history: History) -> None:
     # Copies, as the format has no way to say that two names share a tensor.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"format": FORMAT, "key": key, "history": json.dumps(asdict(history))}
-    write_atomically(file, save(tensors, metadata=header | {"seal": _seal(header, tensors)}))
+    written = json.dumps(asdict(history))
+    write_atomically(file, save(tensors, {"history": written, "seal": _seal(file, written, tensors)}))
 
 
-def _seal(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Hash all that a file says, so that no part of it can change unseen."""
-    return digest.of_json({**header, "weights": checksum(tensors)})
+def _seal(file: Path, history: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash all that a file says, and its name, so that no part of it can change unseen."""
+    return digest.of_json([file.name, history, checksum(tensors)])
 
 
-def _stored(file: Path, key: str, model: nn.Module) -> History | None:
-    """Load a network if the store has it, undamaged."""
+def _load(file: Path, model: nn.Module) -> History | None:
+    """Put a stored network's weights into the model and return its history, if the store has it, undamaged."""
     if not file.exists():
         return None
     try:
-        return _load(file, key, model)
-    except UnusableError as error:
-        _warn(f"{file.name} in the store of networks {error}; trained again")
-        return None
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
-
-
-def _load(file: Path, key: str, model: nn.Module) -> History:
-    """Put a stored network's weights into the model and return its history."""
-    try:
         with safe_open(file, framework="pt") as stored:
-            header = stored.metadata() or {}
+            header = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise UnusableError(f"cannot be read ({error})") from error
-    if header.get("format") != FORMAT:
-        raise UnusableError(f"has format {header.get('format')!r}, not {FORMAT!r}")
-    if header.get("key") != key or header.pop("seal", None) != _seal(header, tensors):
-        raise UnusableError("does not match its key and checksum")
+        intact = header["seal"] == _seal(file, header["history"], tensors)
+    except (SafetensorError, OSError, TypeError, KeyError):
+        intact = False
+    if not intact:
+        warnings.warn(f"{file.name} in the store of networks is damaged; trained again", stacklevel=3)
+        return None
     model.load_state_dict(tensors)
     return History(**json.loads(header["history"]))
 

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -44,11 +43,8 @@ def test_words_are_compared_beside_any_number(one, other, number):
 @pytest.mark.parametrize(
     ("recorded", "new", "same"),
     [
-        ("[0.98 1.  ]", "[0.98 0.97]", True),
         ("a   9.95 -0.10\nb   1.00  0.10", "a  10.05  0.10\nb   1.00 -0.10", True),
-        ("1,234 of 1e-05", "7 of 0.5", True),
         ("loss 0.5", "loss nan", False),
-        ("ranks 3, 4", "ranks 3", False),
         ("fc1 has rank 7", "fc2 has rank 7", False),
         ("torch v2.1.0", "torch v2.1.1", False),
     ],
@@ -63,14 +59,11 @@ def claim(sentence="Ranks fall below 95 %.", value=3.0, name="rank", standing=(T
     return shown(claims.markdown(one, standing, recorded), lowrank={"claim": "3.1"})
 
 
-@pytest.mark.parametrize("other", [{"value": 4.5}, {"standing": (True, False)}, {"standing": ()}])
-def test_numbers_of_a_claim_and_how_it_stands_are_not_compared_as_text(other):
-    assert essence(claim()) == essence(claim(**other))
-
-
-@pytest.mark.parametrize("other", [{"sentence": "Ranks fall below 90 %."}, {"name": "stable rank"}])
-def test_sentence_of_a_claim_and_the_names_of_its_quantities_are_exact(other):
-    assert essence(claim()) != essence(claim(**other))
+def test_the_sentence_of_a_claim_and_the_names_of_its_quantities_are_exact_and_nothing_else():
+    for same in ({"value": 4.5}, {"standing": (True, False)}, {"standing": ()}):
+        assert essence(claim()) == essence(claim(**same)), same
+    for other in ({"sentence": "Ranks fall below 90 %."}, {"name": "stable rank"}):
+        assert essence(claim()) != essence(claim(**other)), other
 
 
 def test_table_is_compared_as_html_alone():
@@ -139,8 +132,8 @@ FAILING = {
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory) -> tuple[dict[str, str], str, Path]:
-    """Check a notebook whose cells have changed since; return each failure, the terminal's text and the folder."""
+def checked(tmp_path_factory) -> tuple[dict[str, str], str]:
+    """Check a notebook whose cells have changed since; return each failure and the terminal's text."""
     folder = tmp_path_factory.mktemp("checked")
     recorded = new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}})
     recorded.cells = [new_code_cell(text, id=id, metadata={"lowrank": of}) for id, (text, of, _) in CELLS.items()]
@@ -173,29 +166,22 @@ def checked(tmp_path_factory) -> tuple[dict[str, str], str, Path]:
     for case in ET.parse(folder / "report.xml").iter("testcase"):
         problem = next(iter([*case.iter("failure"), *case.iter("error")]), None)
         failures[case.get("name", "")] = "" if problem is None else problem.text or ""
-    return failures, done.stdout, folder
+    return failures, done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("id", [*CELLS, "claims"])
 def test_each_fault_is_caught_and_nothing_else(checked, id):
-    failures, _, _ = checked
-    if id in FAILING:
-        assert FAILING[id] in failures[id]
-    else:
-        assert not failures[id]
+    failures, _ = checked
+    assert FAILING[id] in failures[id] if id in FAILING else not failures[id]
     if id == "claims":
         assert "2.1/new is not in the evidence" in failures[id] and "2.2" not in failures[id]
 
 
 @pytest.mark.slow
-def test_report_names_what_was_not_compared_and_old_evidence(checked):
-    _, report, _ = checked
+def test_report_names_what_was_not_compared_old_evidence_and_outputs_changed_by_hand(checked):
+    _, report = checked
     assert "unchecked: 02_train.ipynb::unchecked (the machine)" in report
     assert "old evidence: 02_train: the notebook and the package changed since revision abc1234" in report
 
-
-@pytest.mark.slow
-def test_a_digit_changed_by_hand_is_caught_where_numbers_are_free_too(checked):
-    _, report, _ = checked
     assert "sealed.ipynb: outputs are not as `make record` wrote them" in report

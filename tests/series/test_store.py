@@ -2,7 +2,6 @@
 
 import copy
 import os
-import random
 import re
 import signal
 import subprocess
@@ -12,24 +11,20 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn.utils import prune
 from traitlets.config import Config
 
-from lowrank_helpers import PROJECT, training
+from lowrank_helpers import PROJECT, models, training
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.models import mlp
-from lowrank_helpers.series import digest, store
-from lowrank_helpers.series.store import Store, write_atomically
+from lowrank_helpers.series import digest
+from lowrank_helpers.series.store import determinants, trained, write_atomically
 from lowrank_helpers.training import History, Recipe
 
 RECIPE = Recipe(epochs=1, batch_size=64, learning_rate=1e-3)
@@ -41,15 +36,19 @@ def few(digits) -> Dataset:
     return digits.select(train=torch.arange(100), test=torch.arange(100))
 
 
-def train(folder: Path, data: Dataset, recipe: Recipe = RECIPE, *, seed: int = 0) -> tuple[torch.Tensor, History]:
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+def train(folder: Path, data: Dataset, *, seed: int = 0) -> tuple[torch.Tensor, History]:
     model = mlp([784, 8, 10], seed=seed)
-    history = Store(folder).trained(model, data, recipe)
-    return torch.cat([weight.detach().flatten() for weight in model.parameters()]), history
+    history = trained(folder, model, data, RECIPE)
+    return weights_of(model), history
 
 
 @pytest.fixture(scope="module")
 def saved(few, tmp_path_factory) -> tuple[Path, torch.Tensor, History]:
-    """A store with one network, and what its training gave."""
+    """A folder with one network, and what its training gave."""
     folder = tmp_path_factory.mktemp("networks")
     weights, history = train(folder, few)
     return next(folder.iterdir()), weights, history
@@ -62,28 +61,56 @@ def test_second_training_is_loaded(saved, few):
     assert loaded == history, "the durations would differ had it been trained again"
 
 
-def test_key_is_of_all_that_determines_a_training(saved, few, digits, tmp_path):
-    train(tmp_path, few)
-    train(tmp_path, few, seed=1)
-    train(tmp_path, few, Recipe(epochs=1, batch_size=64, learning_rate=2e-3))
-    train(tmp_path, few, Recipe(epochs=1, batch_size=64, learning_rate=1e-3, seed=1))
-    train(tmp_path, digits.select(train=torch.arange(50), test=torch.arange(50)))
+def pruned():
+    model = mlp([784, 10, 10], seed=0)
+    prune.l1_unstructured(model.fc1, "weight", amount=0.5)  # it computes the weight at each pass
+    return model
+
+
+def tied():
+    model = mlp([784, 10, 10, 10], seed=0)
+    model.fc3.weight = model.fc2.weight
+    return model
+
+
+@pytest.mark.parametrize("build", [pruned, tied, lambda: torch.nn.Sequential(torch.nn.RNN(784, 4), Last())])
+def test_networks_of_other_kinds_are_kept_too(few, tmp_path, build):
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        networks.append(build())
+        trained(tmp_path, networks[-1], few, RECIPE)
+    assert torch.equal(*map(weights_of, networks))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+class Last(torch.nn.Module):
+    """A recurrent network's last layer."""
+
+    def forward(self, found):
+        return found[0].repeat(1, 3)[:, :10]
+
+
+def test_another_training_has_another_key(few):
+    def of(model=None, data=few, recipe=RECIPE, others=None):
+        return digest.of_json(determinants(model or mlp([784, 8, 10], seed=0), data, recipe, others or {}))
+
     frozen = mlp([784, 8, 10], seed=0)
     frozen.fc1.weight.requires_grad_(False)
-    Store(tmp_path).trained(frozen, few, RECIPE)
-    Store(tmp_path).trained(mlp([784, 8, 10], "tanh", seed=0), few, RECIPE)
-    Store(tmp_path).trained(mlp([784, 8, 10], seed=0), few, RECIPE, others={"first": few})
-    assert len(list(tmp_path.iterdir())) == 8
-
-
-def test_data_changed_in_place_make_another_network(few, tmp_path):
-    """A student shuffles the labels and trains: nobody must find that network under the true labels' key."""
     shuffled = few.select(train=torch.arange(len(few.train_labels)))  # a copy
-    train(tmp_path, few)
-    shuffled.train_labels[:] = shuffled.train_labels.flip(0)
-    changed, _ = train(tmp_path, shuffled)
-    again, _ = train(tmp_path, few)
-    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(changed, again)
+    shuffled.train_labels[:] = shuffled.train_labels.flip(0)  # in place, as a student does
+    different = [
+        of(),
+        of(mlp([784, 8, 10], seed=1)),
+        of(mlp([784, 8, 10], "tanh", seed=0)),
+        of(frozen),
+        of(data=shuffled),
+        of(data=few.select(train=torch.arange(50))),
+        of(recipe=replace(RECIPE, learning_rate=2e-3)),
+        of(recipe=replace(RECIPE, seed=1)),
+        of(others={"first": few}),
+    ]
+    assert len(set(different)) == len(different) and of() == different[0]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +129,8 @@ def cells():
 
 
 SETUP = """
-import functools
+from functools import partial
+from types import MethodType
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -141,137 +169,87 @@ LAYERS = (
 
 # What a student changes, and that is all: the cells before, and the cells after.
 CHANGES = {
-    "constructor's argument": (NET, "model = Net(power=0.0)"),
     "class attribute": (NET, "Net.shift = 1.0\nmodel = Net()"),
-    "edited forward": (NET, NET.replace("+ self.shift", "- self.shift - 1e-9")),
+    "method that scoring calls": (NET.replace("y * 1.0", "y.sin()"), NET.replace("y * 1.0", "y.cos()")),
     "edited forward of scoring": (NET, NET.replace("y * 1.0", "y * 2.0")),
     "edited constant": (NET, "SCALE = 0.25\nmodel = Net()"),
     "edited function": (NET, "def squash(x):\n    return torch.sin(x)\nmodel = Net()"),
-    "attribute set afterwards": (NET, "model = Net()\nmodel.power = 3"),
-    "non-persistent buffer": (NET, "model = Net()\nmodel.mask[7] = 0"),
-    "lambda": (NET + "model = Net(inner=lambda x: x)", "model = Net(inner=lambda x: -x)"),
-    "closure": (NET + "model = Net(inner=closure(1))", "model = Net(inner=closure(2))"),
-    "partial": (
-        NET + "model = Net(inner=functools.partial(torch.mul, other=1))",
-        "model = Net(inner=functools.partial(torch.mul, other=2))",
+    "attribute": (NET, "model.power = 3"),
+    "non-persistent buffer": (NET, "model.mask[7] = 0"),
+    "lambda": (NET + "model.inner = lambda x: x", "model.inner = lambda x: -x"),
+    "closure": (NET + "model.inner = closure(1)", "model.inner = closure(2)"),
+    "partial": (NET + "model.inner = partial(torch.mul, other=1)", "model.inner = partial(torch.mul, other=2)"),
+    "forward of one network": (NET, "model.forward = lambda x: model.fc(x)"),
+    "method of one network": (
+        NET + "def scored(self, x):\n    return x\nmodel.inner = MethodType(scored, model)",
+        "def scored(self, x):\n    return x if self.training else 0 * x\nmodel.inner = MethodType(scored, model)",
     ),
-    "forward of one network": (
-        NET,
-        "model = Net()\nmodel.forward = lambda x: model.fc(x)",
-    ),
-    "hook": (NET, "model = Net()\nmodel.register_forward_hook(lambda model, inputs, y: 2 * y)"),
-    "edited hook for scoring": (
-        NET + "model.register_forward_hook(lambda model, inputs, y: y if model.training else 2 * y)",
-        "model = Net()\nmodel.register_forward_hook(lambda model, inputs, y: y if model.training else 3 * y)",
-    ),
-    "hook on a gradient": (NET, "model = Net()\nmodel.fc.weight.register_hook(lambda g: g / 2)"),
-    "parametrization": (NET, "model = Net()\nnn.utils.parametrizations.weight_norm(model.fc)"),
-    "frozen": (ATTENTION, ATTENTION + "\nmodel.embed.requires_grad_(False)"),
-    "default dtype": (NET, "model = Net()\ntorch.set_default_dtype(torch.float64)"),
-    "library's function": (NET, "torch.tanh, tanh = torch.sigmoid, torch.tanh\nmodel = Net()"),
+    "hook for scoring": (NET, "model.register_forward_hook(lambda model, inputs, y: y if model.training else 2 * y)"),
+    "hook on a gradient": (NET, "model.fc.weight.register_hook(lambda g: g / 2)"),
+    "parametrization": (NET, "nn.utils.parametrizations.weight_norm(model.fc)"),
+    "frozen": (ATTENTION, "model.embed.requires_grad_(False)"),
+    "default dtype": (NET, "torch.set_default_dtype(torch.float64)"),
+    "library's function": (NET, "torch.tanh = torch.sigmoid"),
     "heads": (ATTENTION, ATTENTION.replace("n_heads=4", "n_heads=8")),
-    "package's method": (
-        FACTORS,
-        "Thin = models.LowRankLayer\nforward = Thin.forward\nThin.forward = lambda self, x: 2 * forward(self, x)\n"
-        + FACTORS,
-    ),
-    "momentum": (LAYERS, LAYERS.replace("BatchNorm1d(10)", "BatchNorm1d(10, momentum=0.5)")),
+    "package's method": (FACTORS, "models.LowRankLayer.forward = lambda self, x: self[1](self[0](2 * x))"),
     "dropout": (LAYERS, LAYERS.replace("Dropout(0.1)", "Dropout(0.1000001)")),
     "state of random numbers": (LAYERS, LAYERS + "\ntorch.manual_seed(1)"),
     "slope": (LAYERS, LAYERS.replace("ReLU()", "LeakyReLU(0.0)")),
-    "in place": (LAYERS, LAYERS.replace("ReLU()", "ReLU(inplace=True)")),
 }
-# What undoes such a change, or is none.
-RESTORE = """
-torch.set_default_dtype(torch.float32)
-if "tanh" in globals(): torch.tanh = tanh
-if "forward" in globals(): del Thin.forward
-for name in ("tanh", "forward"): globals().pop(name, None)
-"""
+HOOK = "model.register_forward_hook(hook)"
 SAME = {
     "executed again": (NET, NET),
     "commented": (NET, NET.replace("Everything", "All").replace("A network.", "Some network.\n\n    And more.")),
     "laid out": (NET, NET.replace("self.fc(x * self.mask)", "self.fc(\n            x * self.mask\n        )")),
     "other names around it": (NET, "unused = 3\nmodel = Net()"),
-    "own seed": (ATTENTION, ATTENTION),
-    "mode": (LAYERS, LAYERS + "\nmodel.eval()"),
+    "mode": (LAYERS, "model.eval()"),
     "something else in the environment": (
-        NET + "import os\ndef inner(x):\n    return x if 'SHOUT' in os.environ else -x\nmodel = Net(inner=inner)",
-        "os.environ['WHISPER'] = '1'\nmodel = Net(inner=inner)",
+        NET + "import os\nmodel.inner = lambda x: x if 'SHOUT' in os.environ else -x",
+        "os.environ['WHISPER'] = '1'",
     ),
-    "hook taken off": (NET, "model = Net()\nmodel.register_forward_hook(lambda model, inputs, y: 2 * y).remove()"),
+    "hook taken off": (NET, "model.register_forward_hook(lambda model, inputs, y: 2 * y).remove()"),
     "hooks numbered otherwise": (
-        NET + "def hook(model, inputs, y):\n    return 2 * y\nmodel.register_forward_hook(hook)",
-        "model = Net()\nmodel.register_forward_hook(hook).remove()\nmodel.register_forward_hook(hook)",
+        f"{NET}def hook(model, inputs, y):\n    return 2 * y\n{HOOK}",
+        f"model = Net()\n{HOOK}.remove()\n{HOOK}",
     ),
 }
 
 
-def _keys(cells, few, before: str, after: str) -> tuple[str, str]:
+@pytest.mark.parametrize("name", [*CHANGES, *SAME])
+def test_what_a_student_changes_makes_another_network_and_what_changes_nothing_finds_it(cells, few, monkeypatch, name):
+    before, after = (CHANGES | SAME)[name]
+    for place, patched in ((torch, "tanh"), (models.LowRankLayer, "forward")):
+        monkeypatch.setattr(place, patched, getattr(place, patched))  # it is so again at the end
     try:
-        first = store._key(cells(SETUP, before)["model"], few, RECIPE, {})
-        return first, store._key(cells(after)["model"], few, RECIPE, {})
+        first = determinants(cells(SETUP, before)["model"], few, RECIPE, {})
+        assert (determinants(cells(after)["model"], few, RECIPE, {}) == first) is (name in SAME)
     finally:
-        cells(RESTORE)
+        torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_whatever_a_student_changes_between_two_cells_makes_another_network(cells, few, change):
-    first, second = _keys(cells, few, *CHANGES[change])
-    assert first != second
-
-
-@pytest.mark.parametrize("change", SAME)
-def test_what_changes_nothing_finds_the_network(cells, few, change):
-    first, second = _keys(cells, few, *SAME[change])
-    assert first == second
+CHANGED = "training changed more of it than its state_dict"
+HOLDING = NET + "model.secret = lambda x: held\n"
 
 
 @pytest.mark.parametrize(
-    "addition", ["lock = threading.Lock()", "numbers = (i for i in range(3))", "shell = get_ipython()"]
+    ("source", "said"),
+    [
+        (f"import threading\nheld = threading.Lock()\n{HOLDING}", "secret.held is a lock"),
+        (f"held = (i for i in range(3))\n{HOLDING}", "secret.held is a generator"),
+        (f"held = get_ipython()\n{HOLDING}", "secret.held"),
+        ("import random\n" + NET.replace("+ self.shift", "+ random.random()"), "it answers differently each time"),
+        (NET.replace("return y if", "self.power *= 0.99\n        return y if"), CHANGED),
+        (NET.replace("return y if", "self.made = iter(int, 1)\n        return y if"), CHANGED),
+    ],
 )
-def test_what_cannot_be_known_is_trained_and_not_kept(cells, few, tmp_path, addition):
-    name = addition.split(" = ")[0]
+def test_what_cannot_be_known_is_trained_and_not_kept(cells, few, tmp_path, source, said):
     for _ in range(2):
-        model = cells(SETUP, NET, f"import threading\n{addition}\nmodel.secret = lambda x: {name}\n")["model"]
+        model = cells(SETUP, source)["model"]
         before = model.fc.weight.clone()
-        with pytest.warns(UserWarning, match=f"not kept, as .*secret.*{name}"):
-            Store(tmp_path).trained(model, few, RECIPE)
+        with pytest.warns(UserWarning, match=f"not kept, as .*{said}"):
+            trained(tmp_path, model, few, RECIPE)
         assert not torch.equal(model.fc.weight, before)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_network_that_draws_unseeded_numbers_is_not_kept(cells, few, tmp_path):
-    source = NET.replace("+ self.shift", "+ torch.rand(1, generator=generator)") + "generator.seed()\nmodel = Net()"
-    model = cells(SETUP, "generator = torch.Generator()", source)["model"]
-    with pytest.warns(UserWarning, match="answers differently each time"):
-        Store(tmp_path).trained(model, few, RECIPE)
-
-
-def test_a_network_that_changes_more_than_its_state_is_not_kept(cells, few, tmp_path):
-    source = NET.replace("return y if", "self.power = self.power * 0.99\n        return y if")
-    with pytest.warns(UserWarning, match="changed more of it than its state_dict"):
-        Store(tmp_path).trained(cells(SETUP, source)["model"], few, RECIPE)
-    assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_a_pruned_network_is_kept_though_its_weight_is_computed_at_each_pass(few, tmp_path):
-    for _ in range(2):
-        model = mlp([784, 10, 10], seed=0)
-        prune.l1_unstructured(model.fc1, "weight", amount=0.5)
-        Store(tmp_path).trained(model, few, RECIPE)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
-
-
-def test_tied_weights_are_stored(few, tmp_path):
-    def tied():
-        model = mlp([784, 10, 10, 10], seed=0)
-        model.fc3.weight = model.fc2.weight
-        Store(tmp_path).trained(model, few, RECIPE)
-        return model.fc3.weight
-
-    assert torch.equal(tied(), tied())
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_key_leaves_everything_as_it_is(cells, few):
@@ -279,50 +257,44 @@ def test_the_key_leaves_everything_as_it_is(cells, few):
     model[0].weight.grad = torch.ones_like(model[0].weight)
     model[1].train()
     own = cells(NET, "model.forward = lambda x: model.fc(x)")["model"]
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    state = torch.get_rng_state()
     before = copy.deepcopy(model.state_dict())
-    assert store._key(model, few, RECIPE, {}) == store._key(model, few, RECIPE, {})
-    store._key(own, few, RECIPE, {})
+    assert determinants(model, few, RECIPE, {}) == determinants(model, few, RECIPE, {})
+    determinants(own, few, RECIPE, {})
     assert own.fc.weight.grad is None, "though a copy of its forward uses the network itself"
     assert [layer.training for layer in model.modules()] == [False, False, True, False, False]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[0].bias.grad is None
-    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
-    assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_key_is_of_the_code_that_trains_and_of_the_device(few, monkeypatch):
     model = mlp([784, 8, 10], seed=0)
-    key = store._key(model, few, RECIPE, {})
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "batches", lambda *given, **options: iter(()))
-        assert store._key(model, few, RECIPE, {}) != key, "the order of the samples"
+    before = determinants(model, few, RECIPE, {})
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", lambda self: None)
-        assert store._key(model, few, RECIPE, {}) == key, "PyTorch's own code is its version's"
+        assert determinants(model, few, RECIPE, {}) == before, "PyTorch's own code is its version's"
         patch.setattr(torch, "__version__", "0.0")
-        assert store._key(model, few, RECIPE, {}) != key
-    # As if from a GPU, where there is none.
-    monkeypatch.setattr(store, "_first_answers", lambda *given: "")
-    monkeypatch.setattr(Dataset, "fingerprint", lambda self: "")
-    here, there = (SimpleNamespace(device=torch.device(kind)) for kind in ("cpu", "cuda"))
-    keys = {store._key(model, replace(few, train_images=images), RECIPE, {}) for images in (here, there)}
-    assert len(keys) == 2
+        assert determinants(model, few, RECIPE, {}) != before
+    for module, name in ((training, "batches"), (torch.optim, "Adam"), (training, "SCORED_AT_END")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *given, **options: iter(()))
+            assert determinants(model, few, RECIPE, {}) != before, name
+    assert before["device"] == "cpu"
 
 
 def test_keys_are_the_same_in_another_process(few):
     says = """
         import torch
         from lowrank_helpers import data, layers, models
-        from lowrank_helpers.series import store
+        from lowrank_helpers.series import digest, store
         from lowrank_helpers.training import Recipe
         torch.set_num_threads(1)
         few = data.load("digits").select(train=torch.arange(100), test=torch.arange(100))
         factors = layers.factorize(models.mlp([784, 16, 10], seed=0), {"fc1": 8})
-        several = [factors, models.convnet([4], 8, seed=0),
-                   models.VisionTransformer(width=8, n_blocks=1, seed=0)]
+        several = [factors, models.VisionTransformer(width=8, n_blocks=1, seed=0)]
         several[1].names = {"in", "any", "order"}
-        keys = [store._key(network, few, Recipe(1, 64, 1e-3), {}) for network in several]
+        keys = [digest.of_json(store.determinants(network, few, Recipe(1, 64, 1e-3), {})) for network in several]
         print(*keys)
     """
     code = textwrap.dedent(says)
@@ -333,31 +305,17 @@ def test_keys_are_the_same_in_another_process(few):
     assert there.stdout.split() == here["keys"]
 
 
-CODE = '''
-def order(n):
-    """Return the order."""
-    # Any will do.
-    return list(range(n))
-'''
+CODE = 'def order(n):\n    """Return the order."""\n    # Any will do.\n    return list(range(n))'
+SAME_CODE = {"Return the order.": "Say.", '    """Return the order."""\n': "", "# Any will do.": "# Not any."}
+OTHER_CODE = {"range(n)": "range(n, 0, -1)", "def order(n):": "def order(n, seed=0):", "Any": "Any"}
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "same"),
-    [
-        ("Return the order.", "Say in which order.", True),
-        ('    """Return the order."""\n', "", True),
-        ("# Any will do.", "# Not any.", True),
-        ("range(n)", "range(n, 0, -1)", False),
-        ("def order(n):", "def order(n, seed=0):", False),
-    ],
-)
-def test_digest_of_cells_follows_what_code_does_and_not_what_it_says(old, new, same):
-    assert old in CODE
-    first, second = (digest.of_cells(["%matplotlib inline\nx = 1", code]) for code in (CODE, CODE.replace(old, new)))
-    assert (first == second) is same
+def test_digest_of_cells_follows_what_code_does_and_not_what_it_says():
+    def of(*change):
+        return digest.of_cells(["%matplotlib inline\nx = 1", CODE.replace(*change)])
 
-
-def test_digest_of_cells_tells_cells_and_magics_apart():
+    assert {of(*change) for change in SAME_CODE.items()} == {of("", "")}
+    assert len({of(*change) for change in OTHER_CODE.items()}) == 3
     cells = [["a = 1", "b = 2"], ["a = 1\nb = 2"], ["b = 2", "a = 1"], ["%time a = 1"], ["%time a = 2"], ["!ls"], []]
     assert len(set(map(digest.of_cells, cells))) == len(cells)
 
@@ -365,8 +323,7 @@ def test_digest_of_cells_tells_cells_and_magics_apart():
 def recomputed(saved, few, folder: Path, content: bytes) -> None:
     """Expect a damaged file to be named in a warning, and the training done again with the same result."""
     file, weights, history = saved
-    damaged = folder / file.name
-    damaged.write_bytes(content)
+    (folder / file.name).write_bytes(content)
     with pytest.warns(UserWarning, match=re.escape(file.name)):
         again, retrained = train(folder, few)
     assert torch.equal(again, weights)
@@ -376,58 +333,21 @@ def recomputed(saved, few, folder: Path, content: bytes) -> None:
         train(folder, few)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_file_is_trained_again(saved, few, tmp_path, share):
-    content = saved[0].read_bytes()
-    recomputed(saved, few, tmp_path, content[: int(share * len(content))])
-
-
-@given(place=st.integers(0, 999_999), bit=st.integers(0, 7), in_header=st.booleans())
-def test_flipped_bit_is_noticed_wherever_it_is(saved, few, tmp_path_factory, place, bit, in_header):
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), part=st.sampled_from(["header", "all", "cut"]))
+def test_damage_is_noticed_wherever_it_is(saved, few, tmp_path_factory, share, bit, part):
     content = bytearray(saved[0].read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
-    content[place * (header if in_header else len(content)) // 1_000_000] ^= 1 << bit
-    recomputed(saved, few, tmp_path_factory.mktemp("flipped"), bytes(content))
-
-
-def resealed(saved, folder: Path, **header: str) -> bytes:
-    """Return the stored network under another header."""
-    with safe_open(saved[0], framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-        save_file(tensors, folder / "other", metadata=stored.metadata() | header)
-    content = (folder / "other").read_bytes()
-    (folder / "other").unlink()
-    return content
-
-
-@pytest.mark.parametrize("header", [{"format": "0"}, {"key": "0" * 32}, {"history": "{}"}, {"seal": ""}])
-def test_other_format_key_history_or_seal_is_trained_again(saved, few, tmp_path, header):
-    recomputed(saved, few, tmp_path, resealed(saved, tmp_path, **header))
+    place = int(share * (header if part == "header" else len(content)))
+    if part == "cut":
+        del content[place:]
+    else:
+        content[place] ^= 1 << bit
+    recomputed(saved, few, tmp_path_factory.mktemp("damaged"), bytes(content))
 
 
 def test_file_of_another_network_is_trained_again(saved, few, tmp_path):
-    other = tmp_path / "elsewhere"
-    train(other, few, seed=1)
-    recomputed(saved, few, tmp_path, next(other.iterdir()).read_bytes())
-
-
-class Malicious:
-    """Writes a file when unpickled."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
-
-
-def test_malicious_pickle_is_refused(saved, few, tmp_path):
-    trace, payload = tmp_path / "trace", tmp_path / "payload"
-    torch.save(Malicious(trace), payload)
-    recomputed(saved, few, tmp_path, payload.read_bytes())
-    assert not trace.exists()
-    torch.load(payload, weights_only=False)
-    assert trace.exists(), "the payload must work, or the test proves nothing"
+    train(tmp_path / "elsewhere", few, seed=1)
+    recomputed(saved, few, tmp_path, next((tmp_path / "elsewhere").iterdir()).read_bytes())
 
 
 def test_nothing_in_the_project_unpickles_but_tensors_of_a_file_to_analyse():
@@ -449,7 +369,7 @@ for i in range(10**6):
 
 def test_killed_writer_leaves_the_old_file_or_the_new(tmp_path):
     file = tmp_path / "file"
-    for pause in (0.003, 0.011, 0.017, 0.023):
+    for pause in (0.003, 0.017):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(file)])
         while not list(tmp_path.iterdir()):
             time.sleep(0.01)
