@@ -7,16 +7,15 @@ goes on where it was, and the runs of further seeds are added to the evidence.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lowrank_helpers import PROJECT, cli
-from lowrank_helpers.data import DatasetError
 from lowrank_helpers.series import evidence, execution, sweep
-from lowrank_helpers.series.parameters import ParameterError
 
 
-@click.command()
+@click.command(cls=cli.Command)
 @cli.NOTEBOOKS
 @cli.GIVEN
 @click.option(
@@ -25,14 +24,12 @@ from lowrank_helpers.series.parameters import ParameterError
     show_default=True,
     help="One run each: 1..20, or 3,5. Odd seeds run in float32, even ones in what is fastest; -p precision overrides.",
 )
-@cli.on_a_cluster
-def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, connection: "cli.Connection") -> None:
+@cli.WORKERS
+@cli.SCHEDULER
+def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, **where: Any) -> None:
     """Record evidence of NOTEBOOKS, or of all."""
-    try:
-        points = evidence.points(notebooks, sweep.grid_values(seeds), cli.parameters_from(pairs))
-        dataset = execution.settle_dataset(points[0].planned)
-    except (ParameterError, DatasetError) as error:
-        cli.fail(str(error))
+    points = evidence.points(notebooks, sweep.grid_values(seeds), cli.parameters_from(pairs))
+    dataset = execution.settle_dataset(points[0].planned)
 
     def gather(folder: Path, failed: dict[str, str]) -> str:
         for name in points[0].planned:
@@ -40,7 +37,8 @@ def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, connection: "cli.Co
                 click.echo(f"{os.path.relpath(evidence.write(found))}: {len(found.runs)} runs")
         return "`make record` shows the claims of notebooks beside it."
 
-    cli.run_points(points, PROJECT / "reports" / "sweeps" / f"evidence-{dataset}", True, connection, gather)
+    folder = PROJECT / "reports" / "sweeps" / f"evidence-{dataset}"
+    cli.run_points(points, folder, gather, resume=True, **where)
 
 
 if __name__ == "__main__":

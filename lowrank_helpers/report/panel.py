@@ -49,7 +49,7 @@ def explore(model: nn.Module, splits: Splits, *, base: nn.Module | None = None, 
     """
     layers = list(linear_layers(model))
     truncations = cache(lambda layer: Truncations(model, layer, splits, base, precision))
-    if Settings.inherited().run_folder:
+    if Settings.inherited().run_dir:
         first = truncations(layers[0])
         ranks = [first.ranks[min(at, len(first.ranks) - 1)] for at in (2, 6, 10)]
         alt = f"Spectrum, error and accuracy against the rank for {layers[0]}, and its matrix whole and truncated: "
