@@ -180,7 +180,7 @@ def test_what_is_interrupted_killed_or_fails_loses_no_point_and_changes_no_numbe
     pd.testing.assert_frame_equal(csv, table)
     found = table[table["quantity"].eq("loss")].set_index("seed")["value"]
     assert list(found.index) == [0, 1, 2, 3]
-    for seed, loss in found.items():
+    for seed, loss in zip(range(4), found, strict=True):
         history = fit(mlp([784, 16, 10], seed=seed), digits.hold_out(), Recipe(1, 64, 1e-3, seed=seed))
         assert loss == pytest.approx(history.final("test").loss, rel=1e-6)
 
