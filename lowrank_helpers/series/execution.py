@@ -194,7 +194,7 @@ def execute(
         for name in ready[: workers - len(running)]:
             missing.remove(name)
             running.add(name)
-            # A thread waits for its kernel. It is a daemon, so that an interrupted command does not wait for it.
+            # A thread waits for its kernel, and is a daemon: an interrupted command does not wait for it.
             Thread(target=lambda name=name: ended.put(_execute(name, planned[name], folder)), daemon=True).start()
         outcome = ended.get()
         running.remove(outcome.notebook)
@@ -266,10 +266,9 @@ def _kept(
         try:
             executed = nbformat.read(file, as_version=4)
             made_by = executed.metadata["lowrank"]
-            intact = made_by["outputs"] == outputs_checksum(executed)
+            if made_by["outputs"] != outputs_checksum(executed):
+                raise ValueError("outputs do not match their checksum")
         except (OSError, ValueError, KeyError, nbformat.ValidationError):
-            intact = False
-        if not intact:
             warnings.warn(f"{file.name} in the run's folder is damaged or no run's; executed again", stacklevel=3)
             continue
         claims = filed[name]["claims"] if name in filed else {}
@@ -280,9 +279,8 @@ def _kept(
 
 def _claimed(executed: nbformat.NotebookNode) -> set[str]:
     """Return the ids of the claims that an executed notebook shows."""
-    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    marks = [output.get("metadata", {}).get("lowrank", {}) for output in outputs]
-    return {mark["claim"] for mark in marks if "claim" in mark}
+    outputs = [output.get("metadata", {}) for cell in executed.cells for output in cell.get("outputs", [])]
+    return {metadata["lowrank"]["claim"] for metadata in outputs if "claim" in metadata.get("lowrank", {})}
 
 
 def outputs_checksum(notebook: nbformat.NotebookNode) -> str:
