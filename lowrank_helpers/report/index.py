@@ -83,7 +83,8 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
 
 @cache
 def _assignment() -> dict[str, Any]:
-    return yaml.safe_load(ASSIGNMENT.read_text())
+    assignment: dict[str, Any] = yaml.safe_load(ASSIGNMENT.read_text())
+    return assignment
 
 
 def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +109,8 @@ def _answer(item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[st
     status = runs.get(item["notebook"], {}).get("status", "not run")
     reason = {"failed": "its notebook failed", "not run": "its notebook was not run"}
     absent = {"absence": f"No answer: {reason.get(status, 'its notebook filed none')}."}
-    return claims.get(item["id"], absent) | {"parts": parts}
+    answer: dict[str, Any] = claims.get(item["id"], absent)
+    return answer | {"parts": parts}
 
 
 def _headline(number: Mapping[str, str], claims: Mapping[str, Any]) -> dict[str, str]:

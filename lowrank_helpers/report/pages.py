@@ -74,6 +74,10 @@ class PageRenderer(IPythonRenderer):
         """Let a table that is wider than the screen scroll by itself."""
         return f'<div class="scroll"><table>\n{text}</table></div>\n'
 
+    def inline_html(self, html: str) -> str:
+        """Leave a tag as it is, such as papermill's link to a failed cell; nbconvert would close it where it opens."""
+        return html
+
     def inline_math(self, body: str) -> str:
         """Render a formula in a line of text."""
         return _mathml(body, "inline")
@@ -115,4 +119,5 @@ def page(notebook: NotebookNode, **resources: Any) -> str:
 
 def environment() -> Environment:
     """Return the templates' environment, for a page that is no notebook."""
-    return exporter().environment
+    templates: Environment = exporter().environment
+    return templates

@@ -29,7 +29,8 @@ class ParameterError(ValueError):
 @cache
 def recipes() -> dict[str, dict[str, Any]]:
     """Return the series' recipes by kind of network, from ``recipes.yaml``."""
-    return yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
+    by_kind: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
+    return by_kind
 
 
 @dataclass(frozen=True)

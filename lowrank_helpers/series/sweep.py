@@ -137,9 +137,9 @@ def grid_values(text: str) -> Sequence[Any]:
     """
     if match := WHOLE_RANGE.fullmatch(text):
         return range(int(match[1]), int(match[2]) + 1)
-    if text.startswith("["):
-        return parameters.parse(text, f"grid value {text!r}")
-    return [parameters.parse(part, f"grid value {part!r}") for part in text.split(",")]
+    parts = [text] if text.startswith("[") else text.split(",")
+    values = [parameters.parse(part, f"grid value {part!r}") for part in parts]
+    return list(values[0]) if text.startswith("[") else values
 
 
 def points(sweep: Sweep) -> list[Point]:
@@ -218,7 +218,7 @@ def run(
             yield futures[future], _error(future.exception())
         execution.remove_leftovers(folder / "networks")  # of workers that were killed
     except (OSError, CancelledError) as error:
-        raise RunError(f"the scheduler at {client.scheduler.address} is lost; add --resume to go on") from error
+        raise RunError("the scheduler is lost; add --resume to go on") from error
     except ModuleNotFoundError as error:
         raise RunError(f"a worker lacks {error.name}: install this package where workers run") from error
 
