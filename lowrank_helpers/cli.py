@@ -1,13 +1,12 @@
 """The command line: ``lowrank run``, ``sweep``, ``check`` and ``analyze``."""
 
-import functools
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,30 +17,45 @@ from lowrank_helpers import PROJECT
 from lowrank_helpers.data import DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, parameters, results
-from lowrank_helpers.series.execution import RunFolderError
+from lowrank_helpers.series.execution import RunError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome
 from lowrank_helpers.series.settings import Settings
 
 if TYPE_CHECKING:
-    from distributed import Client
-
     from lowrank_helpers.series.sweep import Point
-
-    Connection = AbstractContextManager[Client]
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 Names = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]
-A_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-A_FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = partial(click.option, "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+OUTPUT = partial(click.option, "-o", "--output", type=click.Path(file_okay=False, path_type=Path))
 
 NOTEBOOKS = click.argument("notebooks", nargs=-1)
 SET = "Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'."
+AXES = "seed=0..9, activation=relu,tanh, ranks='[[64, 64, 64, 64], [32, 32, 32, 32]]'"
 GIVEN = click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help=SET)
 WORKERS = click.option("--workers", type=click.IntRange(min=1), help="How many work at once; one a core if not given.")
 RESUME = click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
+SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on workers of a Dask cluster: tcp://… or tls://…")
+
+
+class Command(click.Command):
+    """A command that ends in one sentence where it cannot go on."""
+
+    def invoke(self, context: click.Context) -> None:
+        """Run the command."""
+        try:
+            super().invoke(context)
+        except (ParameterError, DatasetError) as error:
+            fail(str(error))
+        except RunError as error:
+            fail(str(error), code=1)
+        except KeyboardInterrupt:
+            to_go_on = " With --resume, the same command goes on." if "resume" in context.params else ""
+            click.echo(f"\nStopped.{to_go_on}", err=True)
+            sys.exit(INTERRUPTED)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,6 +69,9 @@ def main() -> None:
       lowrank run --help       its notebooks, its parameters, examples
       lowrank analyze FILE     the ranks of your own network
     """  # noqa: D301 (\b is click's sign not to wrap)
+
+
+main.command_class = Command
 
 
 def parameters_from(pairs: Pairs, file: Path | None = None) -> dict[str, Any]:
@@ -78,14 +95,8 @@ def _choices() -> str:
 @main.command(epilog=_choices())
 @NOTEBOOKS
 @GIVEN
-@click.option("-f", "--file", type=A_FILE, help="Read parameters from a YAML file, one 'name: value' a line.")
-@click.option(
-    "-o",
-    "--output",
-    type=A_FOLDER,
-    default=PROJECT / "reports" / "latest",
-    help="The run's folder, reports/latest if not given: notebooks, pages, results.json, trained networks.",
-)
+@FILE(help="Read parameters from a YAML file, one 'name: value' a line.")
+@OUTPUT(default=PROJECT / "reports" / "latest", help="The run's folder; reports/latest if not given.")
 @WORKERS
 @RESUME
 def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers: int | None, resume: bool) -> None:
@@ -101,27 +112,20 @@ def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers
     """  # noqa: D301
     from dask.system import CPU_COUNT  # what containers and affinities allow
 
-    outcomes: list[Outcome] = []
     start = time.perf_counter()
-    try:
-        planned = execution.plan(notebooks, parameters_from(pairs, file))
-        dataset = execution.settle_dataset(planned)
-        _warn_of_digits([dataset])
-        with execution.run_folder(output, replace(Settings.of_command(), auto_dataset=dataset)) as folder:
-            try:
-                for outcome in execution.execute(planned, folder, workers=workers or CPU_COUNT, resume=resume):
-                    tqdm.write(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s")
-                    outcomes.append(outcome)
-            finally:
-                if outcomes:
-                    seconds = time.perf_counter() - start
-                    index.render(folder, results.gather(folder, outcomes, seconds))
-    except (ParameterError, DatasetError) as error:
-        fail(str(error))
-    except RunFolderError as error:
-        fail(str(error), code=1)
-    except KeyboardInterrupt:
-        _stopped(f"{len(outcomes)} of {len(planned)} notebooks are done", resume)
+    planned = execution.plan(notebooks, parameters_from(pairs, file))
+    dataset = execution.settle_dataset(planned)
+    _warn_of_digits([dataset])
+    outcomes: list[Outcome] = []
+    with execution.run_folder(output, replace(Settings.of_command(), auto_dataset=dataset)) as folder:
+        try:
+            for outcome in execution.execute(planned, folder, workers=workers or CPU_COUNT, resume=resume):
+                tqdm.write(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s")
+                outcomes.append(outcome)
+        finally:
+            if outcomes:
+                seconds = time.perf_counter() - start
+                index.render(folder, results.gather(folder, outcomes, seconds))
     click.echo(f"{'together':16} {'':7} {seconds:7.1f} s")
     failures = results.failures(outcomes)
     for failure in failures:
@@ -130,56 +134,22 @@ def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers
     sys.exit(1 if failures else 0)
 
 
-def on_a_cluster(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a cluster, and the connection in their place."""
-
-    @WORKERS
-    @click.option("--scheduler", metavar="ADDRESS", help="Run on the workers of a Dask cluster: tcp://… or tls://…")
-    @functools.wraps(command)
-    def connecting(workers: int | None, scheduler: str | None, **given: Any) -> None:
-        from lowrank_helpers.series import cluster  # here: other commands need not wait for the import of Dask
-
-        if workers and scheduler:
-            fail("--workers starts workers here; with --scheduler the cluster has its own")
-        command(**given, connection=cluster.connected(scheduler, workers))
-
-    return connecting
-
-
 @main.command(epilog=_choices())
 @NOTEBOOKS
-@click.option(
-    "-g",
-    "--grid",
-    "axes",
-    multiple=True,
-    metavar="NAME=VALUES",
-    help="Sweep a parameter: seed=0..9, activation=relu,tanh, ranks='[[64, 64, 64, 64], [32, 32, 32, 32]]'.",
-)
+@click.option("-g", "--grid", "axes", multiple=True, metavar="NAME=VALUES", help=f"Sweep a parameter: {AXES}.")
 @GIVEN
-@click.option(
-    "-f",
-    "--file",
-    type=A_FILE,
-    help="Read notebooks, grid, parameters and what to show from a YAML file such as those in sweeps/; "
-    "NOTEBOOKS, -g and -p go over it.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=A_FOLDER,
-    help="The sweep's folder, reports/sweeps/ and the file's name if not given: table, page, a run folder a point.",
-)
+@FILE(help="Read a sweep from a YAML file such as those in sweeps/; NOTEBOOKS, -g and -p go over it.")
+@OUTPUT(help="The sweep's folder; reports/sweeps/ and the file's name if not given.")
 @RESUME
-@on_a_cluster
+@WORKERS
+@SCHEDULER
 def sweep(
     notebooks: Names,
     axes: Names,
     pairs: Pairs,
     file: Path | None,
     output: Path | None,
-    resume: bool,
-    connection: "Connection",
+    **how: Any,
 ) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
@@ -192,12 +162,9 @@ def sweep(
     """  # noqa: D301
     from lowrank_helpers.series import sweep as sweeps
 
-    try:
-        definition = sweeps.read(file) if file else sweeps.Sweep()
-        definition = definition.over(notebooks, dict(map(sweeps.grid_axis, axes)), parameters_from(pairs))
-        points = sweeps.points(definition)
-    except ParameterError as error:
-        fail(str(error))
+    definition = sweeps.read(file) if file else sweeps.Sweep()
+    definition = definition.over(notebooks, dict(map(sweeps.grid_axis, axes)), parameters_from(pairs))
+    points = sweeps.points(definition)
     output = output or PROJECT / "reports" / "sweeps" / (file.stem if file else "sweep")
 
     def gather(folder: Path, failed: dict[str, str]) -> str:
@@ -206,45 +173,41 @@ def sweep(
         sweep_pages.write(folder, definition, points, failed)
         return f"Open {os.path.relpath(output / 'index.html')}"
 
-    run_points(points, output, resume, connection, gather)
+    run_points(points, output, gather, **how)
 
 
 def run_points(
     points: list["Point"],
     output: Path,
-    resume: bool,
-    connection: "Connection",
     gather: Callable[[Path, dict[str, str]], str],
+    *,
+    workers: int | None,
+    scheduler: str | None,
+    resume: bool,
 ) -> None:
     """Run points on a cluster and gather what they found, which returns a last word; exit with 1 if a point failed."""
-    from lowrank_helpers.series import sweep as sweeps
-    from lowrank_helpers.series.cluster import ClusterError
+    from lowrank_helpers.series import cluster, sweep  # here: other commands need not wait for the import of Dask
 
-    errors: dict[str, str] = {}
-    try:
-        with execution.locked(output) as folder:
-            datasets = sweeps.settle_datasets(points)
-            _warn_of_digits(datasets.values())
-            with connection as client, tqdm(total=len(points), unit="point", disable=None) as bar:
-                sweeps.clear(points, folder, resume=resume)
-                for point, error in sweeps.run(client, points, folder, datasets):
-                    errors[point.name] = error
-                    bar.write(f"{point.name}: {'failed' if error else 'done'}", file=sys.stderr)
-                    bar.update()
-            failed = {name: error for name, error in errors.items() if error}
-            last_word = gather(folder, failed)
-    except DatasetError as error:
-        fail(str(error))
-    except (RunFolderError, ClusterError) as error:
-        fail(str(error), code=1)
-    except KeyboardInterrupt:
-        _stopped(f"{len(errors)} of {len(points)} points are done", resume)
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in failed.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        click.echo(f"Failed twice: {', '.join(names[:3])}{more}: {reason}")
+    if workers and scheduler:
+        fail("--workers starts workers here; with --scheduler the cluster has its own")
+    failed: dict[str, str] = {}
+    with execution.locked(output) as folder:
+        datasets = sweep.settle_datasets(points)
+        _warn_of_digits(datasets.values())
+        with (
+            cluster.connected(scheduler, workers) as client,
+            tqdm(total=len(points), unit="point", disable=None) as bar,
+        ):
+            sweep.clear(points, folder, resume=resume)
+            for point, error in sweep.run(client, points, folder, datasets):
+                failed |= {point.name: error} if error else {}
+                bar.write(f"{point.name}: {'failed' if error else 'done'}", file=sys.stderr)
+                bar.update()
+        last_word = gather(folder, failed)
+    for reason in dict.fromkeys(failed.values()):
+        first, *others = (name for name in failed if failed[name] == reason)
+        more = f" and {len(others)} more" if others else ""
+        click.echo(f"Failed twice: {first}{more}: {reason}")
     click.echo(f"Points: {len(points)}, failed: {len(failed)}. {last_word}")
     sys.exit(1 if failed else 0)
 
@@ -264,20 +227,12 @@ def check(notebooks: Names, pairs: Pairs) -> None:
         from lowrank_helpers.checking import plugin
     except ModuleNotFoundError as error:
         fail(f"`lowrank check` needs {error.name}: pip install 'lowrank-helpers[test]'", code=1)
-    try:
-        sys.exit(plugin.check(notebooks, parameters_from(pairs)))
-    except (ParameterError, DatasetError) as error:
-        fail(str(error))
+    sys.exit(plugin.check(notebooks, parameters_from(pairs)))
 
 
 @main.command()
 @click.argument("source", metavar="FILE_OR_CALLABLE")
-@click.option(
-    "-o",
-    "--output",
-    type=A_FOLDER,
-    help="Write the table, with all names and a figure, to index.html in this folder, and all numbers to results.json.",
-)
+@OUTPUT(help="Write the table with a figure to index.html in this folder, and all numbers to results.json.")
 def analyze(source: str, output: Path | None) -> None:
     """Measure the rank of every matrix of your own network: a file of weights, or a model.
 
@@ -299,9 +254,6 @@ def analyze(source: str, output: Path | None) -> None:
         found = analysis.analyze(source)
     except analysis.AnalysisError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        click.echo("\nStopped.", err=True)
-        sys.exit(INTERRUPTED)
     click.echo(analysis_page.text(found))
     if output:
         try:
@@ -314,12 +266,6 @@ def analyze(source: str, output: Path | None) -> None:
 def _warn_of_digits(datasets: Iterable[str]) -> None:
     if "digits" in datasets:
         click.secho("Dataset: digits (8×8, resampled), not MNIST. README.md says how to provide MNIST.", fg="yellow")
-
-
-def _stopped(done: str, resume: bool) -> NoReturn:
-    to_go_on = "The same command goes on." if resume else "Add --resume to go on."
-    click.echo(f"\nStopped; {done}. {to_go_on}", err=True)
-    sys.exit(INTERRUPTED)
 
 
 def fail(message: str, code: int = BAD_INPUT) -> NoReturn:

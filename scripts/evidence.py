@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from lowrank_helpers import PROJECT, cli
-from lowrank_helpers.data import DatasetError
 from lowrank_helpers.series import evidence, execution, sweep
 from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.evidence import CODE, FREE, Evidence, code_of, kind_of, source_of
@@ -80,7 +79,7 @@ def _rounded(value: float | None) -> float | None:
     return value if value is None or isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
-@click.command()
+@click.command(cls=cli.Command)
 @cli.NOTEBOOKS
 @cli.GIVEN
 @click.option(
@@ -89,14 +88,12 @@ def _rounded(value: float | None) -> float | None:
     show_default=True,
     help="One run each: 1..20, or 3,5. Odd seeds run in float32, even ones in what is fastest; -p precision overrides.",
 )
-@cli.on_a_cluster
-def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, connection: "cli.Connection") -> None:
+@cli.WORKERS
+@cli.SCHEDULER
+def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, **where: Any) -> None:
     """Record evidence of NOTEBOOKS, or of all."""
-    try:
-        points = points_of(notebooks, sweep.grid_values(seeds), cli.parameters_from(pairs))
-        dataset = execution.settle_dataset(points[0].planned)
-    except (ParameterError, DatasetError) as error:
-        cli.fail(str(error))
+    points = points_of(notebooks, sweep.grid_values(seeds), cli.parameters_from(pairs))
+    dataset = execution.settle_dataset(points[0].planned)
 
     def write(folder: Path, failed: dict[str, str]) -> str:
         for name in points[0].planned:
@@ -104,7 +101,8 @@ def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, connection: "cli.Co
                 click.echo(f"{os.path.relpath(evidence.write(found))}: {len(found.runs)} runs")
         return "`make record` shows the claims of notebooks beside it."
 
-    cli.run_points(points, PROJECT / "reports" / "sweeps" / f"evidence-{dataset}", True, connection, write)
+    folder = PROJECT / "reports" / "sweeps" / f"evidence-{dataset}"
+    cli.run_points(points, folder, write, resume=True, **where)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Renders a run folder: one page a notebook, and an index of the assignment's items."""
 
-import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -10,15 +8,12 @@ from typing import Any
 import nbformat
 import yaml
 from nbformat import NotebookNode
-from PIL import Image
 
 from lowrank_helpers.series import evidence
-from lowrank_helpers.series.claims import Claim, Verdict, table, verdict
+from lowrank_helpers.series.claims import Claim, table, verdict
 from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
-THUMBNAIL = (840, 720)  # pixels at most; shown at half that, so crisp at 200 %
-THUMBNAIL_COLOURS = 128
 
 CONDITIONS = {  # what the index says of a run's environment, by label
     "Dataset": "dataset",
@@ -88,7 +83,8 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
 
 @cache
 def _assignment() -> dict[str, Any]:
-    return yaml.safe_load(ASSIGNMENT.read_text())
+    assignment: dict[str, Any] = yaml.safe_load(ASSIGNMENT.read_text())
+    return assignment
 
 
 def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,20 +96,11 @@ def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[st
     return {
         "claim": id,
         "sentence": claim.sentence,
-        "badge": _badge(claim, stands),
-        "stands": stands.text,
+        "holds": claim.holds,
+        "stands": stands,
         "table": table(claim, measured),
         "href": f"{filed['notebook']}.html#claim-{id}",
     }
-
-
-def _badge(claim: Claim, stands: Verdict) -> str:
-    """Say in few words how a claim stands. What the recorded runs leave open comes before what this run says."""
-    if stands.settled is False:
-        return "not settled"
-    if claim.holds is False:
-        return "does not hold"
-    return "settled" if stands.settled else "this run alone"
 
 
 def _answer(item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +109,8 @@ def _answer(item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[st
     status = runs.get(item["notebook"], {}).get("status", "not run")
     reason = {"failed": "its notebook failed", "not run": "its notebook was not run"}
     absent = {"absence": f"No answer: {reason.get(status, 'its notebook filed none')}."}
-    return claims.get(item["id"], absent) | {"parts": parts}
+    answer: dict[str, Any] = claims.get(item["id"], absent)
+    return answer | {"parts": parts}
 
 
 def _headline(number: Mapping[str, str], claims: Mapping[str, Any]) -> dict[str, str]:
@@ -165,20 +153,11 @@ def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:
-    """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``."""
+    """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``, with text and size."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     marked = [(output.get("metadata", {}).get("lowrank", {}).get("figure"), output) for output in outputs]
-    return {item: _thumbnail(output) for item, output in marked if item}
-
-
-def _thumbnail(output: NotebookNode) -> dict[str, Any]:
-    image = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"]))).convert("RGB")
-    image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.quantize(THUMBNAIL_COLOURS).save(buffer, format="PNG", optimize=True)
     return {
-        "source": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}",
-        "alt": output["metadata"].get("image/png", {}).get("alt", "Figure"),
-        "width": image.width // 2,
-        "height": image.height // 2,
+        item: {**output.metadata["image/png"], "source": f"data:image/png;base64,{output.data['image/png'].strip()}"}
+        for item, output in marked
+        if item
     }

@@ -4,7 +4,6 @@ Imported only where pages are written: nbconvert takes seconds to import.
 """
 
 import re
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from traitlets import default
 from lowrank_helpers import PROJECT
 
 TEMPLATES = Path(__file__).parent / "templates"
-NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class PageExporter(HTMLExporter):
@@ -42,9 +40,7 @@ class PageExporter(HTMLExporter):
     @pass_context
     def markdown2html(self, context: Context, source: str) -> str:
         """Render Markdown, and note its headings in ``resources`` for the page's list of contents."""
-        attachments = context.get("cell", {}).get("attachments", {})
-        drawings = {"embed_images": True, "path": str(PROJECT / "notebooks")}
-        renderer = PageRenderer(escape=False, attachments=attachments, **drawings)
+        renderer = PageRenderer(escape=False, embed_images=True, path=str(PROJECT / "notebooks"))
         html = MarkdownWithMath(renderer=renderer).render(source)
         if "resources" in context:
             context["resources"].setdefault("headings", []).extend(renderer.headings)
@@ -79,7 +75,7 @@ class PageRenderer(IPythonRenderer):
         return f'<div class="scroll"><table>\n{text}</table></div>\n'
 
     def inline_html(self, html: str) -> str:
-        """Leave a tag as it is; nbconvert, which embeds images, would close each where it opens."""
+        """Leave a tag as it is, such as papermill's link to a failed cell; nbconvert would close it where it opens."""
         return html
 
     def inline_math(self, body: str) -> str:
@@ -89,10 +85,6 @@ class PageRenderer(IPythonRenderer):
     def block_math(self, body: str) -> str:
         """Render a formula on a line of its own (nbconvert puts it into a paragraph)."""
         return f'<span class="scroll">{_mathml(body, "block")}</span>'
-
-    def latex_environment(self, name: str, body: str) -> str:
-        """Render an environment that stands without dollar signs."""
-        return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
 
 
 def _mathml(latex: str, display: str) -> str:
@@ -121,26 +113,11 @@ def page(notebook: NotebookNode, **resources: Any) -> str:
         What the template shows beside the notebook: ``name``, ``run`` (the notebook's entry in ``results.json``)
         and ``names`` (of all pages, in order).
     """
-    html, _ = exporter().from_notebook_node(_kept_together(notebook), resources=resources)
+    html, _ = exporter().from_notebook_node(notebook, resources=resources)
     return html
-
-
-def _kept_together(notebook: NotebookNode) -> NotebookNode:
-    """Return a copy in whose text and tables no line ends between a number and its spread or percent sign."""
-    copy = deepcopy(notebook)
-    for cell in copy.cells:
-        if cell.cell_type == "markdown":
-            cell.source = _unbroken(cell.source)
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            data |= {kind: _unbroken(data[kind]) for kind in ("text/markdown", "text/html") if kind in data}
-    return copy
-
-
-def _unbroken(text: str) -> str:
-    return re.sub(r"(?<=\d) (?=%)", NO_BREAK, text.replace(" ± ", f"{NO_BREAK}±{NO_BREAK}"))
 
 
 def environment() -> Environment:
     """Return the templates' environment, for a page that is no notebook."""
-    return exporter().environment
+    templates: Environment = exporter().environment
+    return templates

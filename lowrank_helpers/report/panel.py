@@ -3,8 +3,7 @@
 In a run or a report, where nobody can move a slider, it is a figure of the same at three ranks.
 """
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -12,10 +11,8 @@ from typing import Any
 import ipywidgets
 import numpy as np
 import torch
-from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor, nn
 
@@ -34,7 +31,7 @@ SIZE = (9.0, 5.4)  # inches
 
 
 def explore(model: nn.Module, splits: Splits, *, base: nn.Module | None = None, precision: str = "float32") -> None:
-    """Show each layer's matrix truncated at a rank: sliders in JupyterLab, three ranks of the first layer in a run.
+    """Show a layer's matrix truncated at a rank: sliders in JupyterLab, three ranks of the first in a run.
 
     Parameters
     ----------
@@ -49,13 +46,20 @@ def explore(model: nn.Module, splits: Splits, *, base: nn.Module | None = None, 
     """
     layers = list(linear_layers(model))
     truncations = cache(lambda layer: Truncations(model, layer, splits, base, precision))
-    if Settings.inherited().run_folder:
+    if Settings.inherited().run_dir:
         first = truncations(layers[0])
         ranks = [first.ranks[min(at, len(first.ranks) - 1)] for at in (2, 6, 10)]
         alt = f"Spectrum, error and accuracy against the rank for {layers[0]}, and its matrix whole and truncated: "
-        plots.show(static_figure(first, ranks), alt + "; ".join(map(first.caption, ranks)))
-    else:
-        display(interactive_panel(layers, truncations))
+        plots.show(figure(first, ranks), alt + "; ".join(map(first.caption, ranks)))
+        return
+
+    def show(layer: str, cut: int) -> None:
+        chosen = truncations(layer)
+        rank = chosen.ranks[min(cut, len(chosen.ranks)) - 1]
+        print(chosen.caption(rank))
+        plots.show(figure(chosen, [rank]), chosen.caption(rank))
+
+    ipywidgets.interact(show, layer=layers, cut=ipywidgets.IntSlider(N_RANKS // 2, 1, N_RANKS))
 
 
 class Truncations:
@@ -99,12 +103,6 @@ class Truncations:
         B, C = (factor[:: 1 + len(factor) // PIXELS] for factor in (factors.B, factors.C.T))
         return (B @ C.T).cpu().numpy()
 
-    def picture(self, rank: int) -> bytes:
-        """Return a picture of the matrix at that rank, as a PNG; Matplotlib draws no figure in the time of a move."""
-        png = io.BytesIO()
-        imsave(png, self.matrix(rank), **self.colours)
-        return png.getvalue()
-
     def caption(self, rank: int) -> str:
         """Say what one of ``ranks`` does to the matrix and to the network."""
         at = self.ranks.index(rank)
@@ -112,13 +110,15 @@ class Truncations:
         return f"rank {rank} of {self.full_rank} · error {100 * self.errors[rank]:.0f} % · accuracy: {shares}"
 
 
-def static_figure(truncations: Truncations, ranks: Sequence[int]) -> Figure:
-    """Draw a layer's curves with a line at each of three ranks; below, its matrix at these and whole."""
+def figure(truncations: Truncations, ranks: Sequence[int]) -> Figure:
+    """Draw a layer's curves with a line at each of up to three ranks; below, its matrix at these and whole."""
     figure = Figure(figsize=SIZE)
-    axes = figure.subplot_mosaic("AAAABBBBCCCC;DDDEEEFFFGGG")
+    keys = "DEF"[: len(ranks)] + "G"
+    axes = figure.subplot_mosaic("AAAABBBBCCCC;" + "".join(key * (12 // len(keys)) for key in keys))
     curves = [axes[key] for key in "ABC"]
     _draw_curves(curves, truncations)
-    for key, rank, colour in zip("DEFG", [*ranks, truncations.full_rank], [*plots.PALETTE[2:5], "black"], strict=True):
+    colours = [*plots.PALETTE[2 : 2 + len(ranks)], "black"]
+    for key, rank, colour in zip(keys, [*ranks, truncations.full_rank], colours, strict=True):
         axes[key].imshow(truncations.matrix(rank), aspect="auto", interpolation="nearest", **truncations.colours)
         axes[key].set(xticks=[], yticks=[])
         axes[key].set_title(f"rank {rank}" + (": whole" if key == "G" else ""), color=colour)
@@ -146,29 +146,3 @@ def _draw_curves(axes: Sequence[Axes], truncations: Truncations) -> None:
     accuracy.legend()
     for curve in axes:
         curve.set(xlabel="rank r", xscale="log")
-
-
-def interactive_panel(layers: Sequence[str], truncations: Callable[[str], Truncations]) -> ipywidgets.Widget:
-    """Return the panel: a choice of layer, a slider for the rank, the numbers, the curves, the matrix cut and whole."""
-    layer = ipywidgets.Dropdown(options=layers, description="layer")
-    rank = ipywidgets.SelectionSlider(options=[1], description="rank r", layout={"width": "30em"})
-    numbers, curves = ipywidgets.Label(), ipywidgets.Image()
-    left, whole = (ipywidgets.Image(layout={"width": "45%", "height": "16em"}) for _ in range(2))
-
-    def choose_rank(*_: object) -> None:
-        chosen = truncations(layer.value)
-        left.value, numbers.value = chosen.picture(rank.value), chosen.caption(rank.value)
-
-    def choose_layer(*_: object) -> None:
-        chosen, figure, png = truncations(layer.value), Figure(figsize=(SIZE[0], SIZE[1] / 2)), io.BytesIO()
-        _draw_curves(figure.subplots(1, 3), chosen)
-        figure.savefig(png, dpi=plots.SHOWN_RESOLUTION)
-        curves.value, whole.value = png.getvalue(), chosen.picture(chosen.full_rank)
-        rank.options = chosen.ranks
-        rank.index = len(chosen.ranks) // 2
-        choose_rank()
-
-    choose_layer()
-    rank.observe(choose_rank, names="value")
-    layer.observe(choose_layer, names="value")
-    return ipywidgets.VBox([ipywidgets.HBox([layer, rank]), numbers, curves, ipywidgets.HBox([left, whole])])

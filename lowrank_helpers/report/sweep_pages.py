@@ -93,12 +93,11 @@ def _chapters(numbers: pd.DataFrame, gathered: Mapping[str, Any], sweep: Sweep) 
     found = dict.fromkeys(items[["claim", "quantity"]].itertuples(index=False, name=None))
     chapters: dict[str, dict[str, Any]] = {}
     for shown in sweep.show or itertools.starmap(Shown, found):
-        if shown.claim not in chapters:
-            claims = [each["claims"][shown.claim] for each in gathered.values() if shown.claim in each["claims"]]
-            holds = [claim["holds"] for claim in claims if claim["holds"] is not None]
-            sentence = claims[0]["sentence"] if claims else ""
-            chapters[shown.claim] = {"sentence": sentence, "holds": holds, "sections": []}
-        chapters[shown.claim]["sections"].append(_section(numbers, shown, sweep))
+        claims = [each["claims"][shown.claim] for each in gathered.values() if shown.claim in each["claims"]]
+        chapter = chapters.setdefault(shown.claim, {"sections": []})
+        chapter["sentence"] = claims[0]["sentence"] if claims else ""
+        chapter["holds"] = [claim["holds"] for claim in claims if claim["holds"] is not None]
+        chapter["sections"].append(_section(numbers, shown, sweep))
     return chapters
 
 

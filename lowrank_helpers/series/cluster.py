@@ -11,6 +11,8 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from tqdm import tqdm
 
+from lowrank_helpers.series.execution import RunError
+
 CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
 
 # Dask's scheduler and workers look after themselves many times a second, which suits tasks of milliseconds. Left so,
@@ -37,8 +39,8 @@ class EndsQuietly(WorkerPlugin):
 class ClosingClient(Client):
     """A client that closes itself if it cannot connect.
 
-    Left open, garbage collection would close it later. That takes a lock of Dask's, for which a thread that is about to
-    start another client and so holds it would wait for good.
+    Garbage collection would close it later, perhaps in a thread that starts another client and holds a lock of Dask's:
+    then both wait for good.
     """
 
     def start(self, **options: Any) -> None:
@@ -49,10 +51,6 @@ class ClosingClient(Client):
             with suppress(RuntimeError):  # its thread has not started: there is nothing to close
                 self.close()
             raise
-
-
-class ClusterError(Exception):
-    """The scheduler or a worker cannot be used; the message says which, why and what to do."""
 
 
 @contextmanager
@@ -68,7 +66,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
 
     Raises
     ------
-    ClusterError
+    RunError
         No scheduler answers at the address.
     """
     if scheduler:
@@ -76,7 +74,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
             client = ClosingClient(scheduler, timeout=CONNECT_TIMEOUT)
         # Silence, no address, tls:// without certificates, a machine too busy to start the client's thread in time.
         except (OSError, ValueError, TypeError, AssertionError) as error:
-            raise ClusterError(f"no scheduler answers at {scheduler}: {error}") from error
+            raise RunError(f"no scheduler answers at {scheduler}: {error}") from error
         with client:
             yield client
         return

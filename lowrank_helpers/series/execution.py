@@ -21,7 +21,7 @@ from lowrank_helpers import PROJECT, data
 from lowrank_helpers.series import digest, kernels, parameters
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome, claims_file, read_claims, software
-from lowrank_helpers.series.settings import Settings
+from lowrank_helpers.series.settings import Settings, unchanged_environment
 from lowrank_helpers.series.store import TEMPORARY, write_atomically
 
 NOTEBOOK_FOLDER = PROJECT / "notebooks"
@@ -32,8 +32,8 @@ LOCK = ".lock"  # in a locked folder: which process locked it
 KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
 
 
-class RunFolderError(Exception):
-    """The run folder cannot be used; the message says why and what to do."""
+class RunError(Exception):
+    """A run cannot start or go on: its folder, the scheduler or a worker is unusable, or notebooks failed."""
 
 
 def notebook_names() -> list[str]:
@@ -79,10 +79,8 @@ def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, 
     """
     known = notebook_names()
     if not known:
-        raise ParameterError(
-            f"there are no notebooks in {NOTEBOOK_FOLDER}, as an installed package has none: "
-            "run this in a clone of the project, where `pip install -e .` has installed it"
-        )
+        what = "an installed package has none; run this in a clone of the project, after `pip install -e .` there"
+        raise ParameterError(f"there are no notebooks in {NOTEBOOK_FOLDER}: {what}")
     if unknown := [name for name in names if name not in known]:
         raise ParameterError(f"notebook {unknown[0]!r} is unknown; allowed: {', '.join(known)}")
     declared = {name: parameters.declared(notebook_path(name)) for name in known if name in names or not names}
@@ -124,7 +122,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[Path]:
 
     Raises
     ------
-    RunFolderError
+    RunError
         The folder cannot be written, or another run has locked it.
     """
     folder = folder.resolve()
@@ -136,9 +134,9 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[Path]:
             yield folder
     except Timeout as error:
         holder = lock.read_text() or "another run"
-        raise RunFolderError(f"{folder} is in use by {holder}; wait for it or choose another --output") from error
+        raise RunError(f"{folder} is in use by {holder}; wait for it or choose another --output") from error
     except OSError as error:
-        raise RunFolderError(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -150,11 +148,11 @@ def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = F
     settings : Settings, optional
         What else the kernels inherit; by default what this command inherited.
     """
-    with locked(folder, wait=wait) as folder:
+    with locked(folder, wait=wait) as folder, unchanged_environment(), kernels.forked():
         remove_leftovers(folder)
-        inherited = replace(settings or Settings.of_command(), run_folder=folder, hide_bars=True)
-        with inherited.applied(), kernels.forked():
-            yield folder
+        replace(settings or Settings.of_command(), run_dir=folder).apply()
+        os.environ["TQDM_DISABLE"] = "1"  # bars would stay in recorded outputs as debris
+        yield folder
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -196,7 +194,7 @@ def execute(
         for name in ready[: workers - len(running)]:
             missing.remove(name)
             running.add(name)
-            # A thread waits for its kernel. It is a daemon, so that an interrupted command does not wait for it.
+            # A thread waits for its kernel, and is a daemon: an interrupted command does not wait for it.
             Thread(target=lambda name=name: ended.put(_execute(name, planned[name], folder)), daemon=True).start()
         outcome = ended.get()
         running.remove(outcome.notebook)
@@ -268,10 +266,9 @@ def _kept(
         try:
             executed = nbformat.read(file, as_version=4)
             made_by = executed.metadata["lowrank"]
-            intact = made_by["outputs"] == outputs_checksum(executed)
+            if made_by["outputs"] != outputs_checksum(executed):
+                raise ValueError("outputs do not match their checksum")
         except (OSError, ValueError, KeyError, nbformat.ValidationError):
-            intact = False
-        if not intact:
             warnings.warn(f"{file.name} in the run's folder is damaged or no run's; executed again", stacklevel=3)
             continue
         claims = filed[name]["claims"] if name in filed else {}
@@ -282,9 +279,8 @@ def _kept(
 
 def _claimed(executed: nbformat.NotebookNode) -> set[str]:
     """Return the ids of the claims that an executed notebook shows."""
-    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    marks = [output.get("metadata", {}).get("lowrank", {}) for output in outputs]
-    return {mark["claim"] for mark in marks if "claim" in mark}
+    outputs = [output.get("metadata", {}) for cell in executed.cells for output in cell.get("outputs", [])]
+    return {metadata["lowrank"]["claim"] for metadata in outputs if "claim" in metadata.get("lowrank", {})}
 
 
 def outputs_checksum(notebook: nbformat.NotebookNode) -> str:

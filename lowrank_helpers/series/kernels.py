@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
-from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
+from jupyter_client.provisioning.factory import KernelProvisionerFactory
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from lowrank_helpers.series.settings import unchanged_environment
 
@@ -43,9 +44,8 @@ _starting = threading.Lock()
 def forked() -> Iterator[None]:
     """Let this process fork the kernels that it starts meanwhile.
 
-    Only Linux forks a process with such libraries safely, and what ``multiprocessing`` calls a daemon, such as a worker
-    that somebody started with ``dask worker``, may have no processes: elsewhere kernels start as they always do. As
-    ever with ``multiprocessing``, a script that comes here must do so under ``if __name__ == "__main__"``.
+    Only Linux forks such a process safely, and a daemon of ``multiprocessing``, as ``dask worker`` starts them, may
+    have no processes: elsewhere kernels start as always. A script must come here under ``if __name__ == "__main__"``.
     """
     factory = KernelProvisionerFactory.instance()
     usual = factory.default_provisioner_name

@@ -4,6 +4,7 @@ A name means the same in every notebook, so one table serves the command line an
 """
 
 import ast
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +29,8 @@ class ParameterError(ValueError):
 @cache
 def recipes() -> dict[str, dict[str, Any]]:
     """Return the series' recipes by kind of network, from ``recipes.yaml``."""
-    return yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
+    by_kind: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
+    return by_kind
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,8 @@ def _one_of(*choices: str) -> Rule:
 
 
 def _whole(least: int, most: int | None = None) -> Rule:
-    return Rule(
-        lambda value: (
-            isinstance(value, int) and _is_number(value) and least <= value and (most is None or value <= most)
-        ),
-        f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}",
-    )
+    said = f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}"
+    return Rule(lambda x: isinstance(x, int) and _is_number(x) and least <= x and (most is None or x <= most), said)
 
 
 def _list_of(rule: Rule, *, distinct: bool = False) -> Rule:
@@ -92,9 +90,7 @@ RULES: dict[str, Rule] = {
     "device": _one_of(*DEVICES),
     "precision": _one_of(*PRECISIONS),
     "recipes": Rule(
-        lambda value: (
-            isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, dict) for k, v in value.items())
-        ),
+        lambda value: isinstance(value, dict) and all(isinstance(recipe, dict) for recipe in value.values()),
         f"fields by kind of network, such as {{big: {{epochs: 3}}}}, each one of {', '.join(RECIPE_RULES)}",
     ),
     "batch_size": RECIPE_RULES["batch_size"],
@@ -133,11 +129,6 @@ def check(parameters: Mapping[str, Any]) -> None:
         A name is unknown, a value is not allowed, a rank is above min(n, m) of its layer, or the device is not
         on this machine.
     """
-    for name, value in parameters.items():
-        if name not in RULES:
-            raise ParameterError(f"parameter {name!r} is unknown; allowed: {', '.join(RULES)}")
-        if not RULES[name].accepts(value):
-            raise ParameterError(f"parameter {name} = {value!r} is not allowed; allowed: {RULES[name].allowed}")
     for complaint in _complaints(parameters):
         raise ParameterError(f"parameter {complaint}")
     try:
@@ -147,15 +138,12 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 
 def _complaints(given: Mapping[str, Any]) -> Iterator[str]:
-    """Say what is wrong inside values, or between them, that are each allowed alone."""
+    """Say what is wrong with values one by one, then inside them and between them."""
+    yield from _refused(given, RULES)
     for kind, recipe in given.get("recipes", {}).items():
         if kind not in recipes():
             yield f"recipes = {given['recipes']}: {kind!r} is unknown; allowed: {', '.join(recipes())}"
-        for field, value in recipe.items():
-            rule = RECIPE_RULES.get(field, Rule(lambda _: False, f"the fields {', '.join(RECIPE_RULES)}"))
-            if not rule.accepts(value):
-                entry = f"{kind}.{field} = {value!r} is not allowed; allowed: {rule.allowed}"
-                yield f"recipes = {given['recipes']}: {entry}"
+        yield from (f"recipes = {given['recipes']}: {kind}.{said}" for said in _refused(recipe, RECIPE_RULES))
     if "big_widths" in given:
         yield from _of_big_network(given, list(pairwise(given["big_widths"])))
     if {"widths", "rank", "layers"} <= given.keys():
@@ -167,26 +155,31 @@ def _complaints(given: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+def _refused(given: Mapping[str, Any], rules: Mapping[str, Rule]) -> Iterator[str]:
+    for name, value in given.items():
+        if name not in rules:
+            yield f"{name} is unknown; allowed: {', '.join(rules)}"
+        elif not rules[name].accepts(value):
+            yield f"{name} = {value!r} is not allowed; allowed: {rules[name].allowed}"
+
+
 def _of_big_network(given: Mapping[str, Any], shapes: list[tuple[int, int]]) -> Iterator[str]:
     """Compare ranks and budgets with the layers of ``big_widths``; the last layer is never cut."""
     *hidden, last = shapes
     full = [min(shape) for shape in hidden]
-    for name, item in {"ranks": "rank", "small_ranks": "rank", "layer_shares": "share"}.items():
-        if name in given and len(given[name]) != len(hidden):
-            each = f"one {item} for each of the {len(hidden)} hidden layers of big_widths"
-            yield f"{name} = {given[name]} must have {each}"
-    for name in ("ranks", "small_ranks"):
-        for i, (rank, most) in enumerate(zip(given.get(name, []), full, strict=False), start=1):
-            if rank > most:
-                yield f"{name} = {given[name]}: layer {i} allows 1 to {most}, not {rank}"
+    for name in ("ranks", "small_ranks", "layer_shares"):
+        values = given.get(name, full)
+        if len(values) != len(full):
+            yield f"{name} = {values} is not allowed; allowed: one for each hidden layer, {len(full)}"
+        elif any(value > most for value, most in zip(values, full, strict=True)):
+            yield f"{name} = {values} is not allowed; allowed: at most the layers' full ranks, {full}"
     if max(given.get("rank_grid", [1])) > max(full):
-        yield f"rank_grid = {given['rank_grid']}: the largest full rank is {max(full)}"
-    least = sum(n + m for n, m in hidden) + last[0] * last[1]  # one direction in every hidden layer
+        yield f"rank_grid = {given['rank_grid']} is not allowed; allowed: at most the largest full rank, {max(full)}"
+    least = sum(n + m for n, m in hidden) + math.prod(last)  # one direction in every hidden layer
     most = sum(n * m for n, m in shapes)
-    for budget in given.get("cut_budgets", []):
-        if not least <= budget <= most:
-            limits = f"{least:,}, one direction in every hidden layer of big_widths, and {most:,}, the dense network"
-            yield f"cut_budgets = {given['cut_budgets']}: {budget:,} parameters are not between {limits}"
+    if not all(least <= budget <= most for budget in given.get("cut_budgets", [])):
+        limits = f"{least:,}, one direction in every hidden layer of big_widths, to {most:,}, the dense network"
+        yield f"cut_budgets = {given['cut_budgets']} is not allowed; allowed: parameters from {limits}"
 
 
 def choose_layers(items: list[Any], layers: str) -> list[Any]:
@@ -212,10 +205,7 @@ def declared(notebook: Path) -> dict[str, Any]:
     try:
         for statement in ast.parse(tagged[0]).body:
             match statement:
-                case (
-                    ast.Assign(targets=[ast.Name(name)], value=ast.expr() as value)
-                    | ast.AnnAssign(target=ast.Name(name), value=ast.expr() as value)
-                ):
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
                     values[name] = ast.literal_eval(value)
                 case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant()):
                     pass
@@ -224,10 +214,9 @@ def declared(notebook: Path) -> dict[str, Any]:
     except SyntaxError as error:
         raise ParameterError(f"{notebook.name}: the cell of parameters is not Python: {error}") from error
     except (ValueError, TypeError, RecursionError) as error:
-        written = ast.unparse(statement).splitlines()[0]
-        raise ParameterError(
-            f"{notebook.name}: {written!r} in the cell of parameters is not a name and a literal, such as epochs = 3"
-        ) from error
+        line = ast.unparse(statement).splitlines()[0]
+        what = "in the cell of parameters is not a name and a literal, such as epochs = 3"
+        raise ParameterError(f"{notebook.name}: {line!r} {what}") from error
     return values
 
 

@@ -84,8 +84,8 @@ class Run:
         self.data_dir = settings.path(self.parameters["data_dir"])
         dataset = settings.dataset(self.parameters["dataset"])
         self.data = data.load(dataset, self.data_dir).to(self.device).hold_out()
-        self.folder = settings.run_folder or PROJECT / "reports" / "lab"
-        self._networks = settings.networks_folder or self.folder / "networks"
+        self.folder = settings.run_dir or PROJECT / "reports" / "lab"
+        self._networks = settings.networks_dir or self.folder / "networks"
         self._claims: dict[str, Claim] = {}
         self._evidence = evidence.quoted(notebook, self.data.name, self.parameters)
         self._code = evidence.code_of(notebook)

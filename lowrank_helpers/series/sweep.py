@@ -23,18 +23,14 @@ from distributed import Client, as_completed
 
 from lowrank_helpers import data
 from lowrank_helpers.series import digest, execution, parameters, results
-from lowrank_helpers.series.cluster import ClusterError
+from lowrank_helpers.series.execution import RunError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import software
 from lowrank_helpers.series.settings import Settings
 
 KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
-WHOLE_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+WHOLE_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
-
-
-class PointError(Exception):
-    """Notebooks of a point failed; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +47,12 @@ class Sweep:
     """What is to run: notebooks (none named: all) at all points of a grid, with other parameters fixed."""
 
     notebooks: list[str] = field(default_factory=list)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
+    grid: dict[str, Sequence[Any]] = field(default_factory=dict)
     parameters: dict[str, Any] = field(default_factory=dict)
     show: list[Shown] = field(default_factory=list)
 
-    def over(self, notebooks: Sequence[str], grid: Mapping[str, list[Any]], fixed: Mapping[str, Any]) -> "Sweep":
-        """Return this sweep with what the command line says in place of what the file said.
-
-        Raises
-        ------
-        ParameterError
-            The command line gives a parameter both one value and several.
-        """
-        _one_place_each(grid, fixed)
+    def over(self, notebooks: Sequence[str], grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> "Sweep":
+        """Return this sweep with what the command line says in place of what the file said."""
         return replace(
             self,
             notebooks=list(notebooks) or self.notebooks,
@@ -118,16 +107,13 @@ def read(file: Path) -> Sweep:
             name: grid_values(values) if isinstance(values, str) else list(values)
             for name, values in content.get("grid", {}).items()
         }
-        fixed = dict(content.get("parameters", {}))
         show = [Shown(**{key: str(text) for key, text in entry.items()}) for entry in content.get("show", [])]
-        sweep = Sweep(list(content.get("notebooks", [])), grid, fixed, show)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        return Sweep(list(content.get("notebooks", [])), grid, dict(content.get("parameters", {})), show)
+    except (TypeError, ValueError, AttributeError) as error:
         raise ParameterError(f"{file} does not describe a sweep: {error}") from error
-    _one_place_each(grid, fixed)
-    return sweep
 
 
-def grid_axis(text: str) -> tuple[str, list[Any]]:
+def grid_axis(text: str) -> tuple[str, Sequence[Any]]:
     """Read an axis of the grid from the command line: ``seed=0..9``.
 
     Raises
@@ -141,21 +127,19 @@ def grid_axis(text: str) -> tuple[str, list[Any]]:
     return name, grid_values(values)
 
 
-def grid_values(text: str) -> list[Any]:
+def grid_values(text: str) -> Sequence[Any]:
     """Read an axis's values: ``0..9`` (both included), ``relu,tanh``, or a YAML list, ``[[64, 64], [8, 8]]``.
 
     Raises
     ------
     ParameterError
-        A value is not YAML, or a range has more values than a sweep may have points.
+        A value is not YAML.
     """
     if match := WHOLE_RANGE.fullmatch(text):
-        first, last = map(int, match.groups())
-        _check_size(f"the range {text}", last - first + 1)
-        return list(range(first, last + 1))
+        return range(int(match[1]), int(match[2]) + 1)
     parts = [text] if text.startswith("[") else text.split(",")
     values = [parameters.parse(part, f"grid value {part!r}") for part in parts]
-    return values[0] if text.startswith("[") else values
+    return list(values[0]) if text.startswith("[") else values
 
 
 def points(sweep: Sweep) -> list[Point]:
@@ -164,24 +148,22 @@ def points(sweep: Sweep) -> list[Point]:
     Raises
     ------
     ParameterError
-        There is no grid, an axis is empty or repeats a value, there are more than ``MAX_POINTS`` points, or
-        :func:`execution.plan` refuses one.
+        There is no grid, an axis is empty, repeats a value or is fixed too, there are more than ``MAX_POINTS`` points,
+        or :func:`execution.plan` refuses one.
     """
     if not sweep.grid:
         raise ParameterError("a sweep needs a grid: -g NAME=VALUES, or `grid` in a file; for one run: lowrank run")
+    if both := sweep.grid.keys() & sweep.parameters.keys():
+        raise ParameterError(f"parameter {min(both)} is both fixed and in the grid")
+    if (n_points := math.prod(map(len, sweep.grid.values()))) > MAX_POINTS:
+        raise ParameterError(f"the grid has {n_points:,} points; allowed: at most {MAX_POINTS:,}")
     for name, values in sweep.grid.items():
         if not values:
             raise ParameterError(f"grid {name} has no values")
         if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
             raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
-    _check_size("the grid", math.prod(map(len, sweep.grid.values())))
     combinations = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
     return [Point(values, execution.plan(sweep.notebooks, sweep.parameters | values)) for values in combinations]
-
-
-def _check_size(what: str, n_points: int) -> None:
-    if n_points > MAX_POINTS:
-        raise ParameterError(f"{what} has {n_points:,} points; allowed: at most {MAX_POINTS:,}")
 
 
 def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
@@ -221,65 +203,54 @@ def run(
 
     Raises
     ------
-    ClusterError
+    RunError
         A worker differs from this process, does not see the folder, or the scheduler is lost.
     """
-    needed = Requirements(folder, (folder / execution.LOCK).read_text(), _installed())
-    settings = replace(Settings.of_command(), networks_folder=folder / "networks")
+    needed = shared(folder)
+    settings = replace(Settings.of_command(), networks_dir=folder / "networks")
     try:
-        client.run(needed.check)
+        client.run(check_shared, needed, folder)
         futures = {}
         for point in points:
             of_point = replace(settings, auto_dataset=datasets[point.name])
-            futures[client.submit(run_point, point, needed, of_point, retries=1, pure=False)] = point
+            futures[client.submit(run_point, point, folder, needed, of_point, retries=1, pure=False)] = point
         for future in as_completed(futures):
             yield futures[future], _error(future.exception())
         execution.remove_leftovers(folder / "networks")  # of workers that were killed
     except (OSError, CancelledError) as error:
-        raise ClusterError(f"the scheduler at {client.scheduler.address} is lost; add --resume to go on") from error
+        raise RunError("the scheduler is lost; add --resume to go on") from error
     except ModuleNotFoundError as error:
-        raise ClusterError(f"a worker lacks {error.name}: install this package where workers run") from error
+        raise RunError(f"a worker lacks {error.name}: install this package where workers run") from error
 
 
 def _error(raised: BaseException | None) -> str:
-    if raised is None or isinstance(raised, (PointError, ClusterError)):
+    if raised is None or isinstance(raised, RunError):
         return str(raised or "")
     return f"{type(raised).__name__}: {raised}"
 
 
-@dataclass(frozen=True)
-class Requirements:
-    """What a worker must have in common with the process that runs the sweep.
+def shared(folder: Path) -> dict[str, str]:
+    """Return what workers must have in common with the process that runs a sweep: versions, and the sweep's folder.
 
-    Attributes
-    ----------
-    folder : Path
-        The sweep's.
-    lock : str
-        The text of the lock in it. A folder of the same name on another disk does not have it.
-    installed : dict
-        Versions in the process that runs the sweep.
+    The text of its lock stands for the folder: one of the same name on another disk does not have it.
     """
+    lock = folder / execution.LOCK
+    holder = lock.read_text() if lock.is_file() else "none"
+    return _installed() | {f"{lock}, on a file system that all share:": holder}
 
-    folder: Path
-    lock: str
-    installed: dict[str, str]
 
-    def check(self) -> None:
-        """Compare with the worker that this runs on.
+def check_shared(needed: Mapping[str, str], folder: Path) -> None:
+    """Compare with the worker that this runs on.
 
-        Raises
-        ------
-        ClusterError
-            Something differs; the message names the worker.
-        """
-        worker = f"process {os.getpid()} on {platform.node()}"
-        for name, version in _installed().items():
-            if version != self.installed[name]:
-                raise ClusterError(f"worker {worker} has {name} {version}; the sweep needs {self.installed[name]}")
-        lock = self.folder / execution.LOCK
-        if not lock.is_file() or lock.read_text() != self.lock:
-            raise ClusterError(f"worker {worker} does not see {self.folder}: it must lie on a file system of them all")
+    Raises
+    ------
+    RunError
+        Something differs; the message names the worker.
+    """
+    for name, here in shared(folder).items():
+        if here != needed[name]:
+            worker = f"process {os.getpid()} on {platform.node()}"
+            raise RunError(f"worker {worker} has {name} {here}; the sweep needs {needed[name]}")
 
 
 @cache
@@ -293,7 +264,7 @@ def _installed() -> dict[str, str]:
 _one_at_a_time = threading.Lock()  # in a worker with several threads: kernels inherit the environment of the process
 
 
-def run_point(point: Point, needed: Requirements, settings: Settings) -> None:
+def run_point(point: Point, sweep_folder: Path, needed: Mapping[str, str], settings: Settings) -> None:
     """Execute a point's notebooks in a worker and gather what they found.
 
     The kernels inherit the sweep's settings, but for the folder with data: that variable is the worker's.
@@ -301,19 +272,14 @@ def run_point(point: Point, needed: Requirements, settings: Settings) -> None:
 
     Raises
     ------
-    PointError
+    RunError
         A notebook failed; the others still ran.
     """
-    needed.check()
-    settings = replace(settings, data_folder=Settings.of_command().data_folder)
+    check_shared(needed, sweep_folder)
+    settings = replace(settings, data_dir=Settings.of_command().data_dir)
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    with _one_at_a_time, execution.run_folder(point.folder(needed.folder), settings, wait=True) as folder:
+    with _one_at_a_time, execution.run_folder(point.folder(sweep_folder), settings, wait=True) as folder:
         outcomes = list(execution.execute(point.planned, folder, resume=True))
         results.gather(folder, outcomes)
     if failures := results.failures(outcomes):
-        raise PointError("; ".join(failures))
-
-
-def _one_place_each(grid: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    if both := grid.keys() & fixed.keys():
-        raise ParameterError(f"parameter {min(both)} is both fixed and in the grid")
+        raise RunError("; ".join(failures))

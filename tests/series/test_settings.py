@@ -2,56 +2,50 @@
 
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from lowrank_helpers import PROJECT
 from lowrank_helpers.series import execution, sweep
-from lowrank_helpers.series.settings import VARIABLES, Settings
+from lowrank_helpers.series.settings import Settings, unchanged_environment
 
-TOLD = Settings(Path("/run"), Path("/networks"), Path("/data"), Path("/started"), "digits", True)
+TOLD = Settings(Path("/run"), Path("/networks"), Path("/data"), Path("/started"), "digits")
 
 
 @pytest.fixture(autouse=True)
 def told_nothing(monkeypatch):
-    for variable in VARIABLES.values():
-        monkeypatch.delenv(variable, raising=False)
+    for field in fields(Settings):
+        monkeypatch.delenv(f"LOWRANK_{field.name.upper()}", raising=False)
 
 
-@pytest.mark.parametrize("settings", [TOLD, Settings(), Settings(hide_bars=True), Settings(started_in=Path("/x"))])
+@pytest.mark.parametrize("settings", [TOLD, Settings(), Settings(started_in=Path("/x"))])
 def test_what_one_process_is_told_another_reads_and_no_trace_is_left(settings, monkeypatch):
     monkeypatch.setenv("LOWRANK_AUTO_DATASET", "mnist")  # of a command around this one
     before = dict(os.environ)
-    with settings.applied():
+    with unchanged_environment():
+        settings.apply()
         os.environ["SET_MEANWHILE"] = "1"
         assert Settings.inherited() == settings
     assert dict(os.environ) == before
 
 
-def test_every_setting_has_its_variable():
-    assert list(VARIABLES) == list(vars(TOLD))
-    with TOLD.applied():
-        assert all(os.environ.get(variable) for variable in VARIABLES.values())
-
-
 def test_relative_folders_are_relative_to_where_the_command_runs_else_to_the_project(monkeypatch, tmp_path):
     monkeypatch.setenv("LOWRANK_DATA_DIR", "images")
     monkeypatch.chdir(tmp_path)
-    assert Settings.inherited().data_folder == PROJECT / "images"
+    assert Settings.inherited().data_dir == PROJECT / "images"
     assert Settings.inherited().path("a/b") == str(PROJECT / "a" / "b")
     command = Settings.of_command()
-    assert command.data_folder == tmp_path / "images"
+    assert command.data_dir == tmp_path / "images"
     assert (command.path("a/b"), command.path("/a/b"), command.path("")) == (str(tmp_path / "a" / "b"), "/a/b", "")
-    with command.applied():
-        monkeypatch.chdir(PROJECT / "notebooks")
-        assert Settings.inherited() == command
+    command.apply()
+    monkeypatch.chdir(PROJECT / "notebooks")
+    assert Settings.inherited() == command
 
 
 def test_only_auto_gives_way_to_the_dataset_that_was_found_out():
-    assert TOLD.dataset("auto") == "digits"
-    assert TOLD.dataset("mnist") == "mnist"
+    assert [TOLD.dataset(name) for name in ("auto", "mnist")] == ["digits", "mnist"]
     assert Settings().dataset("auto") == "auto"
 
 
@@ -59,17 +53,10 @@ def test_kernels_of_a_worker_take_its_own_data_folder_and_else_what_the_command_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOWRANK_DATA_DIR", "on-this-node")
     read = []
-
-    def execute(*given, **options):
-        read.append(Settings.inherited())
-        return iter(())
-
-    monkeypatch.setattr(execution, "execute", execute)
-    monkeypatch.setattr(sweep.Requirements, "check", lambda needed: None)
+    monkeypatch.setattr(execution, "execute", lambda *_, **__: read.append(Settings.inherited()) or ())
     point = sweep.Point({"seed": 0}, {})
-    sweep.run_point(point, sweep.Requirements(tmp_path, "", {}), TOLD)
-    expected = replace(TOLD, run_folder=point.folder(tmp_path), data_folder=tmp_path / "on-this-node")
-    assert read == [expected]
+    sweep.run_point(point, tmp_path, sweep.shared(tmp_path), TOLD)
+    assert read == [replace(TOLD, run_dir=point.folder(tmp_path), data_dir=tmp_path / "on-this-node")]
 
 
 def test_no_other_module_of_the_package_names_these_variables():
