@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from cycler import cycler
 from IPython.display import Image, display
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -49,7 +48,7 @@ STYLE = sns.axes_style("ticks") | {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.prop_cycle": plt.cycler(color=PALETTE),
     "axes.titlesize": "medium",
     "grid.alpha": 0.3,
     "grid.color": "#b0b0b0",

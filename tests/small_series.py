@@ -15,7 +15,7 @@ PARAMETERS = 'dataset = "digits"\ndata_dir = ""\nseed = 3\ndevice = "cpu"\npreci
 SETUP = """import time
 import pandas as pd
 from lowrank_helpers import models, plots
-from lowrank_helpers.report import panel
+from lowrank_helpers.report import explorer
 from lowrank_helpers.series.run import Run
 from lowrank_helpers.training import Recipe
 run = Run("{name}", globals())"""
@@ -35,7 +35,7 @@ Next: [overfitting](04_overfit.ipynb).
 """
 TABLE = 'pd.DataFrame({f"a long column name {i}": [i, 2 * i] for i in range(12)})'
 FIGURE = 'figure, axes = plots.panels()\naxes.plot([3, 2, 1])\nplots.show(figure, alt="A line that <falls>", key="3.1")'
-PANEL = "panel.explore(models.mlp([784, 32, 16, 10], seed=seed), run.data.splits())"
+EXPLORER = "explorer.show(models.mlp([784, 32, 16, 10], seed=seed), run.data)"
 CLAIM = """run.claim(
     "3.1",
     "The average rank is full, $r<n$.",
@@ -56,12 +56,12 @@ def notebook(*cells: NotebookNode | str, reads: Sequence[str] = ()) -> NotebookN
 def rank_notebook() -> NotebookNode:
     code = [SETUP.format(name="03_rank"), TABLE, FIGURE, "for line in range(60):\n    print(line)"]
     texts = [new_markdown_cell(text) for text in ("# 03 · A small notebook", THEORY, "## Answers")]
-    return notebook(*texts[:2], *code, texts[2], CLAIM, PART, PANEL)
+    return notebook(*texts[:2], *code, texts[2], CLAIM, PART, EXPLORER)
 
 
-def panel_notebook() -> NotebookNode:
+def explorer_notebook() -> NotebookNode:
     """Return a notebook short enough to fit a screen: JupyterLab draws only what is in sight."""
-    return notebook(new_markdown_cell("# A panel"), SETUP.format(name="03_rank"), PANEL)
+    return notebook(new_markdown_cell("# An explorer"), SETUP.format(name="03_rank"), EXPLORER)
 
 
 def run_and_render(sources: Path, folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""What shows a run: its pages, the index, the pages of sweeps, and the explorer in a notebook. Nothing here executes."""
+"""What shows a run: its pages, the index, the pages of sweeps, and the explorer. Nothing here executes."""

@@ -68,6 +68,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
     return {
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
         "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
+        "explorer": next((html for notebook in notebooks.values() for html in _explorers(notebook)), None),
         "headline": [number | _headline(number, results["claims"]) for number in assignment["headline"]],
         "items": items,
         "beyond": beyond,
@@ -154,10 +155,18 @@ def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:
     """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``, with text and size."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    marked = [(output.get("metadata", {}).get("lowrank", {}).get("figure"), output) for output in outputs]
     return {
         item: {**output.metadata["image/png"], "source": f"data:image/png;base64,{output.data['image/png'].strip()}"}
-        for item, output in marked
-        if item
+        for item, output in _marked(notebook, "figure")
     }
+
+
+def _explorers(notebook: NotebookNode) -> list[str]:
+    return [output.data["text/html"] for _, output in _marked(notebook, "explorer")]
+
+
+def _marked(notebook: NotebookNode, mark: str) -> list[tuple[Any, NotebookNode]]:
+    """Return the outputs of a notebook that carry a mark of this package's, after its value."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    marks = [(output.get("metadata", {}).get("lowrank", {}).get(mark), output) for output in outputs]
+    return [(value, output) for value, output in marks if value]

@@ -11,6 +11,7 @@ for (const root of document.querySelectorAll(".explorer:empty")) {
     </div>
     <div>What the network answers. A frame marks a mistake.</div><div class="row digits"></div>
     <div>The layer's strongest directions: images, each weighted by how much it excites them.</div><div class="row directions"></div>`;
+  root.onkeydown = (event) => event.stopPropagation(); // in JupyterLab, arrow keys are the slider's
   const find = (what) => root.querySelector(what);
   const [layer, cut, slider, output] = ["[name=layer]", "[name=cut]", "input", "output"].map(find);
   const [spectrum, accuracy] = root.querySelectorAll("svg");
