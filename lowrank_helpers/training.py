@@ -229,6 +229,7 @@ def fit(
     bar = tqdm(total=n_steps, desc=label, unit="step", leave=False, disable=_bars_hidden())
     with bar, in_mode(model, training=True):
         _record(history, model, scored, recipe.precision)
+        step = 0  # not the bar's count, which stands still where the bar is hidden
         for epoch in range(1, recipe.epochs + 1):
             start = clock()
             for index in batches(n_samples, recipe.batch_size, seed=recipe.seed, epoch=epoch, device=device):
@@ -236,7 +237,8 @@ def fit(
                     raise CancelledError
                 wait_for_timing()
                 with spending("training"):
-                    take_step(index, recipe.learning_rate * (1 - bar.n / n_steps))
+                    take_step(index, recipe.learning_rate * (1 - step / n_steps))
+                step += 1
                 bar.update()
             synchronise(device)
             history.seconds.append(history.seconds[-1] + clock() - start)

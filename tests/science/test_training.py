@@ -78,7 +78,8 @@ def _on_the_product(model):
     ("decay", "penalty"),
     [({}, _no_penalty), ({"weight_decay": 0.05}, _on_each_factor), ({"frobenius_decay": 0.05}, _on_the_product)],
 )
-def test_training_is_the_textbooks(digits, decay, penalty):
+def test_training_is_the_textbooks(digits, decay, penalty, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # a hidden bar changes nothing
     ours = factorize(_model(), {"fc1": 8, "fc2": 8})
     theirs = copy.deepcopy(ours)
     recipe = Recipe(2, 100, 1e-3, seed=4, **decay)
