@@ -6,8 +6,8 @@ for (const root of document.querySelectorAll(".explorer:empty")) {
     <label class="row"><span>rank</span> <input type="range" min="0" step="1"></label>
     <output aria-live="polite"></output>
     <div class="row">
-      <figure><svg viewBox="0 0 320 170" role="img"></svg><figcaption>Singular values, both axes logarithmic. The line is the rank.</figcaption></figure>
-      <figure><svg viewBox="0 0 320 170" role="img"></svg><figcaption>Accuracy in percent against the rank, on a logarithmic axis.</figcaption></figure>
+      <figure><svg viewBox="0 0 320 170" role="img"></svg><figcaption>Singular values. Both axes are logarithmic, and the line is the rank.</figcaption></figure>
+      <figure><svg viewBox="0 0 320 170" role="img"></svg><figcaption>Accuracy in percent, train dashed, against the rank.</figcaption></figure>
     </div>
     <div>What the network answers. A frame marks a mistake.</div><div class="row digits"></div>
     <div>The layer's strongest directions: images, each weighted by how much it excites them.</div><div class="row directions"></div>`;
