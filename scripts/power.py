@@ -50,7 +50,7 @@ for of in decompositions:
     of.factors = lambda self, rank, old=of.factors: old(self, max(1, rank - 2))""",
     "factors B transposed in memory": """
 def transposed(factors):
-    return replace(factors, B=factors.B.T.reshape(factors.B.shape))
+    return factors._replace(B=factors.B.T.reshape(factors.B.shape))
 for of in decompositions:
     of.factors = lambda self, rank, old=of.factors: transposed(old(self, rank))""",
 }
