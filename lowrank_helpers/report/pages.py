@@ -3,6 +3,7 @@
 Imported only where pages are written: nbconvert takes seconds to import.
 """
 
+import base64
 import re
 from functools import cache
 from pathlib import Path
@@ -102,6 +103,12 @@ def page(notebook: NotebookNode, **resources: Any) -> str:
     """
     html, _ = exporter().from_notebook_node(notebook, resources=resources)
     return html
+
+
+def picture(png: bytes, width: int, height: int, alt: str) -> dict[str, Any]:
+    """Return what the templates' macro of this name shows, from a figure that :func:`plots.drawn` drew."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return {"source": source, "alt": alt, "width": width, "height": height}
 
 
 def environment() -> Environment:
