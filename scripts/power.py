@@ -17,7 +17,6 @@ from evidence import gather  # in this folder
 from lowrank_helpers import PROJECT, cli
 from lowrank_helpers.series import evidence, execution, results
 from lowrank_helpers.series.claims import Claim
-from lowrank_helpers.series.results import read_claims
 
 NOTEBOOKS = execution.NOTEBOOK_FOLDER
 START = """import torch
@@ -70,7 +69,7 @@ def claims_of(name: str, given: dict[str, Any], fault: str) -> dict[str, Claim]:
         execution.NOTEBOOK_FOLDER = NOTEBOOKS
         for failure in results.failures(ended):
             click.echo(f"  failed: {failure}")
-        return read_claims(folder)[name]["claims"]
+        return results.read_claims(folder)[name]["claims"]
 
 
 @click.command(cls=cli.Command)
@@ -94,7 +93,9 @@ def main(name: str, pairs: cli.Pairs, runs: int) -> None:
     runs_of = sorted((PROJECT / "reports" / "sweeps" / f"evidence-{dataset}" / "points").iterdir())
     others = {folder: gather([other for other in runs_of if other != folder], name) for folder in runs_of}
     alarms = [
-        evidence.unlike(rest, read_claims(folder)[name]["claims"], n_values) for folder, rest in others.items() if rest
+        evidence.unlike(rest, results.read_claims(folder)[name]["claims"], n_values)
+        for folder, rest in others.items()
+        if rest
     ]
     click.echo(f"recorded runs unlike the others: {sum(map(bool, alarms))} of {len(alarms)}")
     for line in chain(*alarms):
