@@ -6,7 +6,6 @@ trained on them. sweeps/rates.csv has a row for each network. Where another rate
 again.
 """
 
-import os
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -23,8 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank_helpers import PROJECT
-from lowrank_helpers.series import run
-from lowrank_helpers.series.execution import notebook_path
+from lowrank_helpers.series import execution, run
 from lowrank_helpers.series.store import write_atomically
 from lowrank_helpers.training import History, Recipe
 
@@ -84,7 +82,7 @@ def rows(job: Job) -> list[dict[str, Any]]:
     given = GIVEN | {"seed": job.seed, "recipes": {job.recipe: {"learning_rate": job.learning_rate}}}
     variables: dict[str, Any] = {"__name__": "__main__"}
     with redirect_stdout(StringIO()):
-        for cell in nbformat.read(notebook_path(job.notebook), as_version=4).cells:
+        for cell in nbformat.read(execution.notebook_path(job.notebook), as_version=4).cells:
             if cell.cell_type == "code":
                 exec(compile(cell.source, f"{job.notebook}, {cell.id}", "exec"), variables)
                 plt.close("all")
@@ -118,12 +116,12 @@ def main(names: tuple[str, ...]) -> None:
         if (job := Job(notebook, kind, step * recipe["learning_rate"], seed))
         and (kind, job.learning_rate, recipe["epochs"], seed) not in done
     ]
-    os.environ |= {"TQDM_DISABLE": "1", "LOWRANK_RUN_DIR": str(PROJECT / "reports" / "rates")}
     mpl.use("Agg")
     run.Run = Held  # type: ignore[misc]
-    for job in tqdm(jobs, unit="notebook", disable=False):
-        table = pd.concat([table, pd.DataFrame(rows(job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)
-        write_atomically(TABLE, table.to_csv(index=False, float_format="%g").encode())
+    with execution.run_folder(PROJECT / "reports" / "rates"):
+        for job in tqdm(jobs, unit="notebook", disable=False):
+            table = pd.concat([table, pd.DataFrame(rows(job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)
+            write_atomically(TABLE, table.to_csv(index=False, float_format="%g").encode())
 
 
 if __name__ == "__main__":

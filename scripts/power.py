@@ -6,6 +6,7 @@ alarms: recorded runs, in reports/sweeps/, that are unlike the others.
 """
 
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,9 @@ import click
 import nbformat
 
 from evidence import gather  # in this folder
-from lowrank_helpers import PROJECT
-from lowrank_helpers.cli import GIVEN
-from lowrank_helpers.series import evidence, execution, parameters
+from lowrank_helpers import PROJECT, cli
+from lowrank_helpers.series import evidence, execution, results
 from lowrank_helpers.series.claims import Claim
-from lowrank_helpers.series.results import read_claims
 
 NOTEBOOKS = execution.NOTEBOOK_FOLDER
 START = """import torch
@@ -68,39 +67,39 @@ def claims_of(name: str, given: dict[str, Any], fault: str) -> dict[str, Claim]:
             nbformat.write(notebook, execution.notebook_path(other))
         ended = list(execution.execute(planned, folder))
         execution.NOTEBOOK_FOLDER = NOTEBOOKS
-        click.echo("".join(f"  {each.notebook} failed: {each.error}\n" for each in ended if each.error), nl=False)
-        return claims_in(folder, name)
+        for failure in results.failures(ended):
+            click.echo(f"  failed: {failure}")
+        return results.read_claims(folder)[name]["claims"]
 
 
-def claims_in(folder: Path, name: str) -> dict[str, Claim]:
-    """Return what a notebook claimed in a run."""
-    return read_claims(folder)[name]["claims"]
-
-
-@click.command()
+@click.command(cls=cli.Command)
 @click.argument("name", metavar="NOTEBOOK")
-@GIVEN
+@cli.GIVEN
 @click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="How many of each fault.")
-def main(name: str, pairs: tuple[tuple[str, str], ...], runs: int) -> None:
+def main(name: str, pairs: cli.Pairs, runs: int) -> None:
     """Say by what the check would notice that NOTEBOOK is broken in one of several ways."""
-    given = {parameter: parameters.parse(value, parameter) for parameter, value in pairs}
+    given = cli.parameters_from(pairs)
     dataset = execution.settle_dataset({name: given})
     known = {each: found for each in execution.notebook_names() if (found := evidence.read(each, dataset))}
     if name not in known:
-        raise click.ClickException(
-            f"{name} has no evidence on {dataset}: `python scripts/evidence.py {name}` records it"
-        )
+        cli.fail(f"{name} has no evidence on {dataset}: `python scripts/evidence.py {name}` records it")
     n_values = sum(each.n_values for each in known.values())
     for fault, source in FAULTS.items():
         claimed = [claims_of(name, given | {"seed": seed}, source) for seed in range(101, 101 + runs)]
         noticed = [evidence.unlike(known[name], claims, n_values) for claims in claimed]
         click.echo(f"{fault}: noticed in {sum(map(bool, noticed))} of {runs} runs")
-        click.echo("".join(f"  {line}\n" for lines in noticed for line in lines[:2]), nl=False)
+        for line in chain(*(lines[:2] for lines in noticed)):
+            click.echo(f"  {line}")
     runs_of = sorted((PROJECT / "reports" / "sweeps" / f"evidence-{dataset}" / "points").iterdir())
     others = {folder: gather([other for other in runs_of if other != folder], name) for folder in runs_of}
-    alarms = [evidence.unlike(rest, claims_in(folder, name), n_values) for folder, rest in others.items() if rest]
+    alarms = [
+        evidence.unlike(rest, results.read_claims(folder)[name]["claims"], n_values)
+        for folder, rest in others.items()
+        if rest
+    ]
     click.echo(f"recorded runs unlike the others: {sum(map(bool, alarms))} of {len(alarms)}")
-    click.echo("".join(f"  {line}\n" for lines in alarms for line in lines), nl=False)
+    for line in chain(*alarms):
+        click.echo(f"  {line}")
 
 
 if __name__ == "__main__":

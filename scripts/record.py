@@ -1,5 +1,6 @@
-"""Run the series with its defaults, and write the outputs into notebooks/ and reports/reference/: ``make record``."""
+"""Run the series with its defaults; write outputs into notebooks/, pages into reports/reference/: ``make record``."""
 
+import base64
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,11 @@ from lowrank_helpers.series.store import write_atomically
 
 LATEST = PROJECT / "reports" / "latest"
 REFERENCE = PROJECT / "reports" / "reference"
+README_FIGURES = {"03_rank": "densities", "05_approximate": "accuracy-figure"}  # of each notebook a cell's id
 
 
 def write_outputs(name: str, executed: Path) -> None:
-    """Write the outputs of an executed notebook back into the notebook of the series."""
+    """Write the outputs of an executed notebook back into that of the series, and the README's figure into docs/."""
     recorded = nbformat.read(notebook_path(name), as_version=4)
     cells = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
     for cell in recorded.cells:
@@ -24,6 +26,10 @@ def write_outputs(name: str, executed: Path) -> None:
             cell.outputs, cell.execution_count = cells[cell.id].outputs, cells[cell.id].execution_count
     recorded.metadata.setdefault("lowrank", {})["outputs"] = outputs_checksum(recorded)
     write_atomically(notebook_path(name), (nbformat.writes(recorded) + "\n").encode())
+    if name in README_FIGURES:
+        outputs = cells[README_FIGURES[name]].outputs
+        (image,) = (output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
+        write_atomically(PROJECT / "docs" / f"{name}-figure.png", base64.b64decode(image))
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """What the matrices of somebody's own network measure: a table for the terminal, and a page with ``results.json``."""
 
-import base64
 import json
 import os
 import textwrap
@@ -17,6 +16,7 @@ HALF = ("float16", "bfloat16")
 WIDTH = 100  # columns of the terminal
 NAMED = 4  # tensors that are named where others share their reason; --output names all
 DRAWN = ("effective rank", "energy rank 90 %", BEYOND)
+ALT = "Three measures of rank as shares of the full rank, by matrix; the table below has the numbers."
 NUMBERS: dict[str, Any] = {"float_format": "{:.1f}".format}  # of tables
 COLUMNS = {
     "effective rank": "effective",
@@ -178,7 +178,7 @@ def write(folder: Path, analysis: Analysis) -> None:
     html = template.render(
         results,
         conditions=conditions,
-        figure=_figure(table),
+        figure=pages.picture(*_figure(table), ALT),
         table=_shown(table).to_html(**NUMBERS),
         meaning=MEANING,
         notes=notes(analysis),
@@ -186,7 +186,7 @@ def write(folder: Path, analysis: Analysis) -> None:
     write_atomically(folder / "index.html", html.encode())
 
 
-def _figure(table: pd.DataFrame) -> dict[str, Any]:
+def _figure(table: pd.DataFrame) -> tuple[bytes, int, int]:
     """Draw ranks as shares of the full one, a place a matrix in the network's order."""
     from lowrank_helpers import plots
 
@@ -196,5 +196,4 @@ def _figure(table: pd.DataFrame) -> dict[str, Any]:
         axes.plot(range(1, len(table) + 1), 100 * table[name] / _full(table), marker, markersize=4, label=name)
     axes.set(xlabel="matrix, in the network's order", ylabel="share of the full rank (%)", ylim=(0, 102))
     figure.legend(loc="outside upper center", ncols=len(DRAWN))
-    png, width, height = plots.drawn(figure)
-    return {"source": base64.b64encode(png).decode(), "width": width, "height": height}
+    return plots.drawn(figure)

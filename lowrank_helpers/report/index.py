@@ -11,6 +11,7 @@ from nbformat import NotebookNode
 
 from lowrank_helpers.series import evidence
 from lowrank_helpers.series.claims import Claim, table, verdict
+from lowrank_helpers.series.execution import marked
 from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
@@ -58,6 +59,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
     runs = results["notebooks"]
     claims = {id: _shown(id, filed, runs[filed["notebook"]]) for id, filed in results["claims"].items()}
     figures = {item: figure for notebook in notebooks.values() for item, figure in _key_figures(notebook).items()}
+    explorers = [found for notebook in notebooks.values() for found in marked(notebook, "explorer")]
     assignment = _assignment()
     items, beyond = (
         [item | _answer(item, claims, runs) | {"figure": figures.get(item["id"])} for item in assignment[part]]
@@ -68,7 +70,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
     return {
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
         "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
-        "explorer": next((html for notebook in notebooks.values() for html in _explorers(notebook)), None),
+        "explorer": next((output.data["text/html"] for _, output in explorers), None),
         "headline": [number | _headline(number, results["claims"]) for number in assignment["headline"]],
         "items": items,
         "beyond": beyond,
@@ -157,16 +159,5 @@ def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:
     """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``, with text and size."""
     return {
         item: {**output.metadata["image/png"], "source": f"data:image/png;base64,{output.data['image/png'].strip()}"}
-        for item, output in _marked(notebook, "figure")
+        for item, output in marked(notebook, "figure")
     }
-
-
-def _explorers(notebook: NotebookNode) -> list[str]:
-    return [output.data["text/html"] for _, output in _marked(notebook, "explorer")]
-
-
-def _marked(notebook: NotebookNode, mark: str) -> list[tuple[Any, NotebookNode]]:
-    """Return the outputs of a notebook that carry a mark of this package's, after its value."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    marks = [(output.get("metadata", {}).get("lowrank", {}).get(mark), output) for output in outputs]
-    return [(value, output) for value, output in marks if value]

@@ -3,6 +3,7 @@
 Imported only where pages are written: nbconvert takes seconds to import.
 """
 
+import base64
 import re
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,6 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.filters.strings import html2text
 from nbformat import NotebookNode
-from traitlets import default
 
 from lowrank_helpers import PROJECT
 
@@ -23,19 +23,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 class PageExporter(HTMLExporter):
-    """nbconvert's exporter with the project's template, formulas as MathML, and no file or address outside the page."""
-
-    @default("extra_template_basedirs")
-    def _extra_template_basedirs_default(self) -> list[str]:
-        return [str(TEMPLATES)]
-
-    @default("template_name")
-    def _template_name_default(self) -> str:
-        return "lowrank"
-
-    @default("template_file")
-    def _template_file_default(self) -> str:
-        return "page.html.j2"
+    """nbconvert's exporter with formulas as MathML, and no file or address outside the page."""
 
     @pass_context
     def markdown2html(self, context: Context, source: str) -> str:
@@ -100,7 +88,7 @@ def _mathml(latex: str, display: str) -> str:
 @cache
 def exporter() -> PageExporter:
     """Return the exporter: one for all pages, as making it costs more than a page."""
-    return PageExporter()
+    return PageExporter(template_name="lowrank", template_file="page.html.j2", extra_template_basedirs=[str(TEMPLATES)])
 
 
 def page(notebook: NotebookNode, **resources: Any) -> str:
@@ -115,6 +103,12 @@ def page(notebook: NotebookNode, **resources: Any) -> str:
     """
     html, _ = exporter().from_notebook_node(notebook, resources=resources)
     return html
+
+
+def picture(png: bytes, width: int, height: int, alt: str) -> dict[str, Any]:
+    """Return what the templates' macro of this name shows, from a figure that :func:`plots.drawn` drew."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return {"source": source, "alt": alt, "width": width, "height": height}
 
 
 def environment() -> Environment:

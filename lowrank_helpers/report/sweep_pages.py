@@ -1,6 +1,5 @@
 """What a sweep found: one tidy table, and a page of figures with 95 % intervals over the seeds."""
 
-import base64
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -115,11 +114,11 @@ def _section(numbers: pd.DataFrame, shown: Shown, sweep: Sweep) -> dict[str, Any
     x, *others = axes or ["dataset"]
     colours = values[others].astype(str).agg(", ".join, axis="columns") if others else None
     plots.use_style()
-    png, width, height = plots.drawn(_figure(values[x], values["value"], colours, title))
+    drawn = plots.drawn(_figure(values[x], values["value"], colours, title))
+    alt = f"Means with 95 % intervals of {title}; the table below has the numbers."
     return {
         "title": title,
-        "source": f"data:image/png;base64,{base64.b64encode(png).decode()}",
-        "size": (width, height),
+        "figure": pages.picture(*drawn, alt),
         "head": [*map(_words, (x, *others))],
         "rows": [(case, interval(group)) for case, group in values.groupby([x, *others], sort=False)["value"]],
     }

@@ -271,16 +271,18 @@ def _kept(
         except (OSError, ValueError, KeyError, nbformat.ValidationError):
             warnings.warn(f"{file.name} in the run's folder is damaged or no run's; executed again", stacklevel=3)
             continue
+        claimed = {id for id, _ in marked(executed, "claim")}
         claims = filed[name]["claims"] if name in filed else {}
-        if made_by.get("fingerprint") == _fingerprint(name, planned[name]) and _claimed(executed) <= claims.keys():
+        if made_by.get("fingerprint") == _fingerprint(name, planned[name]) and claimed <= claims.keys():
             kept[name] = Outcome(name, "kept", made_by["seconds"])
     return kept
 
 
-def _claimed(executed: nbformat.NotebookNode) -> set[str]:
-    """Return the ids of the claims that an executed notebook shows."""
-    outputs = [output.get("metadata", {}) for cell in executed.cells for output in cell.get("outputs", [])]
-    return {metadata["lowrank"]["claim"] for metadata in outputs if "claim" in metadata.get("lowrank", {})}
+def marked(notebook: nbformat.NotebookNode, mark: str) -> list[tuple[Any, nbformat.NotebookNode]]:
+    """Return the outputs of a notebook that carry a mark of this package's, after its value."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    marks = [(output.get("metadata", {}).get("lowrank", {}).get(mark), output) for output in outputs]
+    return [(value, output) for value, output in marks if value]
 
 
 def outputs_checksum(notebook: nbformat.NotebookNode) -> str:
