@@ -1,7 +1,9 @@
-"""Turns what pytest-benchmark saved into a page of Markdown tables."""
+"""Turns what pytest-benchmark saved into a page of tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 Row = Mapping[str, str | float | bool]
 
@@ -37,19 +39,5 @@ def _machine(saved: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
-    return "\n".join(map(_line, lines))
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(value: str | float | bool) -> str:
-    """Show a number by three significant digits, and a verdict by its sign."""
-    if isinstance(value, bool):
-        return "✓" if value else "✗"
-    if isinstance(value, float):
-        return f"{float(f'{value:.3g}'):,.10g}"
-    return f"{value:,}" if isinstance(value, int) else value
+    table = pd.DataFrame(rows, dtype=object).fillna("")
+    return f"```\n{table.to_string(index=False, float_format='{:,.4g}'.format)}\n```"
