@@ -1,6 +1,5 @@
 """The command line: what it refuses before a kernel starts, and one run from end to end."""
 
-import json
 import re
 import runpy
 
@@ -87,18 +86,3 @@ def test_the_readmes_parameter_file_is_accepted():
     (example,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
     planned = execution.plan((), parse(example, "README.md"))
     assert planned["02_train"]["recipes"] == {"small": {"learning_rate": 1e-3}}
-
-
-@pytest.mark.slow
-def test_one_notebook_runs_from_end_to_end(tmp_path):
-    given = ["-p", "dataset", "digits", "-p", "recipes", "{small: {epochs: 1}}", "-o", tmp_path / "out"]
-    shown = lowrank("run", "02_train", *given)
-    assert "digits" in shown and "index.html" in shown
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    claim = results["claims"]["2.1"]
-    assert len(claim["series"]["accuracy (%) by epoch"]) == 1 + 4, "a small set takes four times the epochs"
-    assert 30 < claim["measured"]["accuracy (%)"]["test"] <= 100
-    assert results["notebooks"]["02_train"]["environment"]["dataset"] == "digits"
-    for name in ("02_train.ipynb", "02_train.html"):
-        assert (tmp_path / "out" / name).stat().st_size > 10_000
-    assert len(list((tmp_path / "out" / "networks").iterdir())) >= 1

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-BATCH_SIZE = 32
 
-
-def loader(folder: Path, n: int = 60_000) -> DataLoader:
-    """Return the loader of the first n training images."""
+def loader(folder: Path) -> DataLoader:
+    """Return the loader of the training images."""
     dataset = datasets.MNIST(folder, transform=transforms.ToTensor())
-    return DataLoader(Subset(dataset, range(n)), batch_size=BATCH_SIZE, shuffle=True)
+    return DataLoader(dataset, batch_size=32, shuffle=True)
 
 
 def network(widths: list[int]) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,13 +15,15 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from chromium import EXECUTABLE, chromium
 from commands import wait_for
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from small_series import explorer_notebook
 
 from lowrank_helpers import PROJECT
 
+EXECUTABLE = shutil.which("chromium")
+QUIET = ["quic", "background-networking", "component-update", "sync", "gpu"]  # nothing talks to the network by itself
+ARGUMENTS = ["--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in QUIET)]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
@@ -34,8 +37,10 @@ PHONE = {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as browser:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=ARGUMENTS)
         yield browser
+        browser.close()
 
 
 @contextmanager

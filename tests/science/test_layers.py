@@ -113,11 +113,6 @@ def test_wrong_layers_and_ranks_of_a_model_are_refused(make):
         make(model, {"1": 6})
 
 
-def test_what_is_factorised_is_exported():
-    small, x = factorize(_model(), {"0.fc1": 3, "2": 2}), _draw(7, 20).double()
-    torch.testing.assert_close(torch.export.export(small, (x,)).module()(x), small(x))
-
-
 class Residual(nn.Module):
     """Registers its head first, has a layer in two places, and adds what it skipped."""
 

@@ -43,7 +43,7 @@ def _weights(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def _textbook(model, data, recipe, penalty):
+def _textbook(model, data, recipe, penalty=lambda model: 0.0):
     """Train with a DataLoader, PyTorch's plain Adam and a scheduler, as tutorials do."""
     dataset = TensorDataset(data.train_images, data.train_labels)
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
@@ -59,21 +59,17 @@ def _textbook(model, data, recipe, penalty):
             scheduler.step()
 
 
-def _no_penalty(model):
-    return 0.0
-
-
-def _on_each_factor(model):
-    return 0.05 / 2 * sum(parameter.square().sum() for parameter in model.parameters())
-
-
-def _on_the_product(model):
-    return 0.05 / 2 * sum(module.weight.square().sum() for module in model if hasattr(module, "weight"))
+def _squares(matrices):
+    return 0.05 / 2 * sum(matrix.square().sum() for matrix in matrices)
 
 
 @pytest.mark.parametrize(
     ("decay", "penalty"),
-    [({}, _no_penalty), ({"weight_decay": 0.05}, _on_each_factor), ({"frobenius_decay": 0.05}, _on_the_product)],
+    [
+        ({}, lambda model: 0.0),
+        ({"weight_decay": 0.05}, lambda model: _squares(model.parameters())),
+        ({"frobenius_decay": 0.05}, lambda model: _squares(of.weight for of in model if hasattr(of, "weight"))),
+    ],
 )
 def test_training_is_the_textbooks(digits, decay, penalty, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")  # a hidden bar changes nothing
@@ -191,7 +187,7 @@ def test_steps_are_in_training_mode_and_scores_in_evaluation_mode(digits):
     ours[0].train()  # a mode of its own, which it must come back in
     recipe = Recipe(2, 100, 1e-3)
     history = fit(ours, digits, recipe)
-    _textbook(theirs.train(), digits, recipe, _no_penalty)
+    _textbook(theirs.train(), digits, recipe)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=2e-5)
     assert [ours.training, ours[0].training, ours[1].training] == [False, True, False]
     expected = theirs.eval()(digits.test_images).argmax(dim=1)
