@@ -65,9 +65,3 @@ def test_science_reads_top_down(module):
 
 def test_no_room_has_a_circle():
     assert list(TopologicalSorter(IMPORTS).static_order())
-
-
-def test_imports_are_found_wherever_they_stand():
-    assert "series.results" in IMPORTS["series.execution"], "from a module"
-    assert "plots" in IMPORTS["series.run"], "from the package"
-    assert "report.pages" in IMPORTS["report.index"], "within a function"

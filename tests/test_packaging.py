@@ -28,21 +28,8 @@ PINNED = {
     if not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-# Used without being imported: the kernel, the lab and its widgets' front end, what pandas writes Parquet with and what
-# PyTorch translates to ONNX with, the tests' time limit, the linters and what types they need.
-TOOLS = {
-    "ipykernel",
-    "jupyterlab",
-    "pyarrow",
-    "mypy",
-    "onnxscript",
-    "pdoc",
-    "pytest-timeout",
-    "ruff",
-    "pandas-stubs",
-    "types-pyyaml",
-    "types-tqdm",
-}
+# Used without being imported here: the lab, its bars of progress, papermill's client and pandas' Parquet.
+TOOLS = {"ipywidgets", "jupyterlab", "nbclient", "pyarrow"}
 
 
 def _imported(*sources):
@@ -82,11 +69,9 @@ def test_conda_users_get_the_same_packages():
 def test_what_is_imported_is_declared_and_what_is_declared_is_used():
     package = [path.read_text() for path in sorted((PROJECT / "lowrank_helpers").rglob("*.py"))]
     tests = [path.read_text() for path in sorted((PROJECT / "tests").rglob("*.py"))]
-    declared = (SCIENCE | SERIES | TEST).keys()
     checks = {"pytest", "nbval"}  # `lowrank check` says what to install where they are missing
-    assert _imported(*package, *_notebook_code()) - checks <= (SCIENCE | SERIES).keys()
-    assert _imported(*tests) <= declared
-    assert declared == _imported(*package, *tests, *_notebook_code()) & declared | TOOLS
+    assert _imported(*package, *_notebook_code()) - checks == (SCIENCE | SERIES).keys() - TOOLS
+    assert _imported(*tests) <= (SCIENCE | SERIES | TEST).keys()
 
 
 def _without_the_series(code):

@@ -1,11 +1,11 @@
-"""What benchmarks are given, and the page that they leave: beside the JSON, and on the screen."""
+"""What benchmarks are given, and the page of tables that they leave: beside the JSON, and on the screen."""
 
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from table import markdown
 
 from lowrank_helpers import data
 from lowrank_helpers.training import pick_device, pick_precision
@@ -28,14 +28,32 @@ def images(mnist_dir: Path, device: torch.device) -> data.Dataset:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info |= {
-        "torch": torch.__version__,
-        "precision": pick_precision("auto", pick_device()),
-        "threads": torch.get_num_threads(),
-    }
+    machine_info |= {"torch": torch.__version__, "precision": pick_precision("auto", pick_device())}
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
-    page = markdown(output_json)
+    page = _page(output_json)
     Path(config.option.benchmark_json).with_suffix(".md").write_text(page)
     config.get_terminal_writer().write(f"\n\n{page}\n")
+
+
+def _page(saved: dict[str, Any]) -> str:
+    """Return the machine, the targets, and a table for each group, of the ``extra_info`` of its benchmarks."""
+    targets: list[dict] = []
+    groups: dict[str, list[dict]] = {"Targets": targets}
+    for benchmark in sorted(saved["benchmarks"], key=lambda benchmark: benchmark["group"]):
+        groups.setdefault(benchmark["group"], []).extend(benchmark["extra_info"]["rows"])
+        targets += benchmark["extra_info"].get("targets", [])
+    machine, commit = saved["machine_info"], saved["commit_info"]
+    about = (
+        f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores · PyTorch {machine['torch']} · "
+        f"precision `auto` is {machine['precision']} · {saved['datetime'][:10]} · revision {commit['id'][:7]}"
+        f"{' with changes' if commit['dirty'] else ''}"
+    )
+    tables = [f"## {group}\n\n{_table(rows)}" for group, rows in groups.items()]
+    return "\n\n".join(["# Benchmarks", about, *tables]) + "\n"
+
+
+def _table(rows: list[dict]) -> str:
+    table = pd.DataFrame(rows, dtype=object).fillna("")
+    return f"```\n{table.to_string(index=False, float_format='{:,.4g}'.format)}\n```"

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-BATCH_SIZE = 32
 
-
-def loader(folder: Path, *, train: bool, n: int | None = None) -> DataLoader:
-    """Return the loader of a split, or of its first n images."""
-    dataset = datasets.MNIST(folder, train=train, transform=transforms.ToTensor())
-    return DataLoader(Subset(dataset, range(n)) if n else dataset, batch_size=BATCH_SIZE, shuffle=train)
+def loader(folder: Path) -> DataLoader:
+    """Return the loader of the training images."""
+    dataset = datasets.MNIST(folder, transform=transforms.ToTensor())
+    return DataLoader(dataset, batch_size=32, shuffle=True)
 
 
 def network(widths: list[int]) -> nn.Sequential:
@@ -45,16 +43,3 @@ def train_epoch(model: nn.Module, batches: DataLoader, optimiser: torch.optim.Op
         correct += (outputs.argmax(dim=1) == labels).sum().item()
         total += len(labels)
     return running_loss / len(batches), correct / total
-
-
-def test(model: nn.Module, batches: DataLoader) -> float:
-    """Return the accuracy on a test set."""
-    device = next(model.parameters()).device
-    model.eval()
-    correct, total = 0, 0
-    with torch.no_grad():
-        for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
-            correct += (model(images).argmax(dim=1) == labels).sum().item()
-            total += len(labels)
-    return correct / total

@@ -29,10 +29,6 @@ def rank_page(small_report):
     return soup(small_report / "03_rank.html")
 
 
-def item(index: BeautifulSoup, id: str) -> str:
-    return " ".join(index.find(id=f"item-{id}").get_text(" ").split())
-
-
 def test_index_lists_every_item_and_rule_of_the_assignment(index):
     items = [
         section["id"].removeprefix("item-") for section in index.select(".item") if not section.find_parent(id="beyond")
@@ -40,6 +36,7 @@ def test_index_lists_every_item_and_rule_of_the_assignment(index):
     counts = {"1": 2, "2": 1, "3": 3, "4": 2, "5": 3, "6": 4, "7": 2, "B": 4}
     assert items == [f"{chapter}.{i}" for chapter, count in counts.items() for i in range(1, count + 1)]
     assert [rule.strong.text for rule in index.select("#rules ~ dl dt")] == ["R1", "R2", "R3", "R4", "R5"]
+    assert [item["id"] for item in index.select("#beyond .item")][:2] == ["item-8.1", "item-8.2"]
 
 
 def test_an_answered_item_shows_sentence_standing_table_figure_and_parts(index):
@@ -96,26 +93,14 @@ def test_story_and_headline_name_items_of_the_assignment():
     assert {number["claim"] for number in assignment["headline"]} <= set(items)
 
 
-def test_an_item_without_an_answer_says_why(index):
-    assert "its notebook filed none" in item(index, "3.2")
-    assert "its notebook failed" in item(index, "4.1")
-    assert "its notebook was not run" in item(index, "5.1")
-
-
-def test_index_says_what_was_run_and_what_failed(index):
+def test_index_says_what_was_run_what_failed_and_why_an_item_has_no_answer(index):
     conditions = {row.dt.text: row.dd.text for row in index.select(".conditions div")}
     assert (conditions["Dataset"], conditions["Seed"], conditions["Device"]) == ("digits", "5", "cpu")
     assert "torch" in conditions["Versions"]
     assert "ValueError: no luck" in index.select_one(".alarm").text
-
-
-def test_headline_reads_the_claims_and_leaves_a_dash_for_the_rest(index):
+    for id, reason in {"3.2": "filed none", "4.1": "failed", "5.1": "was not run"}.items():
+        assert f"its notebook {reason}" in " ".join(index.find(id=f"item-{id}").text.split())
     assert [number.text for number in index.select(".headline .number")] == ["21", "–", "–", "–", "–"]
-
-
-def test_items_beyond_the_assignment_stand_in_a_part_of_their_own(index):
-    assert [item["id"] for item in index.select("#beyond .item")][:2] == ["item-8.1", "item-8.2"]
-    assert index.find(id="beyond").h2.text == "Beyond the assignment"
 
 
 def test_where_the_time_went_is_a_bar_a_notebook_with_its_numbers(small_report, tmp_path):
@@ -124,17 +109,13 @@ def test_where_the_time_went_is_a_bar_a_notebook_with_its_numbers(small_report, 
     results["notebooks"]["04_overfit"]["seconds_by_kind"] = {"timing": 20.1}
     report.render(tmp_path, results)
     table = soup(tmp_path / "index.html").select_one("table.time")
-    rows = [[cell.text for cell in row.select("th, td")] for row in table.select("tr")]
-    assert rows == [
+    assert [[cell.text for cell in row.select("th, td")] for row in table.select("tr")] == [
         ["notebook", "shares", "training", "timing", "rest", "all"],
         ["03_rank", "", "30", "10", "0", "40"],
         ["04_overfit", "", "0", "20", "0", "20"],
     ]
-    widths = [[part["style"] for part in bar.select("span")] for bar in table.select(".bar-of-kinds")]
-    assert widths == [
-        ["width: 75.12%", "width: 24.88%", "width: 0.00%"],
-        ["width: 0.00%", "width: 50.00%", "width: 0.00%"],
-    ]
+    widths = [part["style"] for part in table.select(".bar-of-kinds span")]
+    assert widths == [f"width: {percent}%" for percent in ("75.12", "24.88", "0.00", "0.00", "50.00", "0.00")]
 
 
 @pytest.mark.parametrize(("asked", "warned"), [("auto", True), ("digits", False)])
@@ -155,14 +136,11 @@ def test_every_link_of_every_page_leads_somewhere(small_report):
             assert not anchor or pages[file or name].find(id=anchor), link
 
 
-def test_a_claim_is_a_box_with_an_anchor_of_its_own(rank_page):
+def test_a_page_has_boxes_of_claims_with_anchors_its_parameters_and_contents(rank_page):
     claim = rank_page.find(id="claim-3.1")
     assert "The average rank is full" in claim.blockquote.text and "claim" in claim["class"]
     assert claim.select_one("a.here")["href"] == "#claim-3.1"
     assert "Seeds do not matter." in rank_page.find(id="claim-3.1/spread").text
-
-
-def test_a_page_lists_its_parameters_and_contents(rank_page):
     parameters = {row.th.text: row.td.text for row in rank_page.select(".parameters tr")}
     assert parameters["seed"] == "5"
     assert [entry.text for entry in rank_page.select(".contents li")] == ["Theory", "Answers"]
@@ -185,14 +163,6 @@ def test_formulas_are_mathml(rank_page):
     assert rank_page.select("math[display=block] mtable mtr")
     assert rank_page.find(id="claim-3.1").math
     assert not any("$" in text.text for text in rank_page.select(".text, .output_markdown"))
-
-
-def test_no_page_names_another_machine(small_report):
-    for file in small_report.glob("*.html"):
-        loaded = soup(file).select("[src], link[href], script[src], iframe, object, embed")
-        sources = [element.get("src") or element.get("href") for element in loaded]
-        assert all(source.startswith("data:") for source in sources)
-        assert "url(" not in file.read_text()
 
 
 def test_a_formula_that_cannot_be_converted_is_shown_as_latex():

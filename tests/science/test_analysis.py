@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torchvision.models import VisionTransformer, resnet18
 
 from lowrank_helpers import rank
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
@@ -193,11 +192,9 @@ def test_what_a_file_holds_is_measured_or_skipped_with_its_reason(tmp_path, hold
 
 def test_a_product_and_a_stack_are_measured_as_such(tmp_path):
     tensors = {"fc.lora_A.weight": torch.randn(4, 32), "fc.lora_B.weight": torch.randn(48, 4)}
-    tensors |= {"mlp.weight": torch.randn(3, 16, 8)}
-    table = analyze(_written(tmp_path, tensors)).table
+    table = analyze(_written(tmp_path, tensors | {"mlp.weight": torch.randn(3, 16, 8)})).table
     assert table.loc["fc.lora", ["numerical rank", "parameters"]].tolist() == [4, 320]
     assert table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
-    assert table.loc["mlp.2", "stable rank"] == pytest.approx(_stable_rank(tensors["mlp.weight"][2]), rel=1e-4)
 
 
 @pytest.mark.parametrize("place", ["last_optimizer_state", "g_optim", "a.b"])
@@ -221,31 +218,6 @@ def test_tied_tensors_are_measured_once(tmp_path, analyzed):
         assert list(found.table.index) == ["embedding"]
         assert found.skipped == {"head.weight": "the same tensor as embedding.weight"}
     assert list(rank.weight_matrices(model)) == ["embedding"]
-
-
-@pytest.mark.slow
-def test_a_resnet_is_measured_whole():
-    found = analyze("torchvision.models:resnet18")
-    model = resnet18()
-    assert found.table.loc["conv1", ["unfolded", "rows", "columns"]].tolist() == ["64×3·7·7", 64, 147]
-    assert found.n_parameters == sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    assert len(found.table) + len(found.skipped) == len(model.state_dict())
-    assert list(rank.weight_matrices(model)) == list(found.table.index)
-    assert (found.table["numerical rank"] == found.table[["rows", "columns"]].min(axis=1)).all()
-
-
-def test_a_transformers_packed_projections_are_split(tmp_path):
-    model = VisionTransformer(16, 8, 1, 2, 32, 48, num_classes=5)
-    found = analyze(_written(tmp_path, model.state_dict()))
-    attention = "encoder.layers.encoder_layer_0.self_attention"
-    packed = model.get_submodule(attention).in_proj_weight.detach()
-    for part, matrix in zip("qkv", (packed[:32], packed[32:64], packed[64:]), strict=True):
-        row = found.table.loc[f"{attention}.{part}"]
-        assert row["stable rank"] == pytest.approx(_stable_rank(matrix), rel=1e-4)
-        assert row["remark"] == "packed q, k, v, split by rows"
-    assert found.table.loc["encoder.pos_embedding", "unfolded"] == "5×32"
-    layers = set(found.table.index) - {"encoder.pos_embedding"}
-    assert set(rank.weight_matrices(model)) == layers
 
 
 class _OwnFactors(nn.Module):

@@ -58,8 +58,9 @@ def trained(digits_held_out):
     return model
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("budget", [0.3, np.float32(0.3), 6000, np.int64(6000)])
+@pytest.mark.parametrize(
+    ("strategy", "budget"), zip(STRATEGIES, [0.3, np.float32(0.3), 6000, np.int64(6000), 0.3], strict=True)
+)
 def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budget, strategy):
     small, report = compress(trained, digits_held_out, budget, strategy=strategy)
     limit = budget * n_parameters(trained) if budget < 1 else budget

@@ -41,10 +41,3 @@ def test_a_step_of_lora_leaves_out_the_gradients_of_the_frozen_weights():
     assert found.kept_bytes == 3 * 4 * factors + 2 * 4
     # Forward through both layers; fc2's adapter forward, its factors' gradients, and that of what lies between them.
     assert found.operations == 2 * 32 * (784 * 20 + 20 * 10 + 2 * factors + 3 * 10)
-
-
-def test_inference_takes_longer_for_more_images():
-    model = mlp([784, 256, 10], seed=0)
-    assert costs.inference_seconds(model, torch.randn(4000, 784)) > 2 * costs.inference_seconds(
-        model, torch.randn(4, 784)
-    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from idx_files import write_idx
+from idx_files import write_small_fashion_mnist
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lowrank_helpers import data
@@ -118,17 +118,13 @@ def test_an_unknown_name_is_refused_with_those_allowed():
 
 
 def test_files_of_other_sets_are_read_as_they_lie(tmp_path):
-    rng = np.random.default_rng(0)
+    (train_images, _), (test_images, test_labels) = write_small_fashion_mnist(tmp_path).values()
     raw = tmp_path / "FashionMNIST" / "raw"
-    images = {split: rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for split, n in (("train", 20), ("t10k", 5))}
-    labels = {split: rng.integers(0, 10, len(images[split]), dtype=np.uint8) for split in images}
-    for split in images:
-        write_idx(raw, split, images[split], labels[split])
     fashion = data.load("fashion_mnist", tmp_path)
-    assert fashion.test_labels.tolist() == labels["t10k"].tolist()
-    pixels = images["train"] / 255
+    assert fashion.test_labels.tolist() == test_labels.tolist()
+    pixels = train_images / 255
     np.testing.assert_allclose(fashion.mean, pixels.mean(), rtol=1e-6)
-    expected = (images["t10k"].reshape(5, 784) / 255 - pixels.mean()) / pixels.std(ddof=1)
+    expected = (test_images.reshape(10, 784) / 255 - pixels.mean()) / pixels.std(ddof=1)
     np.testing.assert_allclose(fashion.test_images.numpy(), expected, atol=1e-5)
     whole = (raw / "t10k-images-idx3-ubyte").read_bytes()
     for damaged in (whole[:1000], (raw / "t10k-labels-idx1-ubyte").read_bytes()):

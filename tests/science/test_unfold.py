@@ -96,19 +96,3 @@ def test_shared_weights_appear_once_and_computed_ones_each_time():
     matrices = weight_matrices(nn.Sequential(shared, tied, *normed))
     assert list(matrices) == ["0", *(f"{i}" for i in range(2, 22))]
     assert torch.equal(matrices["2"], normed[0].weight)
-
-
-def test_gates_of_recurrent_layers_are_split_as_pytorch_packs_them():
-    torch.manual_seed(0)
-    x, h, c = torch.randn(1, 5), torch.randn(1, 3), torch.randn(1, 3)
-    cell = nn.LSTMCell(5, 3, bias=False)
-    W = weight_matrices(cell)
-    i, f, g, o = (x @ W[f"weight_ih.{gate}"].T + h @ W[f"weight_hh.{gate}"].T for gate in "ifgo")
-    after = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    torch.testing.assert_close((o.sigmoid() * after.tanh(), after), cell(x, (h, c)))
-    cell = nn.GRUCell(5, 3, bias=False)
-    W = weight_matrices(cell)
-    ir, iz, i_n = (x @ W[f"weight_ih.{gate}"].T for gate in "rzn")
-    hr, hz, hn = (h @ W[f"weight_hh.{gate}"].T for gate in "rzn")
-    z = (iz + hz).sigmoid()
-    torch.testing.assert_close((1 - z) * (i_n + (ir + hr).sigmoid() * hn).tanh() + z * h, cell(x, h))

@@ -5,35 +5,28 @@ Most run in this process, whose kernels are forked from one server; importing Py
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import psutil
 import pytest
-from click.testing import CliRunner
+from commands import finish, kernels, lowrank, start, wait_for
 from idx_files import write_small_fashion_mnist
-from processes import heed_interrupts, kernels
 from small_series import FIRST, LAST, SAME, SETUP, apart_from_time, notebook, write_series
 
-from lowrank_helpers import cli
 from lowrank_helpers.series import execution
 from lowrank_helpers.series.execution import run_folder
 
 pytestmark = pytest.mark.slow
 
 
-def lowrank_run(*arguments, code: int = 0) -> str:
-    result = CliRunner().invoke(cli.main, ["run", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
+lowrank_run = partial(lowrank, "run")
 
 
 def found(out: Path) -> dict:
@@ -109,37 +102,19 @@ main()
 """
 
 
-def start(*command: Any) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=heed_interrupts,
-        start_new_session=True,
-    )
-
-
 def stop(process: subprocess.Popen, number: int, when: Callable[[], Any]) -> str:
     """Send a signal to all in the foreground, as a terminal does, or kill the command alone; return what it said."""
-    end = time.monotonic() + 300
-    while not when():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    wait_for(lambda: when() or process.poll() is not None)
     left = kernels(process.pid)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == (128 + number if number == signal.SIGINT else -number), shown
-    assert not re.search("Traceback|KeyboardInterrupt", shown), shown
-    psutil.wait_procs(left, timeout=20)
-    assert not any(kernel.is_running() for kernel in left)
+    shown = finish(process, 128 + number if number == signal.SIGINT else -number)
+    assert psutil.wait_procs(left, timeout=20)[1] == []
     return shown
 
 
 def test_run_interrupted_and_killed_resumes_to_the_same_results(sources, tmp_path):
     out = tmp_path / "out"
-    command = ["-c", IN_A_SERIES, sources, "run", "--resume", "-o", out]
+    command = [sys.executable, "-c", IN_A_SERIES, sources, "run", "--resume", "-o", out]
     process = start(*command)
     assert "Stopped. With --resume" in stop(process, signal.SIGINT, when=lambda: kernels(process.pid))
     (out / f"{SAME}.ipynb").write_text("{")
@@ -158,7 +133,7 @@ def test_run_interrupted_and_killed_resumes_to_the_same_results(sources, tmp_pat
 
 
 def test_interrupted_while_importing_leaves_no_traceback(tmp_path):
-    process = start("-m", "lowrank_helpers", "run", "-o", tmp_path / "out")
+    process = start(sys.executable, "-m", "lowrank_helpers", "run", "-o", tmp_path / "out")
     maps = Path(f"/proc/{process.pid}/maps")
     if not maps.exists():
         pytest.skip("this system does not say what a process has loaded")
@@ -213,16 +188,14 @@ run.claim("1.1", "There are images.", holds=True, measured={"images": len(textbo
 """
 
 
-@pytest.mark.parametrize("way", ["parameter", "variable"])
-def test_relative_data_folder_is_relative_to_where_the_command_runs(way, sources, tmp_path, monkeypatch):
+def test_relative_data_folder_is_relative_to_where_the_command_runs(sources, tmp_path, monkeypatch):
     write_small_fashion_mnist(tmp_path / "here" / "images")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("LOWRANK_DATA_DIR", "images" if way == "variable" else "nowhere")
+    monkeypatch.setenv("LOWRANK_DATA_DIR", "nowhere")
     write(sources, n01_data=[SETUP.format(name="01_data"), LOADS])
-    given = ["-p", "data_dir", "images"] if way == "parameter" else []
-    lowrank_run("-p", "dataset", "fashion_mnist", *given, "-o", "out")
+    lowrank_run("-p", "dataset", "fashion_mnist", "-p", "data_dir", "images", "-o", "out")
     results = Path("out", "results.json").read_text()
     assert json.loads(results)["claims"]["1.1"]["measured"]["images"] == {"": 60}
     for left in (results, Path("out", "01_data.ipynb").read_text()):
         assert str(tmp_path) not in left, "what is recorded holds no path of this machine"
-    assert os.environ["LOWRANK_DATA_DIR"] == ("images" if way == "variable" else "nowhere")
+    assert os.environ["LOWRANK_DATA_DIR"] == "nowhere"

@@ -1,16 +1,13 @@
 """The exercises of the series, done as a student would: each runs as it is written, on a small dataset."""
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib as mpl
 import nbformat
 import pytest
 from matplotlib import pyplot as plt
 
+from lowrank_helpers import costs
 from lowrank_helpers.series.execution import notebook_names, notebook_path
 from lowrank_helpers.series.parameters import check, recipes
 
@@ -28,20 +25,13 @@ FRONTIER = {"big_widths": [784, 320, 320, 160, 80, 10], "cut_budgets": [40000, 6
 QUICK = {"epochs": 1, "batch_size": 1024}  # a network of digits then takes four epochs of five steps
 
 
-class Change(NamedTuple):
-    """An edit of a cell: what stands in place of what; in place of nothing it is added at the end."""
-
-    cell: str
-    old: str
-    new: str
-
-
-# By notebook: each exercise as the parameters or the edits that it asks for.
-EXERCISES: dict[str, list[dict | Change]] = {
+# By notebook: each exercise as the parameters that it asks for, or as an edit of a cell: its id, the old text and the
+# new one. Where there is no old text, the new one is added at the end.
+EXERCISES: dict[str, list[dict | tuple[str, str, str]]] = {
     "01_data": [
         {},  # another dataset, which needs files
         {"batch_size": 32},
-        Change(
+        (
             "spectrum",
             "",
             "\nvectors = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -10:]"
@@ -57,7 +47,7 @@ EXERCISES: dict[str, list[dict | Change]] = {
     "03_rank": [
         {"recipes": {"small": {"epochs": 12}}},
         {"deep_widths": [784, *[64] * 10, 10]},
-        Change(
+        (
             "setup",
             "",
             "\nmake = mlp"
@@ -68,12 +58,12 @@ EXERCISES: dict[str, list[dict | Change]] = {
     "04_overfit": [
         {"recipes": {"big": {"epochs": 4, "batch_size": 512}}},
         {"activation": "tanh"},
-        Change("setup", "", "\nrun.data.train_labels[:] = run.data.train_labels.flip(0)"),
+        ("setup", "", "\nrun.data.train_labels[:] = run.data.train_labels.flip(0)"),
     ],
     "05_approximate": [
         {"accuracy_kept": 0.999},
         {"recipes": {"big": {"epochs": 3}}},
-        Change("why", "for k in hidden]) for r", 'for k in ["fc1"]]) for r'),
+        ("why", "for k in hidden]) for r", 'for k in ["fc1"]]) for r'),
     ],
     "06_factorized": [
         {"ranks": [59, 27, 19, 10]},  # as many numbers as these smaller matrices
@@ -82,12 +72,12 @@ EXERCISES: dict[str, list[dict | Change]] = {
     ],
     "07_conclusions": [
         {"subspace_widths": [200], "subspace_dimensions": [50, 200, 800, 3200]},
-        Change(
+        (
             "components-figure",
             '{"image": test} | {f"r = {r}": keep(test, r) for r in (5, 20, 80)}',
             '{"image": -test} | {f"r = {r}": keep(-test, r) for r in (5, 20, 80)}',
         ),
-        Change("methods", "A = big.fc2.weight.detach()", "A = mlp(big_widths, seed=seed).fc2.weight.detach()"),
+        ("methods", "A = big.fc2.weight.detach()", "A = mlp(big_widths, seed=seed).fc2.weight.detach()"),
     ],
     "08_frontier": [
         {"layer_shares": [0.25, 0.25, 0.25, 0.25]},
@@ -97,7 +87,7 @@ EXERCISES: dict[str, list[dict | Change]] = {
     "09_your_network": [
         {"patch": 7},
         {"small_share": 0.1},
-        Change("compress", "run.data, share", 'run.data, share, metric="flops"'),
+        ("compress", "run.data, share", 'run.data, share, metric="flops"'),
     ],
     "bonus_lora": [
         {"held_out_digit": 3},
@@ -113,23 +103,17 @@ def networks(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("networks")
 
 
-@pytest.fixture(autouse=True)
-def quiet(tmp_path, networks) -> Iterator[None]:
-    """Draw to no screen, show no bars, keep everything in temporary folders."""
-    os.environ |= {"LOWRANK_RUN_DIR": str(tmp_path), "LOWRANK_NETWORKS_DIR": str(networks), "TQDM_DISABLE": "1"}
-    with mpl.rc_context({"backend": "Agg"}):
-        yield
-        plt.close("all")
-
-
 @pytest.mark.parametrize("name", notebook_names())
-def test_exercises_run_as_they_are_written(name):
+def test_exercises_run_as_they_are_written(name, networks, tmp_path, monkeypatch):
     """All of a notebook at once, as each changes something else."""
+    plt.switch_backend("Agg")
+    monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("LOWRANK_NETWORKS_DIR", str(networks))
+    monkeypatch.setitem(costs.median_seconds.__kwdefaults__, "at_least", 1e-3)  # seconds of each measured time
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     [text] = [cell.source for cell in cells if cell.id == "exercises"]
     exercises = EXERCISES[name]
     assert len(exercises) == len(re.findall(r"^\d+\. ", text, re.MULTILINE)), "every exercise is done here"
-    changes = [exercise for exercise in exercises if isinstance(exercise, Change)]
     given: dict = {"recipes": {}}
     for exercise in exercises:
         if isinstance(exercise, dict):
@@ -137,15 +121,17 @@ def test_exercises_run_as_they_are_written(name):
             given |= exercise | {"recipes": given["recipes"] | exercise.get("recipes", {})}
     given["recipes"] = {kind: QUICK | given["recipes"].get(kind, {}) for kind in recipes()}
     parameters = SMALL | (FRONTIER if name == "08_frontier" else {}) | given
+    edits = [exercise for exercise in exercises if isinstance(exercise, tuple)]
     namespace: dict = {"__name__": "__main__"}
     for cell in cells:
         if cell.cell_type != "code":
             continue
         source = cell.source
-        for change in [change for change in changes if change.cell == cell.id]:
-            assert change.old in source, f"{name} has no {change.old!r} in its cell {cell.id}"
-            source = source.replace(change.old, change.new) if change.old else source + change.new
+        for _, old, new in [edit for edit in edits if edit[0] == cell.id]:
+            assert old in source, f"{name} has no {old!r} in its cell {cell.id}"
+            source = source.replace(old, new) if old else source + new
         exec(compile(source, f"{name}, {cell.id}", "exec"), namespace)
         if "parameters" in cell.metadata.get("tags", []):
             namespace |= {key: value for key, value in parameters.items() if key in namespace}
+    plt.close("all")
     assert list(namespace["run"].folder.glob("claims/*.json")), "exercises that claim nothing have not run"

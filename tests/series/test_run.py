@@ -1,13 +1,11 @@
 """What a notebook works with: claims are filed as data and shown as sentences; networks are trained once."""
 
 import json
-import os
 from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-from idx_files import write_small_fashion_mnist
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
@@ -136,18 +134,6 @@ def test_networks_are_kept_where_several_runs_share_them(monkeypatch, tmp_path):
         run.train(mlp([784, 8, 10], seed=0), BRIEF)
     assert len(list((tmp_path / "shared").iterdir())) == 1
     assert not (tmp_path / "one" / "networks").exists()
-
-
-def test_without_a_command_a_relative_data_folder_is_relative_to_the_project(monkeypatch, tmp_path):
-    write_small_fashion_mnist(tmp_path / "images")
-    images = os.path.relpath(tmp_path / "images", PROJECT)
-    monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
-    monkeypatch.chdir(PROJECT / "notebooks")  # as JupyterLab does
-    for variable, parameter in ((images, ""), ("nowhere", images)):
-        monkeypatch.setenv("LOWRANK_DATA_DIR", variable)
-        run = Run("02_train", VARIABLES | {"dataset": "fashion_mnist", "data_dir": parameter})
-        assert len(run.data.train_labels) == 50
-        assert run.parameters["data_dir"] == parameter
 
 
 def test_impossible_parameters_are_refused_before_anything_else():

@@ -2,26 +2,20 @@
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from click.testing import CliRunner
-from matplotlib import pyplot as plt
+from commands import lowrank
 from scipy import stats
 
-from lowrank_helpers import PROJECT, cli
+from lowrank_helpers import PROJECT
 from lowrank_helpers.report import sweep_pages
 from lowrank_helpers.series import execution, sweep
 from lowrank_helpers.series.execution import notebook_names
 from lowrank_helpers.series.sweep import Shown, Sweep
 
 SHIPPED = sorted((PROJECT / "sweeps").glob("*.yaml"))
-
-
-def _sweep(*arguments):
-    return CliRunner().invoke(cli.main, ["sweep", *map(str, arguments)])
 
 
 @pytest.mark.parametrize(
@@ -94,23 +88,17 @@ def test_command_line_goes_over_file(tmp_path):
     ],
 )
 def test_a_bad_sweep_is_refused_before_anything_starts(arguments, named, tmp_path):
-    result = _sweep("02_train", *arguments, "-o", tmp_path / "out")
-    assert result.exit_code == 2, result.output
-    for part in named:
-        assert part in result.output
-    assert "Traceback" not in result.output
+    output = lowrank("sweep", "02_train", *arguments, "-o", tmp_path / "out", code=2)
+    assert [part for part in named if part not in output] == []
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "command", [["run"], ["run", "02_train"], ["sweep", "-g", "seed=0..1"], ["check"]], ids=" ".join
-)
+@pytest.mark.parametrize("command", [["run"], ["run", "02_train"], ["sweep", "-g", "seed=0..1"], ["check"]])
 def test_without_notebooks_a_command_says_what_is_missing_and_what_to_do(command, tmp_path, monkeypatch):
     """As where the package is installed from a wheel."""
     monkeypatch.setattr(execution, "NOTEBOOK_FOLDER", tmp_path / "notebooks")
-    result = CliRunner().invoke(cli.main, command)
-    assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit)
-    assert f"no notebooks in {tmp_path}" in result.output and "clone of the project" in result.output
+    output = lowrank(*command, code=2)
+    assert f"no notebooks in {tmp_path}" in output and "clone of the project" in output
 
 
 @pytest.mark.parametrize(
@@ -130,10 +118,8 @@ def test_without_notebooks_a_command_says_what_is_missing_and_what_to_do(command
 def test_a_file_that_is_no_sweep_is_refused_by_name(content, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(content)
-    result = _sweep("-f", file, "-o", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "mine.yaml" in result.output or "seed" in result.output
-    assert "Traceback" not in result.output
+    output = lowrank("sweep", "-f", file, "-o", tmp_path / "out", code=2)
+    assert "mine.yaml" in output or "seed" in output
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -253,21 +239,6 @@ def test_page_without_another_axis_than_the_seed_takes_the_quantitys_labels(swep
     assert [row[0] for row in _rows(page, "error")] == ["1", "2"]
     page = _page((folder, definition, points[:1]), grid={"seed": [0]}, show=[Shown("3.1", "rank")])
     assert _rows(page, "rank") == [["digits", "10", "–", "1"]]
-
-
-def test_numbers_lie_along_a_scale_and_one_value_has_no_interval(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(sweep_pages.plots, "panels", lambda **_: drawn.append(plt.subplots()) or drawn[-1])
-    x, values = pd.Series([1, 1, 100], name="rank_of"), pd.Series([1.0, 3.0, 5.0], name="value")
-    sweep_pages._figure(x, values, None, "error")
-    (figure, ax), *_ = drawn
-    assert (ax.get_xscale(), ax.get_xlabel(), ax.get_title()) == ("log", "rank of", "error")
-    means, interval, alone = ax.lines
-    assert (list(means.get_xdata()), list(means.get_ydata())) == ([1, 100], [2, 5])
-    assert tuple(interval.get_ydata()) == pytest.approx(stats.t.interval(0.95, 1, loc=2, scale=1))
-    assert not np.isfinite(alone.get_ydata()).any()
-    assert ax.get_ylim()[1] < 20
-    plt.close(figure)
 
 
 @pytest.mark.parametrize("show", [[], [Shown("3.1", "rank")]])
