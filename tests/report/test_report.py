@@ -79,9 +79,10 @@ def test_index_begins_with_the_story_and_one_picture(index):
     story = index.select_one("main > .story")
     assert [link["href"] for link in story.select("li a")] == ["#item-3.1"], "of its claims, those that there are"
     assert story.figure.img["alt"] == "A line that <falls>"
-    assert [part.get("class", [part.name])[0] for part in index.main.find_all(recursive=False)[:4]] == [
-        "h1", "alarm", "story", "headline",
+    assert [part.get("class", [part.name])[0] for part in index.main.find_all(recursive=False)[:5]] == [
+        "h1", "alarm", "story", "section", "headline",
     ]  # fmt: skip
+    assert index.select_one("main > section .explorer")
     assert index.footer.find(id="run") and index.footer.find(id="rules") and index.footer.find(id="notebooks")
 
 
