@@ -101,7 +101,15 @@ def test_index_says_what_was_run_what_failed_and_why_an_item_has_no_answer(index
     assert "ValueError: no luck" in index.select_one(".alarm").text
     for id, reason in {"3.2": "filed none", "4.1": "failed", "5.1": "was not run"}.items():
         assert f"its notebook {reason}" in " ".join(index.find(id=f"item-{id}").text.split())
-    assert [number.text for number in index.select(".headline .number")] == ["21", "–", "–", "–", "–"]
+
+
+def test_the_headline_shows_what_was_measured_and_a_dash_for_the_rest(small_report, tmp_path):
+    results = json.loads((small_report / "results.json").read_text())
+    share = {"numerical rank, averaged over the layers (% of full)": {"big": 99.7}}
+    results["claims"]["4.2"] = results["claims"]["3.1"] | {"id": "4.2", "measured": share}
+    report.render(tmp_path, results)
+    numbers = soup(tmp_path / "index.html").select(".headline .number")
+    assert [number.text for number in numbers] == ["100 %", "–", "–", "–", "–"]
 
 
 def test_where_the_time_went_is_a_bar_a_notebook_with_its_numbers(small_report, tmp_path):
