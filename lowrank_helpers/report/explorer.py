@@ -66,41 +66,42 @@ def measured(model: nn.Sequential, data: Dataset) -> dict[str, Any]:
         "digits": [_picture(image, image.min(), image.max()) for image in digits[:N_DIGITS]],
         "labels": labels[:N_DIGITS].tolist(),
         "layers": {
-            name: {
-                "shape": list(layer.weight.shape),
-                "ranks": _ranks(layer.weight),
-                "cuts": {kind: _of_layer(model, name, svds[name], samples) for kind, svds in cuts.items()},
-            }
-            for name, layer in layers.items()
+            name: _of_layer(model, name, {kind: svds[name] for kind, svds in cuts.items()}, samples) for name in layers
         },
     }
 
 
-def _of_layer(model: nn.Sequential, name: str, svd: Decomposition, samples: Mapping[str, Split]) -> dict[str, Any]:
-    """Return what each of a layer's ranks leaves of the layer and of the network, and what its directions see."""
+def _of_layer(
+    model: nn.Sequential, name: str, svds: Mapping[str, Decomposition], samples: Mapping[str, Split]
+) -> dict[str, Any]:
+    """Return what each way of cutting a layer leaves of it and of the network, and what its directions see."""
     at = [key for key, _ in model.named_children()].index(name)
-    weight = linear_layers(model)[name].weight
+    weight, after = linear_layers(model)[name].weight, model[at + 1 :]
     inputs = {split: predict(model[:at], images) for split, (images, _) in samples.items()}
-    accuracy: dict[str, list[float]] = {split: [] for split in samples}
-    found: dict[str, Any] = {"matrix": [], "outputs": [], "accuracy": accuracy, "answers": []}
-    for rank in _ranks(weight):
-        factors = svd.factors(rank)
-        outputs = {split: x @ factors.C.T @ factors.B.T for split, x in inputs.items()}
-        answers = {split: predict(model[at + 1 :], y).argmax(dim=1) for split, y in outputs.items()}
-        for split, (_, labels) in samples.items():
-            accuracy[split].append(_percent((answers[split] == labels).float().mean()))
-        whole = inputs["test"] @ weight.T
-        found["matrix"].append(_percent(torch.dist(weight, factors.product) / weight.norm()))
-        found["outputs"].append(_percent(torch.dist(whole, outputs["test"]) / whole.norm()))
-        found["answers"].append(answers["test"][:N_DIGITS].tolist())
-    images, leading = samples["test"][0], svd.factors(min(N_DIRECTIONS, *weight.shape)).C
-    seen = (images - images.mean(dim=0)).T @ (inputs["test"] @ leading.T)  # images, weighted by what excites each
-    spectrum = [[i, float(f"{svd.s[i - 1].item():.3g}")] for i in _spaced(len(svd.s), N_POINTS)]
-    return found | {"spectrum": spectrum, "directions": [_picture(x, -x.abs().max(), x.abs().max()) for x in seen.T]}
+    whole, images = inputs["test"] @ weight.T, samples["test"][0]
+    ranks = _spaced(min(MOST, *weight.shape), N_RANKS)
 
+    def cut(svd: Decomposition) -> dict[str, Any]:
+        accuracy: dict[str, list[float]] = {split: [] for split in samples}
+        found: dict[str, Any] = {"matrix": [], "outputs": [], "accuracy": accuracy, "answers": []}
+        for rank in ranks:
+            factors = svd.factors(rank)
+            outputs = {split: x @ factors.C.T @ factors.B.T for split, x in inputs.items()}
+            answers = {split: predict(after, y).argmax(dim=1) for split, y in outputs.items()}
+            for split, (_, labels) in samples.items():
+                accuracy[split].append(_percent((answers[split] == labels).float().mean()))
+            found["matrix"].append(_percent(torch.dist(weight, factors.product) / weight.norm()))
+            found["outputs"].append(_percent(torch.dist(whole, outputs["test"]) / whole.norm()))
+            found["answers"].append(answers["test"][:N_DIGITS].tolist())
+        leading = svd.factors(min(N_DIRECTIONS, *weight.shape)).C
+        seen = (images - images.mean(dim=0)).T @ (inputs["test"] @ leading.T)  # images, weighted by what excites each
+        spectrum = [[i, float(f"{svd.s[i - 1].item():.3g}")] for i in _spaced(len(svd.s), N_POINTS)]
+        return found | {
+            "spectrum": spectrum,
+            "directions": [_picture(x, -x.abs().max(), x.abs().max()) for x in seen.T],
+        }
 
-def _ranks(weight: Tensor) -> list[int]:
-    return _spaced(min(MOST, *weight.shape), N_RANKS)
+    return {"shape": list(weight.shape), "ranks": ranks, "cuts": {kind: cut(svd) for kind, svd in svds.items()}}
 
 
 def _spaced(most: int, n: int) -> list[int]:
