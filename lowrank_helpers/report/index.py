@@ -158,6 +158,6 @@ def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
 def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:
     """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``, with text and size."""
     return {
-        item: {**output.metadata["image/png"], "source": f"data:image/png;base64,{output.data['image/png'].strip()}"}
+        item: {**output.metadata["image/png"], "png": output.data["image/png"].strip()}
         for item, output in marked(notebook, "figure")
     }

@@ -107,8 +107,7 @@ def page(notebook: NotebookNode, **resources: Any) -> str:
 
 def picture(png: bytes, width: int, height: int, alt: str) -> dict[str, Any]:
     """Return what the templates' macro of this name shows, from a figure that :func:`plots.drawn` drew."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return {"source": source, "alt": alt, "width": width, "height": height}
+    return {"png": base64.b64encode(png).decode(), "alt": alt, "width": width, "height": height}
 
 
 def environment() -> Environment:
