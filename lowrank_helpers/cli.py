@@ -267,11 +267,9 @@ def analyze(source: str, output: Path | None) -> None:
 @main.command()
 @click.argument("model")
 @click.option(
-    "--data", required=True, help="Batches: a DataLoader, a list, a tuple (images, labels), or what returns it."
+    "--data", required=True, help="A DataLoader, a list of batches, a tuple (images, labels), or what returns it."
 )
-@click.option(
-    "--forward", help="Of a model that takes or gives more than a tensor: forward(model, batch) for its outputs."
-)
+@click.option("--forward", help="A function forward(model, batch) that returns one tensor; model(batch) if not given.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True), default=0.5, help="Share of the parameters; 0.5.")
 @OUTPUT(required=True, help="Write model.safetensors, ranks.json and report.txt into this folder.")
 def compress(model: str, data: str, forward: str | None, budget: float, output: Path) -> None:

@@ -96,9 +96,8 @@ class Report:
     def verdict(self) -> str:
         """Say in a sentence whether the model that is returned is worth it."""
         time = self.seconds.share
-        word = (
-            "Faster" if time < 1 - NOISE else "Slower: do not use it" if time > 1 + NOISE else "Smaller, but no faster"
-        )
+        slow = "Slower: do not use it" if time > 1 + NOISE else "Smaller, but no faster"
+        word = "Faster" if time < 1 - NOISE else slow
         return (
             f"{word}; with {self.parameters.share:.0%} of the parameters it takes {time:.0%} of the time, and its "
             f"outputs change by {self.measured_error:.1%} before tuning."

@@ -118,13 +118,14 @@ def test_operations_and_time_are_of_the_models_given_and_returned(trained, digit
 
 
 @pytest.mark.parametrize(
-    ("seconds", "word"), [(0.5, "Faster; "), (1.01, "Smaller, but no faster; "), (1.2, "Slower: do not use it; ")]
+    ("seconds", "word"), [(0.5, "Faster"), (1.01, "Smaller, but no faster"), (1.2, "Slower: do not use it")]
 )
 def test_the_verdict_says_whether_it_was_worth_it(seconds, word):
     sizes = Change(100, 20)
     report = Report({}, {}, {}, 0.1, 0.123, sizes, sizes, Change(1.0, seconds))
-    assert str(report).startswith(
-        f"{word}with 20% of the parameters it takes {seconds:.0%} of the time, and its outputs change by 12.3%"
+    assert str(report).splitlines()[0] == (
+        f"{word}; with 20% of the parameters it takes {seconds:.0%} of the time, and its outputs change by 12.3% "
+        "before tuning."
     )
 
 
