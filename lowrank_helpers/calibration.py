@@ -3,9 +3,10 @@
 This is the one place that hooks layers.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from lowrank_helpers.layers import plain_layers, replaceable_layers
 from lowrank_helpers.timing import spending
 from lowrank_helpers.training import progress
 
-BATCH = 2048  # inputs at a time: large enough for full speed
+BATCH = 2048  # inputs of one tensor at a time: large enough for full speed
 TASKS = (None, "classification")
 
+Forward = Callable[[nn.Module, Any], Any]
 Hook = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
 
@@ -34,6 +36,11 @@ def without_mean(logits: Tensor) -> Tensor:
     """
     axis = 1 if logits.dim() == 4 else -1
     return logits - logits.mean(dim=axis, keepdim=True) if logits.shape[axis] > 1 else logits
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Return ``model(batch)``, or ``model(batch[0])`` for a tuple or list, such as inputs with their labels."""
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 @contextmanager
@@ -54,10 +61,11 @@ class _SecondMoments:
     precision, float32 at least, a batch at a time.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor, names: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, inputs: Tensor | Sequence[Any], names: Collection[str]) -> None:
         self.layers = plain_layers(replaceable_layers(model), names)
         if not len(inputs):
             raise ValueError("second moments need at least one input")
+        self.batches = inputs.split(BATCH) if isinstance(inputs, Tensor) else inputs
         self.bases = {name: column_basis(layer.weight.flatten(1)) for name, layer in self.layers.items()}
         self.sums: dict[str, Tensor] = {}
         self.n_rows = dict.fromkeys(self.layers, 0)
@@ -81,7 +89,7 @@ class _SecondMoments:
 @spending("factorising")
 @torch.no_grad()
 def output_moments(
-    model: nn.Module, inputs: Tensor, names: Collection[str], *, batch_size: int = BATCH
+    model: nn.Module, inputs: Tensor | Sequence[Any], names: Collection[str], *, forward: Forward = call
 ) -> dict[str, Tensor]:
     """Return the second moment E[y·yᵀ] of what each named layer puts out, less its bias, while a model maps inputs.
 
@@ -89,11 +97,12 @@ def output_moments(
     ----------
     model : nn.Module
         In the mode that it is in: call ``model.eval()`` first where it has Dropout or BatchNorm.
-    inputs : Tensor, shape (N, …)
+    inputs : Tensor, shape (N, …), or sequence of batches
+        Batches are whatever ``forward`` takes.
     names : collection of str
         Linear layers and 2-D convolutions, by dotted name. Each position of an output counts as a sample.
-    batch_size : int
-        Inputs at a time.
+    forward : callable
+        ``forward(model, batch)`` runs the model on a batch; :func:`call` by default.
 
     Returns
     -------
@@ -120,14 +129,19 @@ def output_moments(
         moments.add(name, output, moments.layers[name].bias)
 
     with _hooked(moments.layers, add):
-        for batch in progress(inputs.split(batch_size), "measuring layers"):
-            model(batch)
+        for batch in progress(moments.batches, "measuring layers"):
+            forward(model, batch)
     return moments.divided_by(moments.n_rows)
 
 
 @spending("factorising")
 def output_fisher(
-    model: nn.Module, inputs: Tensor, names: Collection[str], *, task: str | None = None, batch_size: int = BATCH
+    model: nn.Module,
+    inputs: Tensor | Sequence[Any],
+    names: Collection[str],
+    *,
+    task: str | None = None,
+    forward: Forward = call,
 ) -> dict[str, Tensor]:
     """Return how a model's outputs depend on what each named layer puts out: E[Jᵀ·J], J being their derivative.
 
@@ -138,15 +152,16 @@ def output_fisher(
     Parameters
     ----------
     model : nn.Module
-        In the mode that it is in. Maps inputs to a tensor (N, …).
-    inputs : Tensor, shape (N, …)
+        In the mode that it is in.
+    inputs : Tensor, shape (N, …), or sequence of batches
+        All that the model computes for a batch is kept meanwhile.
     names : collection of str
         Linear layers and 2-D convolutions, by dotted name.
     task : {None, "classification"}
         For ``"classification"`` the outputs are logits, as of :func:`without_mean`, and what all classes share does
         not count.
-    batch_size : int
-        Inputs at a time; all that the model computes for them is kept meanwhile.
+    forward : callable
+        ``forward(model, batch)`` returns the outputs for a batch, a tensor (n_inputs, …); :func:`call` by default.
 
     Returns
     -------
@@ -178,31 +193,31 @@ def output_fisher(
         seen.append((name, output))
         return output.clone()  # the model may change it in place
 
-    generator = torch.Generator().manual_seed(0)
+    generator, n_inputs = torch.Generator().manual_seed(0), 0
     with _hooked(moments.layers, watch):
-        for batch in progress(inputs.split(batch_size), "measuring derivatives"):
+        for batch in progress(moments.batches, "measuring derivatives"):
             seen.clear()
             try:
-                gradients = _gradients(model, batch, seen, task, generator)
+                with torch.enable_grad():
+                    outputs = forward(model, batch)
+                    gradients = _gradients(outputs, [output for _, output in seen], task, generator)
             except RuntimeError as error:
                 raise ValueError(f"the outputs of {type(model).__name__} have no derivative: {error}") from error
             for (name, _), gradient in zip(seen, gradients, strict=True):
                 moments.add(name, gradient)
-    fisher = moments.divided_by(dict.fromkeys(moments.layers, len(inputs)))
+            n_inputs += len(outputs)
+    fisher = moments.divided_by(dict.fromkeys(moments.layers, n_inputs))
     if not_finite := [name for name in fisher if not fisher[name].isfinite().all()]:
         raise ValueError(f"{', '.join(not_finite)}: the derivative of the outputs is NaN or infinite there")
     return fisher
 
 
-@torch.enable_grad()
 def _gradients(
-    model: nn.Module, batch: Tensor, seen: list[tuple[str, Tensor]], task: str | None, generator: torch.Generator
+    outputs: Tensor, layer_outputs: list[Tensor], task: str | None, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """Return the gradient of randomly weighted outputs for what layers put out, which ``seen`` collects meanwhile."""
-    outputs = model(batch)
+    """Return the gradient of randomly weighted outputs for what layers put out."""
     draw = torch.randn(outputs.shape, generator=generator).to(outputs)
     total = (outputs * (without_mean(draw) if task else draw)).sum()
-    layer_outputs = [output for _, output in seen]
     if not (layer_outputs and total.requires_grad):
         return tuple(torch.zeros_like(output) for output in layer_outputs)
     return torch.autograd.grad(total, layer_outputs, materialize_grads=True)

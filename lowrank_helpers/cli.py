@@ -1,6 +1,7 @@
-"""The command line: ``lowrank run``, ``sweep``, ``check`` and ``analyze``."""
+"""The command line: ``lowrank run``, ``sweep``, ``check``, ``analyze`` and ``compress``."""
 
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -261,6 +262,47 @@ def analyze(source: str, output: Path | None) -> None:
         except OSError as error:
             fail(f"{output} cannot be written to: {error.strerror}", code=1)
         click.echo(f"\nOpen {os.path.relpath(output / 'index.html')}")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--data", required=True, help="A DataLoader, a list of batches, a tuple (images, labels), or what returns it."
+)
+@click.option("--forward", help="A function forward(model, batch) that returns one tensor; model(batch) if not given.")
+@click.option("--budget", type=click.FloatRange(0, 1, min_open=True), default=0.5, help="Share of the parameters; 0.5.")
+@OUTPUT(required=True, help="Write model.safetensors, ranks.json and report.txt into this folder.")
+def compress(model: str, data: str, forward: str | None, budget: float, output: Path) -> None:
+    """Write a smaller copy of your own network, of low-rank layers, with a report of what it costs and gains.
+
+    MODEL, a torch.nn.Module or a function that returns one, and all else are package.module:name. They are imported,
+    and so execute code: yours. lowrank_helpers.layers.load(model, folder) gives the copy back.
+
+    \b
+    Example:
+      lowrank compress mine.networks:trained --data mine.data:loader --budget 0.3 -o small
+    """  # noqa: D301
+    from torch import nn
+
+    from lowrank_helpers import calibration, compression, layers
+
+    def made(source: str) -> Any:
+        found = pkgutil.resolve_name(source)
+        return found() if callable(found) and not isinstance(found, nn.Module) else found
+
+    sys.path.insert(0, "")  # as Python started in this folder imports
+    try:
+        run = pkgutil.resolve_name(forward) if forward else calibration.call
+        network, batches = made(model), made(data)
+        output.mkdir(parents=True, exist_ok=True)
+        small, report = compression.compress(network, batches, budget, forward=run)
+        layers.save(small, output)
+        (output / "report.txt").write_text(f"{report}\n")
+    except Exception as error:  # the code is the user's own: it may raise anything
+        fail(f"{model} was not compressed; {type(error).__name__}: {error}")
+    finally:
+        sys.path.remove("")
+    click.echo(report)
 
 
 def _warn_of_digits(datasets: Iterable[str]) -> None:

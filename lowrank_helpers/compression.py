@@ -4,20 +4,22 @@ A convolution is a matrix (out, in·kh·kw) that is applied at every position. F
 images, instead of its weight, are those of Zhang et al. 2016, arXiv 1505.06798, section 2.1.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_helpers.calibration import check_task, output_fisher, output_moments, without_mean
+from lowrank_helpers.batches import LARGE_BATCH, Batches
+from lowrank_helpers.calibration import Forward, call, check_task, output_fisher, output_moments
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
@@ -25,21 +27,13 @@ from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, s
 from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
 from lowrank_helpers.selection import BY_WEIGHTS, STRATEGIES, Layer, allocate, layers_of, total_cost
 from lowrank_helpers.training import progress
-from lowrank_helpers.unfold import format_shape
 
-CALIBRATION = 2048  # images at most whose outputs are measured: more change the factors little
-FEW = 8  # of them show whether a layer can be replaced
-LATENCY_BATCH = 64
-BATCH = 512  # images at a time, of small ones: of convolutions that is faster than fewer and than more
-GRADIENT_SHARE = 8  # of these a backward pass takes one in so many, since it keeps what the model computes
-LARGE_BATCH = 128 * 3 * 224**2  # numbers of images at a time: large ones of large networks must fit, too
-HELD_OUT_PART = 6  # of images without validation images, one in so many fits nothing: as Dataset.hold_out
+MEASURED = 8  # held-out batches at most on which the change of the outputs is measured
 FAR = 2.0  # times its prediction: a larger change of the outputs is far from it
 SMALL = 0.05  # relative change of the outputs that is never far
 PRECISION = 1.01  # ratio of budgets down to which one is searched
+NOISE = 0.05  # relative difference of two times that says nothing
 OWN_OUTPUTS, OWN_WEIGHT = "its own outputs", "its weight"  # what factors fit instead of the model's outputs
-
-Split = tuple[Tensor, Tensor]
 
 
 class Change(NamedTuple):
@@ -76,16 +70,16 @@ class Report:
         The relative change of the outputs that was predicted to first order: √(E‖change‖² / E‖outputs‖²). Layers that
         are fitted to their own outputs count with the relative change of those.
     measured_error : float
-        The same of the model that is returned, measured on images that fitted nothing. For ``task="classification"``
+        The same of the model that is returned, measured on inputs that fitted nothing. For ``task="classification"``
         outputs are logits less their mean over the classes.
     parameters : Change
     flops : Change
         For one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``, which sees no
         recurrent layers.
     seconds : Change
-        Median of a batch of ``LATENCY_BATCH``, measured here and now. Fewer FLOPs are often not faster.
+        Median of a batch, of ``BATCH`` inputs where batches were not given. Fewer FLOPs are often not faster.
     accuracy : Change or None
-        On the validation images, 0 to 1; measured where it is the budget.
+        On the held-out inputs, 0 to 1; measured where it is the budget.
     """
 
     ranks: dict[str, int]
@@ -98,11 +92,22 @@ class Report:
     seconds: Change
     accuracy: Change | None = None
 
+    @property
+    def verdict(self) -> str:
+        """Say in a sentence whether the model that is returned is worth it."""
+        time = self.seconds.share
+        slow = "Slower: do not use it" if time > 1 + NOISE else "Smaller, but no faster"
+        word = "Faster" if time < 1 - NOISE else slow
+        return (
+            f"{word}; with {self.parameters.share:.0%} of the parameters it takes {time:.0%} of the time, and its "
+            f"outputs change by {self.measured_error:.1%} before tuning."
+        )
+
     def __str__(self) -> str:
-        """Write a line for each size and each layer."""
+        """Write the verdict, and a line for each size and each layer."""
         numbers = {name: getattr(self, name) for name in ("parameters", "flops", "seconds", "accuracy")}
-        lines = [f"{name}: {change}" for name, change in numbers.items() if change]
-        change = f"predicted {self.error:.3g}, measured {self.measured_error:.3g} on images that fitted nothing"
+        lines = [self.verdict, *(f"{name}: {change}" for name, change in numbers.items() if change)]
+        change = f"predicted {self.error:.3g}, measured {self.measured_error:.3g} on inputs that fitted nothing"
         lines += [f"relative change of the outputs: {change}"]
         fitted = {name: f", fitted to {what}" for name, what in self.fallbacks.items()}
         lines += [f"{name}: rank {rank}{fitted.get(name, '')}" for name, rank in self.ranks.items()]
@@ -111,45 +116,56 @@ class Report:
 
 def compress(
     model: nn.Module,
-    data: Dataset | Split,
+    data: Dataset | tuple[Tensor, Tensor] | Iterable[Any],
     budget: float,
     *,
+    forward: Forward = call,
     metric: str = "parameters",
     strategy: str = "fisher-weighted",
     task: str | None = None,
+    ignore: Collection[str] = (),
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model and what was done.
 
     Every ``nn.Linear`` and ``nn.Conv2d`` may become a :class:`~lowrank_helpers.models.LowRankLayer` of two, with
-    factors that change the model's outputs least on at most ``CALIBRATION`` training images. Nothing is trained: tuning
-    the result for a few epochs regains much of what is lost.
+    factors that change the model's outputs least on about ``CALIBRATION`` inputs. Nothing is trained: tuning the result
+    for a few epochs regains much of what is lost.
 
-    What is predicted is measured too, on at most ``BATCH`` images that fitted nothing. Where the outputs change more
-    than ``FAR`` times as much as predicted, each layer takes those factors with which they change least: as chosen,
-    fitted to the layer's own outputs, or the truncated SVD of its weight. If that is far still, and one layer makes
-    more than half of the change, it stays dense where the budget allows. A budget of accuracy is its own measure.
+    What is predicted is measured too, on at most ``MEASURED`` batches that fitted nothing. Where the outputs change
+    more than ``FAR`` times as much as predicted, each layer takes those factors with which they change least: as
+    chosen, fitted to the layer's own outputs, or the truncated SVD of its weight. If that is far still, and one layer
+    makes more than half of the change, it stays dense where the budget allows. A budget of accuracy is its own measure.
 
     Parameters
     ----------
     model : nn.Module
-        Maps a batch of images to one tensor, logits (n, n_classes) where accuracy counts. It stays as it is. One that
-        takes or gives something else goes in a module that takes and gives such a tensor, and a model that is one
-        layer in an ``nn.Sequential``. Compile the result, not the model.
-    data : Dataset or (images, labels)
-        Training images measure the layers' outputs. Validation images fit nothing: they choose, and the change of the
-        outputs is measured on them. Of a pair, or without them, that is a sixth of the images, drawn at random.
-        Labels (n,) count for accuracy alone.
+        Stays as it is. One that is a single layer goes in an ``nn.Sequential``. Compile the result, not the model.
+    data : Dataset, (images, labels), or iterable of batches
+        - A Dataset: its training images measure the layers' outputs, its validation images fit nothing.
+        - A tuple of two tensors, images and labels: a sixth, drawn at random, fits nothing.
+        - Any other iterable, such as a ``DataLoader`` that shuffles: every sixth batch fits nothing. It is read once,
+          up to about ``CALIBRATION`` inputs, which are kept where they are. A batch is moved to the model's device when
+          it is used, and must be small enough for a backward pass.
+
+        What fits nothing chooses, and the change of the outputs is measured on it. A budget of accuracy takes labels
+        (n,), the second of a tuple or list or the ``"labels"`` of a dictionary.
     budget : float
         For ``parameters`` and ``flops`` a share of the model's (a float up to 1) or a count (an int); for ``latency`` a
-        share; for ``accuracy`` the least on validation images, 0 to 1, that the smallest model found must have.
+        share; for ``accuracy`` the least on held-out inputs, 0 to 1, that the smallest model found must have.
+    forward : callable
+        ``forward(model, batch)`` returns the outputs that count: one tensor (n_inputs, …), logits (n, n_classes) where
+        the budget is of accuracy. It is ``model(batch)`` by default, or ``model(batch[0])`` for a tuple or list. For a
+        model that takes and gives dictionaries it may be ``lambda model, batch: model(**batch)["logits"]``.
     metric : {"parameters", "flops", "accuracy", "latency"}
-        What the budget is of. Latency is measured, here and now, in batches of ``LATENCY_BATCH``.
+        What the budget is of. Latency is measured, here and now, on the first batch.
     strategy : str
         How ranks are chosen: one of ``selection.STRATEGIES``. The default takes a backward pass through the model; with
         the others factors are fitted to each layer's outputs.
     task : {None, "classification"}
         For ``"classification"`` outputs are logits: a change that all classes share is free, since it changes no
         probability. Otherwise all outputs count as they are.
+    ignore : collection of str
+        Layers that stay dense, by dotted name or shell pattern: ``["head", "encoder.*"]``.
 
     Returns
     -------
@@ -165,36 +181,16 @@ def compress(
     """
     _check_options(budget, metric, strategy, task)
     _check_model(model)
-    device = next((parameter.device for parameter in model.parameters()), None)
-    images, held_out, labels = (tensor.to(device) for tensor in _parts(data))
     model_in_use = deepcopy(model).eval()
-    with torch.no_grad():
-        outputs = model_in_use(images[:FEW])
-    if not isinstance(outputs, Tensor) or not outputs.isfinite().all():
-        gave = "NaN or infinity" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise ValueError(f"{type(model).__name__} gave {gave}; put it in a module that maps images to a finite tensor")
-    if metric == "accuracy":
-        _check_labels(labels, outputs)
-    search = _search(model_in_use, images, held_out, labels, strategy, task)
-    factors, report = search.compressed(budget, metric)
+    batches = Batches.of(model_in_use, data, forward, task)
+    labels = batches.labels(model_in_use) if metric == "accuracy" else torch.empty(0)
+    factors, report = _search(model_in_use, batches, labels, strategy, ignore).compressed(budget, metric)
     return with_factors(model, factors), report
 
 
-def _flops(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """Count the operations for one input, by the dotted name of a module, and of the whole model by ``""``.
-
-    With gradients, as PyTorch's fused attention, which is not seen, runs without.
-    """
-    model = deepcopy(model).requires_grad_()
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        model(images[:1])
-    counts = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
-    return counts | {"": counter.get_total_flops()}
-
-
-SIZES: dict[str, Callable[[nn.Module, Tensor], int]] = {
-    "parameters": lambda model, images: n_parameters(model),
-    "flops": lambda model, images: _flops(model, images)[""],
+SIZES: dict[str, Callable[[nn.Module, Batches], int]] = {
+    "parameters": lambda model, batches: n_parameters(model),
+    "flops": lambda model, batches: int(batches.flops(model)[""]),
 }
 METRICS = (*SIZES, "accuracy", "latency")
 
@@ -218,11 +214,9 @@ class _Search:
     svds: dict[str, ActivationAwareSVD]
     left_alone: dict[str, str]
     fallbacks: dict[str, str]
-    images: Tensor
-    held_out: Tensor
+    batches: Batches
     labels: Tensor
     strategy: str
-    task: str | None
 
     def compressed(self, budget: float, metric: str) -> tuple[dict[str, Factors], Report]:
         """Return factors within a budget and what was done, as :func:`compress` does."""
@@ -236,7 +230,9 @@ class _Search:
             factors, refitted = self.refitted(ranks)
             error, fallbacks = self.change(factors), fallbacks | refitted
         small = with_factors(self.model, factors)
-        sizes = {name: Change(size(self.model, self.images), size(small, self.images)) for name, size in SIZES.items()}
+        sizes = {
+            name: Change(size(self.model, self.batches), size(small, self.batches)) for name, size in SIZES.items()
+        }
         report = Report(ranks, self.left_alone, fallbacks, predicted, error, seconds=self.seconds(small), **sizes)
         if metric == "accuracy":
             report = replace(report, accuracy=Change(self.accuracy({}), self.accuracy(ranks)))
@@ -249,7 +245,7 @@ class _Search:
         # A large matrix's singular values take minutes, and most strategies do not use them.
         by_weights = self.strategy in BY_WEIGHTS
         weights = {name: SVD.of(svd.A) if by_weights else svd for name, svd in self.svds.items()}
-        flops = _flops(self.model, self.images) if metric == "flops" else {}
+        flops = self.batches.flops(self.model) if metric == "flops" else {}
         uses = {name: flops[name] / svd.A.numel() for name, svd in self.svds.items() if flops}
         return layers_of(weights, self.svds, uses)
 
@@ -263,13 +259,13 @@ class _Search:
             if (fastest := self.latency(dict.fromkeys(self.svds, 1))) > budget:
                 raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
             return self.bisected("flops", lambda ranks: self.latency(ranks) > budget)[0]
-        layers, total = self.layers(metric), SIZES[metric](self.model, self.images)
+        layers, total = self.layers(metric), SIZES[metric](self.model, self.batches)
         limit = budget if isinstance(budget, Integral) else budget * total
         fixed = total - total_cost(layers, {})
         least = fixed + total_cost(layers, dict.fromkeys(layers, 1))
         if limit < least:
             raise ValueError(
-                f"a budget of {limit:,.0f} {metric} is too small: rank 1 wherever it can be takes {least:,}, "
+                f"a budget of {limit:,.0f} {metric} is too small: rank 1 wherever it can be takes {least:,.0f}, "
                 f"{least / total:.2%} of the model's {total:,}"
             )
         return allocate(layers, limit - fixed, self.strategy)
@@ -284,7 +280,8 @@ class _Search:
         layers = self.layers(metric)
         low, high = (float(total_cost(layers, ranks)) for ranks in (dict.fromkeys(layers, 1), {}))
         below, above = allocate(layers, low, self.strategy), dict[str, int]()
-        while high > PRECISION * low:
+        halvings = math.ceil(math.log2(max(1.0, math.log(high / low, PRECISION))))
+        for _ in progress(range(halvings), "trying budgets"):
             middle = (low * high) ** 0.5
             ranks = allocate(layers, middle, self.strategy)
             if is_large(ranks):
@@ -312,7 +309,7 @@ class _Search:
             return min(choices, key=lambda choice: self.change(factors(choice)))
 
         chosen = least([fit] * len(ranks) for fit in fits)
-        for i in range(len(ranks)):
+        for i in progress(range(len(ranks)), "trying factors"):
             chosen = least([*chosen[:i], fit, *chosen[i + 1 :]] for fit in fits)
         return factors(chosen), {name: fit for name, fit in zip(ranks, chosen, strict=True) if fit}
 
@@ -334,32 +331,36 @@ class _Search:
         return self.seconds(factorize(self.model, ranks, self.svds)).share
 
     def accuracy(self, ranks: Mapping[str, int]) -> float:
-        """Return the accuracy on the held-out images with these ranks."""
-        logits = _outputs(factorize(self.model, ranks, self.svds), self.held_out)
+        """Return the accuracy on the held-out inputs with these ranks."""
+        logits = self.batches.outputs(factorize(self.model, ranks, self.svds), self.batches.held_out)
         return (logits.view(len(self.labels), -1).argmax(dim=1) == self.labels).double().mean().item()
 
     @cached_property
-    def measured_on(self) -> tuple[Tensor, Tensor]:
-        """Held-out images, fewer where a model's outputs are large, and what the whole model puts out for them."""
-        n_outputs = len(_outputs(self.model, self.held_out[:1]))
-        images = self.held_out[: min(BATCH, max(1, LARGE_BATCH // n_outputs))]
-        return images, _outputs(self.model, images, self.task)
+    def measured_on(self) -> tuple[Sequence[Any], Tensor]:
+        """Held-out batches, fewer where a model's outputs are large, and what the whole model puts out for them."""
+        n_outputs = len(self.batches.outputs(self.model, self.batches.held_out[:1]))
+        held_out = self.batches.held_out[: min(MEASURED, max(1, LARGE_BATCH // n_outputs))]
+        return held_out, self.batches.outputs(self.model, held_out)
 
     def change(self, factors: Mapping[str, Factors]) -> float:
         """Return the relative change of the outputs with these factors, measured."""
-        images, outputs = self.measured_on
-        difference = _outputs(with_factors(self.model, factors), images, self.task) - outputs
+        held_out, outputs = self.measured_on
+        difference = self.batches.outputs(with_factors(self.model, factors), held_out) - outputs
         change = (difference.norm() / outputs.norm()).item() if difference.any() else 0.0
         return np.inf if np.isnan(change) else change
 
     def seconds(self, small: nn.Module) -> Change:
         """Time a smaller model right after the model itself, as a machine's speed drifts."""
-        batch = self.images[:LATENCY_BATCH]
-        return Change(_seconds(self.model, batch), _seconds(small, batch))
+        return Change(_seconds(self.model, self.batches), _seconds(small, self.batches))
 
 
 def _cut(ranks: Mapping[str, int], svds: Mapping[str, Decomposition]) -> dict[str, Factors]:
     return {name: svds[name].factors(rank) for name, rank in ranks.items()}
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, batches: Batches) -> float:
+    return median_seconds(lambda: batches.forward(model, batches.fitted[0]), batches.device, at_least=0.02)
 
 
 def _far(measured: float, predicted: float) -> bool:
@@ -367,52 +368,61 @@ def _far(measured: float, predicted: float) -> bool:
 
 
 @torch.no_grad()
-def _seconds(model: nn.Module, batch: Tensor) -> float:
-    return median_seconds(lambda: model(batch), batch.device, at_least=0.02)
+def _search(model: nn.Module, batches: Batches, labels: Tensor, strategy: str, ignore: Collection[str]) -> _Search:
+    """Find the layers of a model that can be replaced, and measure their outputs, or what these do to the model's."""
+    layers, left_alone = _layers_to_replace(model, batches, ignore)
+    squares, n_inputs = 0.0, 0
+
+    def measured(model: nn.Module, batch: Any) -> None:
+        nonlocal squares, n_inputs
+        outputs = batches.forward(model, batch)
+        squares += batches.counted(outputs).square().sum().item()
+        n_inputs += len(outputs)
+
+    moments = output_moments(model, batches.fitted, layers, forward=measured)
+    fisher: dict[str, Tensor] = {}
+    if strategy == "fisher-weighted":
+        try:
+            found = output_fisher(model, batches.fitted, layers, task=batches.task, forward=batches.forward)
+            fisher = {name: G / (squares / n_inputs) for name, G in found.items() if G.any() and squares > 0}
+        except ValueError:  # without a derivative, all factors fit their layers' outputs
+            pass
+    svds = {}
+    for name in progress(list(layers), "decomposing layers"):
+        A = layers[name].weight.flatten(1)
+        svd = ActivationAwareSVD.of(A.to(precise(A)), moments[name], fisher.get(name))
+        svds[name] = svd if name in fisher else svd.relative()
+    flat = [name for name in layers if name not in fisher] if strategy == "fisher-weighted" else []
+    return _Search(model, svds, left_alone, dict.fromkeys(flat, OWN_OUTPUTS), batches, labels, strategy)
 
 
-@torch.no_grad()
-def _search(
-    model: nn.Module, images: Tensor, held_out: Tensor, labels: Tensor, strategy: str, task: str | None
-) -> _Search:
-    """Find the layers of a model that can be replaced, and measure their outputs, or what these do to the model's.
+def _layers_to_replace(
+    model: nn.Module, batches: Batches, ignore: Collection[str]
+) -> tuple[dict[str, Replaceable], dict[str, str]]:
+    """Return the layers that can be replaced, and of every other matrix of the model why it is left alone.
 
     A layer can be replaced if it has a weight of its own, the model calls it, and the model's outputs stay the same
     with two layers in its place: ``nn.MultiheadAttention``, for one, reads the weight of its output layer and never
     calls it.
     """
-    few, batch_size = images[:FEW], _batch_size(images)
-    outputs = _outputs(model, few)
-    if not _alike(_outputs(model, few), outputs):
-        raise ValueError(f"{type(model).__name__} gives other outputs for the same images each time")
     layers, left_alone = _layers_with_own_weight(model)
-    called = _flops(model, few)
-    for name, layer in layers.items():
+    for pattern in ignore:
+        if not (matching := [name for name in (*layers, *left_alone) if fnmatchcase(name, pattern)]):
+            raise ValueError(f"{pattern!r}, to be ignored, matches no layer; the layers are {', '.join(layers)}")
+        left_alone |= dict.fromkeys(matching, f"ignored by {pattern!r}")
+    outputs = batches.outputs(model, batches.fitted[:1])
+    if not _alike(batches.outputs(model, batches.fitted[:1]), outputs):
+        raise ValueError(f"{type(model).__name__} gives other outputs for the same inputs each time")
+    called = batches.flops(model)
+    for name in progress([name for name in layers if name not in left_alone], "trying layers"):
         if name not in called:
             left_alone[name] = "the model never calls it, or reads its weight without calling it"
-        elif reason := _objection(model, name, layer, few, outputs):
+        elif reason := _objection(model, name, layers[name], batches, outputs):
             left_alone[name] = reason
-    names = [name for name in layers if name not in left_alone]
-    if not names:
+    layers = {name: layer for name, layer in layers.items() if name not in left_alone}
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that can be replaced: {left_alone}")
-    moments = output_moments(model, images, names, batch_size=batch_size)
-    fisher: dict[str, Tensor] = {}
-    if strategy == "fisher-weighted":
-        square = _outputs(model, images[:BATCH], task).square().sum() / len(images[:BATCH])
-        fewer = max(1, batch_size // GRADIENT_SHARE)
-        try:
-            found = output_fisher(model, images, names, task=task, batch_size=fewer)
-            fisher = {name: G / square for name, G in found.items() if G.any() and square > 0}
-        except ValueError:  # without a derivative, all factors fit their layers' outputs
-            pass
-    svds = {}
-    for name in progress(names, "decomposing layers"):
-        A = layers[name].weight.flatten(1)
-        svd = ActivationAwareSVD.of(A.to(precise(A)), moments[name], fisher.get(name))
-        svds[name] = svd if name in fisher else svd.relative()
-    flat = [name for name in names if name not in fisher] if strategy == "fisher-weighted" else []
-    fallbacks = dict.fromkeys(flat, OWN_OUTPUTS)
-    return _Search(model, svds, left_alone, fallbacks, images, held_out, labels, strategy, task)
+    return layers, left_alone
 
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
@@ -438,14 +448,14 @@ def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], d
     return own, left_alone
 
 
-def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, wanted: Tensor) -> str:
+def _objection(model: nn.Module, name: str, layer: Replaceable, batches: Batches, wanted: Tensor) -> str:
     """Replace a layer by two that do the same, and say what goes wrong; leave the model as it was."""
     A = layer.weight.flatten(1)
     identity = torch.eye(min(A.shape)).to(A)
     exact = (identity, A) if len(identity) == len(A) else (A, identity)
     try:
         substitute_(model, name, LowRankLayer.of(layer, *exact))
-        same = _alike(_outputs(model, images), wanted)
+        same = _alike(batches.outputs(model, batches.fitted[:1]), wanted)
     except Exception as error:  # whatever the model's own code raises where it misses the layer
         return f"the model does more with it than to call it ({error})"
     finally:
@@ -453,22 +463,8 @@ def _objection(model: nn.Module, name: str, layer: Replaceable, images: Tensor, 
     return "" if same else "it gives something else than its weight and bias say"
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, images: Tensor, task: str | None = None) -> Tensor:
-    """Return a model's outputs in one dimension, each time with the same draws where it draws at random."""
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-        torch.manual_seed(0)
-        outputs = [model(batch) for batch in images.split(_batch_size(images))]
-    outputs = [output.to(precise(output)) for output in outputs]
-    return torch.cat([(without_mean(output) if task else output).flatten() for output in outputs])
-
-
 def _alike(outputs: Tensor, wanted: Tensor) -> bool:
     return bool((outputs - wanted).abs().max() <= wanted.abs().max() * torch.finfo(wanted.dtype).eps ** 0.5)
-
-
-def _batch_size(images: Tensor) -> int:
-    return max(1, min(BATCH, LARGE_BATCH // images[0].numel()))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -478,32 +474,6 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"{', '.join(empty[:3])}: no values yet; load them, or run the model once, before compressing")
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl for module in model.modules()):
         raise ValueError("the model is compiled: compress it as it was before, and compile the result")
-
-
-def _parts(data: Dataset | Split) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images to measure on, and held-out images with their labels."""
-    pair = (data.train_images, data.train_labels) if isinstance(data, Dataset) else data
-    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
-        raise TypeError(f"data must be a Dataset or two tensors, images and labels; given: {data!r:.100}")
-    images, labels = pair
-    if len(images) != len(labels) or len(images) < 2:
-        raise ValueError(f"at least two images are needed, with a label each; given: {len(images)}, {len(labels)}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
-    if isinstance(data, Dataset) and len(data.validation_labels):
-        return images[order[:CALIBRATION]], data.validation_images, data.validation_labels
-    n = max(1, len(images) // HELD_OUT_PART)
-    return images[order[n : n + CALIBRATION]], images[order[:n]], labels[order[:n]]
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    if logits.dim() != 2:
-        raise ValueError(f"accuracy needs logits (n, n_classes); the model gives {format_shape(logits.shape)}")
-    n_classes = logits.shape[1]
-    if labels.dim() != 1 or (labels != labels.long()).any() or not 0 <= labels.min() <= labels.max() < n_classes:
-        raise ValueError(
-            f"labels must be whole numbers (n,) from 0 to {n_classes - 1}; "
-            f"given: {format_shape(labels.shape)}, {labels.min():g} to {labels.max():g}"
-        )
 
 
 def _check_options(budget: float, metric: str, strategy: str, task: str | None) -> None:

@@ -1,10 +1,15 @@
-"""Networks with layers of low rank: which layers there are, their decompositions, and copies that have factors."""
+"""Networks with layers of low rank: which layers there are, their decompositions, copies with factors, and files."""
 
+import json
+import operator
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 from torch import Tensor, fx, nn
 
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, check_rank
@@ -13,6 +18,7 @@ from lowrank_helpers.timing import spending
 
 Replaceable = nn.Linear | nn.Conv2d
 Kind = TypeVar("Kind", bound=Replaceable)
+WEIGHTS, RANKS = "model.safetensors", "ranks.json"  # the files of a saved model
 
 
 def replaceable_layers(model: nn.Module) -> dict[str, Replaceable]:
@@ -131,13 +137,23 @@ def factorize_standard(model: nn.Module, ranks: Mapping[str, int], *, seed: int)
     3
     """
     generator = torch.Generator().manual_seed(seed)
+    factors = _empty_factors(model, ranks)
+    for pair in factors.values():
+        draw_([pair.B, pair.C], generator)
+    return with_factors(model, factors)
+
+
+def _empty_factors(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, Factors]:
+    """Return factors without values for the named layers."""
     factors = {}
     for name, layer in plain_layers(replaceable_layers(model), ranks).items():
         n, m = layer.weight.flatten(1).shape
-        check_rank(ranks[name], (n, m))
+        try:
+            check_rank(ranks[name], (n, m))
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
         factors[name] = Factors(torch.empty(n, ranks[name]), torch.empty(ranks[name], m))
-        draw_([factors[name].B, factors[name].C], generator)
-    return with_factors(model, factors)
+    return factors
 
 
 def with_factors(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
@@ -152,6 +168,59 @@ def with_factors(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         substitute_(copy, name, LowRankLayer.of(layers[name], pair.B, pair.C))
     if factors:
         _use_no_fused_code(copy)
+    return copy
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a model with low-rank layers into a folder, which is made where it is missing.
+
+    ``model.safetensors`` has the weights, those that layers share once. ``ranks.json`` has the rank of each low-rank
+    layer by its dotted name, as ``{"ranks": {"fc1": 3}}``. Neither holds code.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = {name: layer.rank for name, layer in model.named_modules() if isinstance(layer, LowRankLayer)}
+    save_model(model, str(folder / WEIGHTS))
+    (folder / RANKS).write_text(json.dumps({"ranks": ranks}, indent=2) + "\n")
+
+
+def load(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Return a copy of a model with the low-rank layers and the weights that :func:`save` wrote.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Made as the one that was compressed, of any weights: it gives the layers, their dtype and their device.
+    folder : str or Path
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing.
+    ValueError
+        The file of ranks is damaged, or a layer or a weight does not fit the model (the message names it).
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> small = factorize(nn.Sequential(nn.Linear(20, 16), nn.ReLU()), {"0": 3})
+    >>> with TemporaryDirectory() as folder:
+    ...     save(small, folder)
+    ...     loaded = load(nn.Sequential(nn.Linear(20, 16), nn.ReLU()), folder)
+    >>> loaded[0].rank, torch.equal(loaded[0].weight, small[0].weight)
+    (3, True)
+    """
+    file = Path(folder) / RANKS
+    try:
+        ranks = {name: operator.index(rank) for name, rank in json.loads(file.read_text())["ranks"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{file} must hold {{"ranks": {{layer: rank}}}} in JSON; {error!r}') from error
+    copy = with_factors(model, _empty_factors(model, ranks))
+    try:
+        load_model(copy, Path(folder) / WEIGHTS)
+    except (RuntimeError, SafetensorError) as error:  # PyTorch lists, line by line, what does not fit
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder} does not fit this {type(model).__name__}: {said}") from error
     return copy
 
 

@@ -46,7 +46,7 @@ SCIENCE = [
     {"models", "subspace"},
     {"layers", "training", "unfold"},
     {"calibration", "rank"},
-    {"analysis", "lora", "costs", "plots", "selection"},
+    {"analysis", "batches", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]
 

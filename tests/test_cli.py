@@ -7,8 +7,9 @@ import pytest
 import torch
 from commands import lowrank
 
-from lowrank_helpers import PROJECT, cli, data
+from lowrank_helpers import PROJECT, cli, data, layers
 from lowrank_helpers.data import DatasetMissingError
+from lowrank_helpers.models import mlp
 from lowrank_helpers.series import execution
 from lowrank_helpers.series.parameters import parse
 
@@ -86,3 +87,28 @@ def test_the_readmes_parameter_file_is_accepted():
     (example,) = re.findall(r"```yaml\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
     planned = execution.plan((), parse(example, "README.md"))
     assert planned["02_train"]["recipes"] == {"small": {"learning_rate": 1e-3}}
+
+
+MINE = """
+import torch
+from lowrank_helpers.models import mlp
+model = mlp([20, 16, 4], seed=0)
+def batches(): return [{"x": torch.randn(8, 20)} for _ in range(9)]
+def forward(model, batch): return model(batch["x"])
+"""
+
+
+def test_your_own_network_is_compressed_into_a_folder_from_which_it_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "mine_to_compress.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    model, data, forward = (f"mine_to_compress:{name}" for name in ("model", "batches", "forward"))
+    command = "compress", model, "--data", data, "-o", "small", "--budget", "0.6"
+    assert f"Error: {model} was not compressed; ValueError: Sequential does not run on a dict" in lowrank(
+        *command, code=2
+    )
+    output = lowrank(*command, "--forward", forward)
+    assert re.match(r"(Faster|Smaller|Slower).* with \d\d% of the parameters .*\nparameters: ", output)
+    assert (tmp_path / "small" / "report.txt").read_text() == output
+    small = layers.load(mlp([20, 16, 4], seed=1), tmp_path / "small")
+    assert f"fc1: rank {small.fc1.rank}" in output
+    assert "No module named 'nothing'" in lowrank("compress", "nothing:model", "--data", data, "-o", "small", code=2)

@@ -28,7 +28,7 @@ def test_output_fisher_are_the_squared_jacobians_of_logits_without_their_mean_wh
     model = _convolutional(inplace).requires_grad_(not frozen)
     x = _matrix(3, 16)
     after = {"1": _convolutional(False)[2:], "4": _convolutional(False)[5:], "6": nn.Identity()}
-    found = output_fisher(model, x.repeat(4000, 1), ["6", "1", "4"], task=task, batch_size=700)
+    found = output_fisher(model, x.repeat(4000, 1).split(700), ["6", "1", "4"], task=task)
     assert list(found) == ["1", "4", "6"]
     for name, rest in after.items():
         outputs = _convolutional(False)[: int(name) + 1](x).detach()
@@ -72,7 +72,9 @@ def test_outputs_without_a_finite_derivative_are_refused():
 
 def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
     model, x = _convolutional(True), _matrix(7, 16)
-    moments = output_moments(model, x, ["6", "1", "4"], batch_size=3)
+    moments = output_moments(
+        model, [{"x": batch} for batch in x.split(3)], ["6", "1", "4"], forward=lambda m, b: m(b["x"])
+    )
     assert list(moments) == ["1", "4", "6"] and {moment.dtype for moment in moments.values()} == {torch.float64}
     patches = F.unfold(x.view(7, 1, 4, 4), 2).transpose(1, 2).flatten(0, 1)
     hidden = _convolutional(False)[:4](x)

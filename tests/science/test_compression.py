@@ -1,7 +1,7 @@
 """Compressing any network: factors against NumPy and PyTorch, budgets kept, and models that need care."""
 
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import onnx
@@ -13,10 +13,11 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
 
-from lowrank_helpers import compression
+from lowrank_helpers import batches, compression
 from lowrank_helpers.calibration import without_mean
-from lowrank_helpers.compression import compress
+from lowrank_helpers.compression import Change, Report, compress
 from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.layers import factorize
@@ -87,7 +88,7 @@ def test_an_accuracy_is_kept_on_validation_images_and_less_would_not_do(trained,
 
 
 def test_a_latency_is_what_was_measured_and_the_largest_model_that_keeps_it(trained, digits_held_out, monkeypatch):
-    monkeypatch.setattr(compression, "_seconds", lambda model, batch: 1 + n_parameters(model) / n_parameters(trained))
+    monkeypatch.setattr(compression, "_seconds", lambda model, _: 1 + n_parameters(model) / n_parameters(trained))
     _, report = compress(trained, digits_held_out, 0.75, metric="latency")
     assert report.seconds.before == 2
     assert report.seconds.share == pytest.approx((1 + report.parameters.share) / 2)
@@ -99,11 +100,10 @@ def test_a_latency_is_what_was_measured_and_the_largest_model_that_keeps_it(trai
 def test_large_images_go_through_a_model_few_at_a_time(digits_held_out, monkeypatch):
     sizes, model = [], mlp([784, 32, 10], seed=0)
     model.register_forward_hook(lambda layer, arguments, output: sizes.append(len(output)))
-    monkeypatch.setattr(compression, "LATENCY_BATCH", 1)
     for limit in (10**9, 20 * 784):
-        monkeypatch.setattr(compression, "LARGE_BATCH", limit)
+        monkeypatch.setattr(batches, "LARGE_BATCH", limit)
         compress(model, digits_held_out, 0.01, metric="accuracy")
-        assert max(sizes) == min(compression.BATCH, limit // 784)
+        assert max(sizes) == min(batches.BATCH, limit // 784)
         sizes.clear()
 
 
@@ -111,10 +111,79 @@ def test_operations_and_time_are_of_the_models_given_and_returned(trained, digit
     timed = []
     monkeypatch.setattr(compression, "_seconds", lambda *timing: timed.append(timing) or len(timed))
     small, report = compress(trained, digits_held_out, 0.6)
-    assert [(n_parameters(model), len(batch)) for model, batch in timed] == [
+    assert [(n_parameters(model), len(given.fitted[0][0])) for model, given in timed] == [
         (n_parameters(model), 64) for model in (trained, small)
     ]
     assert "flops: " in str(report) and "seconds: 1 → 2 (200.0%)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "word"), [(0.5, "Faster"), (1.01, "Smaller, but no faster"), (1.2, "Slower: do not use it")]
+)
+def test_the_verdict_says_whether_it_was_worth_it(seconds, word):
+    sizes = Change(100, 20)
+    report = Report({}, {}, {}, 0.1, 0.123, sizes, sizes, Change(1.0, seconds))
+    assert str(report).splitlines()[0] == (
+        f"{word}; with 20% of the parameters it takes {seconds:.0%} of the time, and its outputs change by 12.3% "
+        "before tuning."
+    )
+
+
+class _Dictionaries(nn.Module):
+    """Takes two inputs by name and gives two outputs in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.head = nn.Linear(40, 30), nn.Linear(20, 30), nn.Linear(30, 10)
+
+    def forward(self, left, right):
+        hidden = (self.left(left) + self.right(right)).relu()
+        return {"hidden": hidden, "logits": self.head(hidden)}
+
+
+def _logits(model, batch):
+    return model(batch["left"], batch["right"])["logits"]
+
+
+def _dictionaries(n_batches):
+    for i in range(n_batches):
+        labels = torch.arange(16) % 10
+        yield {"left": _draw(16, 40, seed=i), "right": _draw(16, 20, seed=i + 100), "labels": labels}
+
+
+def test_batches_of_any_kind_fit_a_model_of_any_kind():
+    model, read = _Dictionaries(), list(_dictionaries(12))
+    small, report = compress(model, _dictionaries(12), 0.5, forward=_logits)  # a generator: read once
+    held_out = [read[0], read[6]]
+    wanted, ours = (torch.cat([_logits(m, batch) for batch in held_out]) for m in (model, small))
+    assert report.measured_error == pytest.approx(((ours - wanted).norm() / wanted.norm()).item(), rel=1e-4)
+    assert report.flops.before == 2 * (40 * 30 + 20 * 30 + 30 * 10) and report.parameters.share <= 0.5
+    read[0]["left"] = read[6]["left"] = torch.zeros(16, 40)
+    changed, _ = compress(model, read, 0.5, forward=_logits)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), changed.parameters(), strict=True))
+    _, least = compress(model, read, 0.01, forward=_logits, metric="accuracy")
+    assert least.accuracy.after >= 0.01
+
+
+def test_a_loader_and_a_list_give_what_they_hold_and_no_more_is_read_than_is_used(data):
+    model = mlp([784, 40, 10], seed=0)
+    loader = DataLoader(TensorDataset(*data), batch_size=6)
+    by_loader = compress(model, loader, 0.5)[1]
+    by_list = compress(model, list(data[0].split(6)), 0.5)[1]
+    assert (by_loader.ranks, by_loader.measured_error) == (by_list.ranks, by_list.measured_error)
+    endless = (torch.ones(500, 784) * i for i in count())
+    compress(model, endless, 0.5)
+    assert next(endless)[0, 0] == round(1.2 * batches.CALIBRATION) // 500
+
+
+def test_named_layers_and_those_of_a_pattern_stay_dense(data):
+    model = mlp([784, 40, 40, 10], seed=0)
+    small, report = compress(model, data, 0.97, ignore=["fc2", "*3"])
+    assert report.ranks.keys() == {"fc1"} and torch.equal(small.fc2.weight, model.fc2.weight)
+    assert report.left_alone == {"fc2": "ignored by 'fc2'", "fc3": "ignored by '*3'"}
+    with pytest.raises(ValueError, match=r"'fc9', to be ignored, matches no layer; the layers are fc1, fc2, fc3"):
+        compress(model, data, 0.5, ignore=["fc9"])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +278,7 @@ def test_a_layer_may_be_called_without_a_batch(data):
 def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_refused(data):
     dropout = _Answers(lambda x: F.dropout(x, training=True))
     assert compress(dropout, data, 0.5)[1].ranks.keys() == {"fc"}
-    with pytest.raises(ValueError, match="_Answers gives other outputs for the same images each time"):
+    with pytest.raises(ValueError, match="_Answers gives other outputs for the same inputs each time"):
         compress(_Answers(lambda x: x * np.random.default_rng().random()), data, 0.5)
 
 
@@ -222,9 +291,11 @@ def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_
         (lambda y: F.one_hot(y, 10), "given: 10×10"),
     ],
 )
-def test_labels_that_name_no_class_are_refused(data, change, named):
+def test_labels_that_name_no_class_or_are_missing_are_refused(data, change, named):
     with pytest.raises(ValueError, match=named):
         compress(mlp([784, 40, 10], seed=0), (data[0], change(data[1])), 0.01, metric="accuracy")
+    with pytest.raises(ValueError, match=r"accuracy needs labels: \(inputs, labels\), or a dictionary with 'labels'"):
+        compress(mlp([784, 40, 10], seed=0), [data[0], data[0]], 0.01, metric="accuracy")
 
 
 def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
@@ -237,7 +308,7 @@ def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(m
     assert before.measured_error > 2 * before.error and not before.fallbacks
     assert report.measured_error < 0.9 * before.measured_error
     assert f"0: rank {report.ranks['0']}, fitted to its own outputs" in str(report)
-    assert f"predicted {report.error:.3g}, measured {report.measured_error:.3g} on images" in str(report)
+    assert f"predicted {report.error:.3g}, measured {report.measured_error:.3g} on inputs" in str(report)
 
 
 def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_allows():
@@ -256,16 +327,29 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
     assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
 
 
-def test_data_must_fit_each_other_and_the_model(data):
-    model, (images, labels) = mlp([784, 40, 10], seed=0), data
-    for wrong in ((images.numpy(), labels.numpy()), None, (images,)):
-        with pytest.raises(TypeError, match="data must be a Dataset or two tensors, images and labels; given: "):
-            compress(model, wrong, 0.5)
-    for wrong in ((images, labels[:-1]), (images[:1], labels[:1])):
-        with pytest.raises(ValueError, match=r"at least two images are needed, with a label each; given: \d+, \d+$"):
-            compress(model, wrong, 0.5)
-    with pytest.raises(ValueError, match=r"Sequential gave NaN or infinity; put it in a module"):
-        compress(model, (images * torch.nan, labels), 0.5)
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        (lambda x, y: None, TypeError, "an iterable of batches such as a DataLoader; given: None"),
+        (lambda x, y: x, TypeError, "an iterable of batches such as a DataLoader; given: tensor"),
+        (lambda x, y: {"x": x}, TypeError, "an iterable of batches such as a DataLoader; given: {'x'"),
+        (lambda x, y: TensorDataset(x, y), TypeError, "an iterable of batches .* given: <torch.*TensorDataset"),
+        (lambda x, y: (x, y[:-1]), ValueError, "at least two images are needed, with a label each; given: 60, 59$"),
+        (lambda x, y: (x[:1], y[:1]), ValueError, "at least two images are needed, with a label each; given: 1, 1$"),
+        (lambda x, y: [(x, y)], ValueError, "at least two batches are needed, as one is held out; given: 1$"),
+        (lambda x, y: [], ValueError, "at least two batches are needed, as one is held out; given: 0$"),
+        (
+            lambda x, y: (x.numpy(), y.numpy()),
+            ValueError,
+            r"run on a ndarray \(TypeError: .*say how by forward=",
+        ),
+        (lambda x, y: [{"x": x}] * 2, ValueError, r"does not run on a dict \(.*say how by forward="),
+        (lambda x, y: (x * torch.nan, y), ValueError, "Sequential gave NaN or infinity; one finite tensor"),
+    ],
+)
+def test_data_that_cannot_be_used_are_refused_with_what_can(change, error, named, data):
+    with pytest.raises(error, match=named):
+        compress(mlp([784, 40, 10], seed=0), change(*data), 0.5)
 
 
 class _Answers(nn.Module):
@@ -297,7 +381,12 @@ def _pruned():
         (lambda: torch.compile(mlp([784, 20, 10], seed=0), backend="eager"), ValueError, "the model is compiled"),
         (_compiled_in_place, ValueError, "the model is compiled"),
         (lambda: nn.Linear(784, 9), ValueError, r"the model itself is the layer.*nn\.Sequential"),
-        (lambda: _Answers(lambda x: {"logits": x}), ValueError, "_Answers gave a dict; put it in a module"),
+        (
+            lambda: _Answers(lambda x: {"logits": x}),
+            ValueError,
+            "_Answers gave a dict; one finite tensor",
+        ),
+        (lambda: _Answers(lambda x: x.argmax(1)), ValueError, r"gave torch.int64 of shape \(50,\); one finite tensor"),
         (lambda: nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
         (
             lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)),

@@ -1,5 +1,6 @@
 """Low-rank layers against PyTorch's dense ones, in networks of every kind; which layers are hidden."""
 
+import json
 from collections import OrderedDict
 
 import pytest
@@ -12,7 +13,15 @@ from torch.nn import functional as F
 from lowrank_helpers import lora
 from lowrank_helpers.calibration import output_moments
 from lowrank_helpers.factorization import truncated_svd
-from lowrank_helpers.layers import decompose, factorize, factorize_standard, hidden_layers, replaceable_layers
+from lowrank_helpers.layers import (
+    decompose,
+    factorize,
+    factorize_standard,
+    hidden_layers,
+    load,
+    replaceable_layers,
+    save,
+)
 from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import LowRankLayer, mlp
 
@@ -248,3 +257,46 @@ def test_subclasses_that_inherit_forward_are_layers_as_any_other(layer):
     model, x = nn.Sequential(nn.ReLU(), layer), torch.randn(3, 4)
     for replaced in (factorize(model, {"1": 4}), lora.merge(lora.adapt(model, RANKS, alpha=1, seed=0))):
         torch.testing.assert_close(replaced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def _sharing():
+    """Two linear layers with one weight, one layer in two places, and a convolution without a bias."""
+    torch.manual_seed(0)
+    twice, tied = nn.Linear(12, 12), (nn.Linear(12, 12), nn.Linear(12, 12))
+    tied[0].weight = tied[1].weight
+    front = nn.Conv2d(3, 3, 2, bias=False), nn.Flatten(), nn.BatchNorm1d(12)
+    return nn.Sequential(nn.Unflatten(1, (3, 3, 3)), *front, twice, nn.Tanh(), twice, *tied)
+
+
+def test_a_saved_model_comes_back_with_its_ranks_and_what_it_shares(tmp_path):
+    small, x = factorize(_sharing(), {"1": 2, "4": 3}).eval(), _draw(5, 27)
+    save(small, tmp_path / "new" / "folder")
+    fresh = _sharing().eval()
+    for parameter in fresh.parameters():
+        nn.init.ones_(parameter)
+    loaded = load(fresh, tmp_path / "new" / "folder")
+    assert torch.equal(loaded(x), small(x))
+    assert loaded[4] is loaded[6] and loaded[7].weight is loaded[8].weight
+    assert json.loads((tmp_path / "new/folder/ranks.json").read_text()) == {"ranks": {"1": 2, "4": 3}}
+    assert all((parameter == 1).all() for parameter in fresh.parameters())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "widths", "named"),
+    [
+        ('{"ranks": {"fc9": 3}}', [20, 16, 4], "fc9: no layer that can be replaced; allowed: fc1, fc2"),
+        ('{"ranks": {"fc1": 17}}', [20, 16, 4], "layer 'fc1': rank 17 is impossible for a 16×20 matrix"),
+        ('{"ranks": {"fc1": "3"}}', [20, 16, 4], r"ranks.json must hold {\"ranks\": {layer: rank}} in JSON; TypeError"),
+        ("[3]", [20, 16, 4], "ranks.json must hold"),
+        ("{", [20, 16, 4], "ranks.json must hold"),
+        ('{"ranks": {}}', [20, 16, 4], "does not fit this Sequential: .*fc1.weight"),
+        ('{"ranks": {"fc1": 2}}', [20, 16, 4], "does not fit this Sequential: .*size mismatch for fc1.C.weight"),
+        ('{"ranks": {"fc1": 3}}', [20, 16, 5], "does not fit this Sequential: .*size mismatch for fc2.weight"),
+        ('{"ranks": {"fc1": 3}}', [20, 16, 4, 4], "does not fit this Sequential: .*fc3.weight"),
+    ],
+)
+def test_a_folder_that_does_not_fit_the_model_is_refused_by_name(ranks, widths, named, tmp_path):
+    save(factorize(mlp([20, 16, 4], seed=0), {"fc1": 3}), tmp_path)
+    (tmp_path / "ranks.json").write_text(ranks)
+    with pytest.raises(ValueError, match=named):
+        load(mlp(widths, seed=0), tmp_path)
