@@ -6,6 +6,7 @@ images, instead of its weight, are those of Zhang et al. 2016, arXiv 1505.06798,
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -25,7 +26,7 @@ from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
 from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, substitute_, with_factors
 from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
-from lowrank_helpers.selection import BY_WEIGHTS, STRATEGIES, Layer, allocate, layers_of, total_cost
+from lowrank_helpers.selection import Layer, allocate, layers_of, total_cost
 from lowrank_helpers.training import progress
 
 MEASURED = 8  # held-out batches at most on which the change of the outputs is measured
@@ -64,8 +65,8 @@ class Report:
     left_alone : dict of str to str
         The model's other matrices, with the reason why they cannot be replaced.
     fallbacks : dict of str to str
-        What the factors of a layer fit where the model's outputs have no derivative by it, or where the factors of
-        the strategy changed them far more than predicted.
+        What the factors of a layer fit where the model's outputs have no derivative by it, or where its
+        first factors changed them far more than predicted.
     error : float
         The relative change of the outputs that was predicted to first order: √(E‖change‖² / E‖outputs‖²). Layers that
         are fitted to their own outputs count with the relative change of those.
@@ -121,7 +122,6 @@ def compress(
     *,
     forward: Forward = call,
     metric: str = "parameters",
-    strategy: str = "fisher-weighted",
     task: str | None = None,
     ignore: Collection[str] = (),
 ) -> tuple[nn.Module, Report]:
@@ -158,9 +158,6 @@ def compress(
         model that takes and gives dictionaries it may be ``lambda model, batch: model(**batch)["logits"]``.
     metric : {"parameters", "flops", "accuracy", "latency"}
         What the budget is of. Latency is measured, here and now, on the first batch.
-    strategy : str
-        How ranks are chosen: one of ``selection.STRATEGIES``. The default takes a backward pass through the model; with
-        the others factors are fitted to each layer's outputs.
     task : {None, "classification"}
         For ``"classification"`` outputs are logits: a change that all classes share is free, since it changes no
         probability. Otherwise all outputs count as they are.
@@ -179,12 +176,12 @@ def compress(
         The budget is impossible (the message says what is possible), no layer can be replaced, the model gives no
         finite tensor, or an option is unknown.
     """
-    _check_options(budget, metric, strategy, task)
+    _check_options(budget, metric, task)
     _check_model(model)
     model_in_use = deepcopy(model).eval()
     batches = Batches.of(model_in_use, data, forward, task)
     labels = batches.labels(model_in_use) if metric == "accuracy" else torch.empty(0)
-    factors, report = _search(model_in_use, batches, labels, strategy, ignore).compressed(budget, metric)
+    factors, report = _search(model_in_use, batches, labels, ignore).compressed(budget, metric)
     return with_factors(model, factors), report
 
 
@@ -216,7 +213,6 @@ class _Search:
     fallbacks: dict[str, str]
     batches: Batches
     labels: Tensor
-    strategy: str
 
     def compressed(self, budget: float, metric: str) -> tuple[dict[str, Factors], Report]:
         """Return factors within a budget and what was done, as :func:`compress` does."""
@@ -241,13 +237,10 @@ class _Search:
         return factors, report
 
     def layers(self, metric: str) -> dict[str, Layer]:
-        """Return what the strategy chooses among where a step costs ``parameters`` or ``flops``."""
-        # A large matrix's singular values take minutes, and most strategies do not use them.
-        by_weights = self.strategy in BY_WEIGHTS
-        weights = {name: SVD.of(svd.A) if by_weights else svd for name, svd in self.svds.items()}
+        """Return what to choose among where a step costs ``parameters`` or ``flops``."""
         flops = self.batches.flops(self.model) if metric == "flops" else {}
         uses = {name: flops[name] / svd.A.numel() for name, svd in self.svds.items() if flops}
-        return layers_of(weights, self.svds, uses)
+        return layers_of(self.svds, uses=uses)
 
     def ranks(self, budget: float, metric: str) -> dict[str, int]:
         """Choose ranks within a budget."""
@@ -268,7 +261,7 @@ class _Search:
                 f"a budget of {limit:,.0f} {metric} is too small: rank 1 wherever it can be takes {least:,.0f}, "
                 f"{least / total:.2%} of the model's {total:,}"
             )
-        return allocate(layers, limit - fixed, self.strategy)
+        return allocate(layers, limit - fixed)
 
     def bisected(
         self, metric: str, is_large: Callable[[Mapping[str, int]], bool]
@@ -279,11 +272,11 @@ class _Search:
         """
         layers = self.layers(metric)
         low, high = (float(total_cost(layers, ranks)) for ranks in (dict.fromkeys(layers, 1), {}))
-        below, above = allocate(layers, low, self.strategy), dict[str, int]()
+        below, above = allocate(layers, low), dict[str, int]()
         halvings = math.ceil(math.log2(max(1.0, math.log(high / low, PRECISION))))
         for _ in progress(range(halvings), "trying budgets"):
             middle = (low * high) ** 0.5
-            ranks = allocate(layers, middle, self.strategy)
+            ranks = allocate(layers, middle)
             if is_large(ranks):
                 above, high = ranks, middle
             else:
@@ -368,7 +361,7 @@ def _far(measured: float, predicted: float) -> bool:
 
 
 @torch.no_grad()
-def _search(model: nn.Module, batches: Batches, labels: Tensor, strategy: str, ignore: Collection[str]) -> _Search:
+def _search(model: nn.Module, batches: Batches, labels: Tensor, ignore: Collection[str]) -> _Search:
     """Find the layers of a model that can be replaced, and measure their outputs, or what these do to the model's."""
     layers, left_alone = _layers_to_replace(model, batches, ignore)
     squares, n_inputs = 0.0, 0
@@ -381,19 +374,16 @@ def _search(model: nn.Module, batches: Batches, labels: Tensor, strategy: str, i
 
     moments = output_moments(model, batches.fitted, layers, forward=measured)
     fisher: dict[str, Tensor] = {}
-    if strategy == "fisher-weighted":
-        try:
-            found = output_fisher(model, batches.fitted, layers, task=batches.task, forward=batches.forward)
-            fisher = {name: G / (squares / n_inputs) for name, G in found.items() if G.any() and squares > 0}
-        except ValueError:  # without a derivative, all factors fit their layers' outputs
-            pass
+    with suppress(ValueError):  # without a derivative, all factors fit their layers' outputs
+        found = output_fisher(model, batches.fitted, layers, task=batches.task, forward=batches.forward)
+        fisher = {name: G / (squares / n_inputs) for name, G in found.items() if G.any() and squares > 0}
     svds = {}
     for name in progress(list(layers), "decomposing layers"):
         A = layers[name].weight.flatten(1)
         svd = ActivationAwareSVD.of(A.to(precise(A)), moments[name], fisher.get(name))
         svds[name] = svd if name in fisher else svd.relative()
-    flat = [name for name in layers if name not in fisher] if strategy == "fisher-weighted" else []
-    return _Search(model, svds, left_alone, dict.fromkeys(flat, OWN_OUTPUTS), batches, labels, strategy)
+    flat = [name for name in layers if name not in fisher]
+    return _Search(model, svds, left_alone, dict.fromkeys(flat, OWN_OUTPUTS), batches, labels)
 
 
 def _layers_to_replace(
@@ -476,11 +466,10 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model is compiled: compress it as it was before, and compile the result")
 
 
-def _check_options(budget: float, metric: str, strategy: str, task: str | None) -> None:
+def _check_options(budget: float, metric: str, task: str | None) -> None:
     check_task(task)
-    for name, given, allowed in (("metric", metric, METRICS), ("strategy", strategy, tuple(STRATEGIES))):
-        if given not in allowed:
-            raise ValueError(f"{name} {given!r} is unknown; allowed: {', '.join(allowed)}")
+    if metric not in METRICS:
+        raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
     whole, counts = isinstance(budget, Integral), metric in SIZES
     if not isinstance(budget, Real) or not (budget >= 1 and counts if whole else 0 < budget <= 1):
         count = ", or a whole number as a count" if counts else ""

@@ -129,7 +129,7 @@ STRATEGIES: dict[str, Callable[[Layer], Array]] = {
 BY_WEIGHTS = ("energy", "gavish-donoho")  # the strategies that use ``Layer.weight_singular_values``
 
 
-def allocate(layers: Mapping[str, Layer], budget: float, strategy: str) -> dict[str, int]:
+def allocate(layers: Mapping[str, Layer], budget: float, strategy: str = "fisher-weighted") -> dict[str, int]:
     """Take directions of all layers by falling priority until the next one does not fit the budget.
 
     Every layer keeps one direction at least. Of equals the first layer's comes first.

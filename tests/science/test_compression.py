@@ -22,7 +22,6 @@ from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import convnet, mlp, n_parameters
-from lowrank_helpers.selection import STRATEGIES
 from lowrank_helpers.training import Recipe, evaluate, fit
 
 
@@ -59,11 +58,9 @@ def trained(digits_held_out):
     return model
 
 
-@pytest.mark.parametrize(
-    ("strategy", "budget"), zip(STRATEGIES, [0.3, np.float32(0.3), 6000, np.int64(6000), 0.3], strict=True)
-)
-def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budget, strategy):
-    small, report = compress(trained, digits_held_out, budget, strategy=strategy)
+@pytest.mark.parametrize("budget", [0.3, np.float32(0.3), 6000, np.int64(6000)])
+def test_a_budget_of_parameters_is_kept_and_used(trained, digits_held_out, budget):
+    small, report = compress(trained, digits_held_out, budget)
     limit = budget * n_parameters(trained) if budget < 1 else budget
     assert 0.8 * limit < n_parameters(small) == report.parameters.after <= limit
     assert report.parameters.before == n_parameters(trained)
@@ -197,7 +194,6 @@ def test_named_layers_and_those_of_a_pattern_stay_dense(data):
         (float("nan"), {}, "above 0"),
         (50, {"metric": "accuracy"}, "up to 1$"),
         (0.5, {"metric": "bytes"}, "parameters, flops, accuracy, latency"),
-        (0.5, {"strategy": "luck"}, "activation-aware"),
     ],
 )
 def test_an_impossible_budget_is_refused_with_what_is_possible(data, budget, options, named):
