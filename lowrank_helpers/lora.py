@@ -31,17 +31,16 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")  # how the names of both end
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule)  # their layers have other names
 
-# What a config of PEFT's may say. First, what the factors say too, what is read, and what matters to training alone.
+# What a config of PEFT's may say: what the factors say too, what is read, and what matters to training alone. The
+# values that are supported of any other key; one without any may only say that it is not used.
 ANY_VALUE = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"),
-    *("qalora_group_size", "revision", "target_modules", "task_type"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type"),
+    *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type", "use_rslora"),
 }
-ONE_OF = {  # any other key may only say that it is not used
-    "peft_type": ("LORA",),
+SUPPORTED = {  # other values of init_lora_weights change the base's weights, or may
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),  # others change the base's weights, or may
-    "use_rslora": (True,),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),
 }
 
 
@@ -374,7 +373,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(read, dict) or read.get("peft_type") != "LORA":
         raise AdapterError(f"{file} is no config of a LoRA adapter: it has no peft_type 'LORA'")
     for key, value in read.items():
-        if value and key not in ANY_VALUE and value not in ONE_OF.get(key, ()):
+        if value and key not in ANY_VALUE and value not in SUPPORTED.get(key, ()):
             raise AdapterError(f"{file} has {key} = {value!r}, which is not supported: merge it with PEFT instead")
     return read
 
