@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_helpers import rank
+from lowrank_helpers.models import LowRankLayer
 from lowrank_helpers.unfold import Unfolded, unfold
 
 OPTIMISER = "an optimiser's state, no weight"
@@ -321,18 +322,12 @@ def _normed(directions: Tensor, lengths: Tensor) -> Tensor:
     return directions * (lengths / norms)
 
 
-def _product(B: Tensor, C: Tensor) -> Tensor:
-    """Return the weight of a low-rank layer, of a convolution in its shape."""
-    product: Tensor = (B.flatten(1) @ C.flatten(1)).view(len(B), *C.shape[1:])
-    return product
-
-
 # Some weights are stored as two tensors: the ends of their names, the end of the weight's, and how to compute it.
 JOINED: list[tuple[tuple[str, str], str, Callable[..., Tensor]]] = [
     (("_v", "_g"), "", _normed),  # torch.nn.utils.weight_norm's
     ((".original1", ".original0"), "", _normed),  # the same as a parametrization
     (("_orig", "_mask"), "", torch.mul),  # torch.nn.utils.prune's
-    ((".B.weight", ".C.weight"), ".weight", _product),  # LowRankLayer's
+    ((".B.weight", ".C.weight"), ".weight", LowRankLayer.product),  # LowRankLayer's
     ((".lora_B", ".lora_A"), ".lora", torch.matmul),
     ((".lora_B.weight", ".lora_A.weight"), ".lora", torch.matmul),  # PEFT's
 ]
@@ -350,12 +345,9 @@ def _joined(weights: dict[str, Weight]) -> dict[str, Weight]:
                 continue
             whole = f"{stem.replace('.parametrizations.', '.')}{kept}"[1:]
             n_stored = sum(math.prod(part.shape) for part in parts if not part.name.endswith("_mask"))
-            _compose(weights, names, Weight(whole, partial(_applied, apply, parts), shape, n_stored=n_stored))
+            read = partial(lambda apply, parts: apply(*(part.read() for part in parts)), apply, parts)
+            _compose(weights, names, Weight(whole, read, shape, n_stored=n_stored))
     return weights
-
-
-def _applied(apply: Callable[..., Tensor], parts: list[Weight]) -> Tensor:
-    return apply(*(part.read() for part in parts))
 
 
 def _compose(weights: dict[str, Weight], parts: list[str], whole: Weight) -> None:

@@ -1,13 +1,9 @@
 """What a piece of work costs: time, the memory it holds at once, and the bytes that training keeps between steps."""
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_helpers.models import n_trainable
-from lowrank_helpers.timing import exclusive_timing, spending, synchronise
+from lowrank_helpers.timing import median_seconds as median_seconds  # all costs by one import
 from lowrank_helpers.training import products_in
 
 
@@ -36,61 +32,13 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes a line at each start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()
     memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     peak: int = max(accumulate((change for _, change in memory), initial=0))
     return peak
-
-
-def median_seconds(work: Callable[[], object], device: torch.device, *, at_least: float = 0.1) -> float:
-    """Return the median time of a call, from repeated calls that together take ``at_least`` seconds.
-
-    A first call warms up and is not counted, and other processes that train pause meanwhile. (PyTorch's own ``Timer``
-    looks for a CUDA compiler and warns on machines that have one and no GPU.)
-
-    Examples
-    --------
-    >>> median_seconds(lambda: torch.ones(100).sum(), torch.device("cpu"), at_least=0.001) > 0
-    True
-    """
-    times: list[float] = []
-    with exclusive_timing(), spending("timing"):
-        work()
-        synchronise(device)
-        while len(times) < 3 or sum(times) < at_least:
-            start = time.perf_counter()
-            work()
-            synchronise(device)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def training_step(
-    model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32"
-) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-    """Return one step of Adam on a batch as a function to measure, and its optimiser.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Frozen parameters stay as they are; the others hardly change, as the learning rate is 1e-6.
-    images, labels : Tensor, shapes (n, n_inputs) and (n,)
-    precision : {"float32", "bfloat16"}
-        Of the matrix products.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(trained, lr=1e-6, fused=images.device.type != "mps")
-
-    def step() -> None:
-        with products_in(precision, images.device):
-            logits = model(images)
-        optimiser.zero_grad()
-        F.cross_entropy(logits.float(), labels).backward()
-        optimiser.step()
-
-    return step, optimiser
 
 
 @dataclass(frozen=True)
@@ -119,8 +67,26 @@ class StepCosts:
 
 
 def step_costs(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> StepCosts:
-    """Measure a training step of a model as :func:`training_step` does it."""
-    step, optimiser = training_step(model, images, labels, precision)
+    """Measure a step of Adam on a batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Frozen parameters stay as they are; the others hardly change, as the learning rate is 1e-6.
+    images, labels : Tensor, shapes (n, n_inputs) and (n,)
+    precision : {"float32", "bfloat16"}
+        Of the matrix products.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=1e-6, fused=images.device.type != "mps")
+
+    def step() -> None:
+        with products_in(precision, images.device):
+            logits = model(images)
+        optimiser.zero_grad()
+        F.cross_entropy(logits.float(), labels).backward()
+        optimiser.step()
+
     with FlopCounterMode(display=False) as counter:
         step()  # the first also makes the optimiser's state
     kept = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -144,16 +110,3 @@ def inference_seconds(model: nn.Module, images: Tensor, precision: str = "float3
             return logits
 
     return median_seconds(infer, images.device)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Drop what is written to file descriptor 2: the profiler's C++ reports every start and stop there."""
-    saved = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

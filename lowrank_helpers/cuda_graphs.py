@@ -43,19 +43,16 @@ class GraphSteps:
         """Move the network once, against the gradient of the batch of these images."""
         if self._n_launched < LAUNCHED or len(index) < len(self._index):
             self._n_launched += 1
-            self._launch(index)
+            usual = torch.cuda.current_stream(index.device)
+            self._stream.wait_stream(usual)
+            with torch.cuda.stream(self._stream):
+                self._step(index)
+            usual.wait_stream(self._stream)
             return
         self._index.copy_(index)
         if not self._graph:
             self._graph = self._recorded()
         self._graph.replay()
-
-    def _launch(self, index: Tensor) -> None:
-        usual = torch.cuda.current_stream(index.device)
-        self._stream.wait_stream(usual)
-        with torch.cuda.stream(self._stream):
-            self._step(index)
-        usual.wait_stream(self._stream)
 
     def _recorded(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -9,7 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -191,7 +191,9 @@ def _provide(name: str, data_dir: str | Path) -> Path:
         if len(there) == len(MNIST_MD5):
             return folder
     try:
-        with _network_timeout(DOWNLOAD_TIMEOUT):
+        with ExitStack() as at_end:  # torchvision opens a socket without a timeout
+            at_end.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
             _torchvision_class(name)(folders[-1], download=True)
     except (RuntimeError, OSError, HTTPException) as error:
         raise DatasetMissingError(
@@ -227,11 +229,6 @@ def _read_idx(file: Path) -> Tensor:
     return torch.from_numpy(content).reshape(shape)
 
 
-def standardise(images: Tensor, mean: float, std: float) -> Tensor:
-    """Turn uint8 images (n, 28, 28) into float32 rows (n, 784) with the given mean and deviation taken out."""
-    return images.reshape(len(images), -1).float().div_(255).sub_(mean).div_(std)
-
-
 def batches(n: int, batch_size: int, *, seed: int, epoch: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """Yield the index tensors of one epoch's shuffled batches, on a device; the last may be smaller.
 
@@ -260,18 +257,8 @@ def _load_digits() -> Dataset:
 
 
 def _from_raw(name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> Dataset:
+    """Turn uint8 images (n, 28, 28) into float32 rows (n, 784), standardised by all training pixels."""
     std, mean = (moment.item() / 255 for moment in torch.std_mean(train.float()))
-    images, test_images = (standardise(pixels, mean, std) for pixels in (train, test))
+    images, test_images = (part.flatten(1).float().div_(255).sub_(mean).div_(std) for part in (train, test))
     labels = train_labels.long()
     return Dataset(name, images, labels, images[:0], labels[:0], test_images, test_labels.long(), mean, std)
-
-
-@contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    """Give every socket opened inside a timeout: torchvision opens its own, without one."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

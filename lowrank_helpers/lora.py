@@ -31,17 +31,16 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")  # how the names of both end
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule)  # their layers have other names
 
-# What a config of PEFT's may say. First, what the factors say too, what is read, and what matters to training alone.
+# What a config of PEFT's may say: what the factors say too, what is read, and what matters to training alone. The
+# values that are supported of any other key; one without any may only say that it is not used.
 ANY_VALUE = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
-    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version"),
-    *("qalora_group_size", "revision", "target_modules", "task_type"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type"),
+    *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type", "use_rslora"),
 }
-ONE_OF = {  # any other key may only say that it is not used
-    "peft_type": ("LORA",),
+SUPPORTED = {  # other values of init_lora_weights change the base's weights, or may
     "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),  # others change the base's weights, or may
-    "use_rslora": (True,),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),
 }
 
 
@@ -211,9 +210,8 @@ def merge(model: nn.Module) -> nn.Module:
     """
     copy = deepcopy(model)
     for name, layer in adapters(copy).items():
-        weight = layer.weight.detach()
-        merged = nn.utils.skip_init(nn.Linear, *weight.T.shape)
-        merged.weight = nn.Parameter(weight)
+        merged = nn.Linear(layer.base.in_features, layer.base.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(layer.weight.detach())
         merged.register_parameter("bias", layer.base.bias)
         substitute_(copy, name, merged)
     return copy.requires_grad_(True)
@@ -327,7 +325,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
         the model's parameters are not those that the adapter was trained on.
     """
     folder = Path(folder)
-    config, (header, tensors) = _read_config(folder / CONFIG), _read_tensors(folder / WEIGHTS)
+    config, header, tensors = _read(folder)
     copy = deepcopy(model).requires_grad_(False)
     layers, buffers = linear_layers(copy), _buffers(copy)
     stems = [name.removesuffix(FACTORS[0]) for name in tensors if name.endswith(FACTORS[0])]
@@ -365,28 +363,24 @@ def _checksum(model: nn.Module) -> str:
     return checksum(dict(model.named_parameters(remove_duplicate=False)))
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Read a config of PEFT's, and refuse by name what changes the computation and is not supported."""
-    try:
-        read = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file} cannot be read as an adapter's config: {error}") from error
-    if not isinstance(read, dict) or read.get("peft_type") != "LORA":
-        raise AdapterError(f"{file} is no config of a LoRA adapter: it has no peft_type 'LORA'")
-    for key, value in read.items():
-        if value and key not in ANY_VALUE and value not in ONE_OF.get(key, ()):
-            raise AdapterError(f"{file} has {key} = {value!r}, which is not supported: merge it with PEFT instead")
-    return read
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Tensor]]:
+    """Return what a folder of PEFT's holds: config, header of the weights, and tensors by names without ``PREFIX``.
 
-
-def _read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the header and the tensors of a file of PEFT's, by names without the prefix that it has for all."""
+    What changes the computation and is not supported is refused by name.
+    """
     try:
-        with safe_open(file, framework="pt") as stored:
+        config = json.loads((folder / CONFIG).read_text())
+        with safe_open(folder / WEIGHTS, framework="pt") as stored:
+            header = stored.metadata() or {}
             tensors = {name.removeprefix(PREFIX): stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            return stored.metadata() or {}, tensors
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} cannot be read as an adapter: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{folder} has no {CONFIG} and {WEIGHTS} that can be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder / CONFIG} is no config of a LoRA adapter: it has no peft_type 'LORA'")
+    for key, value in config.items():
+        if value and key not in ANY_VALUE and value not in SUPPORTED.get(key, ()):
+            raise AdapterError(f"{folder} has {key} = {value!r}, which is not supported: merge it with PEFT instead")
+    return config, header, tensors
 
 
 def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:

@@ -238,7 +238,11 @@ class LowRankLayer(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The weight that the factors stand for, in the shape that the whole layer's would have."""
-        B, C = self.B.weight, self.C.weight
+        return self.product(self.B.weight, self.C.weight)
+
+    @staticmethod
+    def product(B: Tensor, C: Tensor) -> Tensor:
+        """Return the weight that two factors stand for, in their layers' shapes."""
         return (B.flatten(1) @ C.flatten(1)).view(len(B), *C.shape[1:])
 
     @property

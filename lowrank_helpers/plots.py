@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as pillow
 
@@ -47,8 +48,9 @@ BAND = 0.15  # opacity of what recorded runs measured
 STYLE = sns.axes_style("ticks") | {
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.formatter.min_exponent": 3,  # 1, 10 and 100 are plain numbers on logarithmic axes
     "axes.grid": True,
-    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "axes.titlesize": "medium",
     "grid.alpha": 0.3,
     "grid.color": "#b0b0b0",

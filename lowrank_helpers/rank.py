@@ -105,19 +105,15 @@ def default_tolerance(shape: Shape, dtype: torch.dtype = torch.float32) -> float
     return max(shape) * torch.finfo(dtype).eps
 
 
-def rounding_tolerance(s: Numbers, dtype: torch.dtype) -> float:
-    """Return ε/2·‖A‖_F / σ₁: no rounding of the entries to ``dtype`` moves a singular value by more than that times σ₁.
+def tolerance(s: Numbers, shape: Shape, dtype: torch.dtype) -> float:
+    """Return the tolerance, relative to σ₁, for the singular values of a matrix by the type that it is stored in.
 
-    Rounding is a matrix E with |Eᵢⱼ| ≤ ε/2·|Aᵢⱼ|, so ‖E‖₂ ≤ ‖E‖_F ≤ ε/2·‖A‖_F, and Weyl's inequality does the rest
-    (Golub & Van Loan, corollary 8.6.2). In half precision max(n, m)·ε passes 1, and would leave a rank of 0.
+    It is :func:`default_tolerance`; integers are exact, so that of float64 is theirs. In half precision max(n, m)·ε
+    passes 1, and would leave a rank of 0: there it is ε/2·‖A‖_F / σ₁. Rounding is a matrix E with |Eᵢⱼ| ≤ ε/2·|Aᵢⱼ|, so
+    ‖E‖₂ ≤ ‖E‖_F ≤ ε/2·‖A‖_F, and no singular value moves by more (Weyl; Golub & Van Loan, corollary 8.6.2).
     """
-    return float(torch.finfo(dtype).eps / 2 * stable_rank(s) ** 0.5)
-
-
-def _tolerance(s: Array, shape: Shape, dtype: torch.dtype) -> float:
-    """Return the tolerance for a matrix stored in ``dtype``; integers are exact, so that of float64 is theirs."""
     if dtype in (torch.float16, torch.bfloat16):
-        return rounding_tolerance(s, dtype)
+        return float(torch.finfo(dtype).eps / 2 * stable_rank(s) ** 0.5)
     return default_tolerance(shape, dtype if dtype.is_floating_point or dtype.is_complex else torch.float64)
 
 
@@ -234,7 +230,7 @@ def rank_beyond_edge(s: Numbers, shape: Shape, std: float) -> int:
 
 
 MEASURES: dict[str, Callable[[Array, Shape, torch.dtype], float]] = {
-    "numerical rank": lambda s, shape, dtype: numerical_rank(s, _tolerance(s, shape, dtype)),
+    "numerical rank": lambda s, shape, dtype: numerical_rank(s, tolerance(s, shape, dtype)),
     "effective rank": lambda s, shape, dtype: effective_rank(s),
     "stable rank": lambda s, shape, dtype: stable_rank(s),
     "energy rank 90 %": lambda s, shape, dtype: energy_rank(s, 0.90),

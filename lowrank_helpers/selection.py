@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from lowrank_helpers.factorization import Decomposition
-from lowrank_helpers.rank import gavish_donoho_threshold
-
-Array = npt.NDArray[np.float64]
+from lowrank_helpers.rank import Array, gavish_donoho_threshold
 
 
 @dataclass(frozen=True)
@@ -64,13 +61,12 @@ def layers_of(
     uses: Mapping[str, float] | None = None,
 ) -> dict[str, Layer]:
     """Return what to choose among, from ``decompose(model)``, ``decompose(model, moments, …)`` and uses by layer."""
-
-    def layer(name: str, svd: Decomposition) -> Layer:
-        factors = svd.factors(1)
+    layers = {}
+    for name, svd in weights.items():
+        B, C, _ = svd.factors(1)
         s, of_outputs = (svds[name].s.double().cpu().numpy() for svds in (weights, outputs or weights))
-        return Layer((len(factors.B), factors.C.shape[1]), s, of_outputs, uses[name] if uses else 1)
-
-    return {name: layer(name, svd) for name, svd in weights.items()}
+        layers[name] = Layer((len(B), C.shape[1]), s, of_outputs, uses[name] if uses else 1)
+    return layers
 
 
 def total_cost(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> int:

@@ -20,8 +20,18 @@ class Interval:
     n: int
 
 
-def interval(values: npt.ArrayLike) -> Interval:
-    """Return the mean of independent values with its 95 % interval (Student's t); of one value the limits are infinite.
+def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE, *, of_one_more: bool = False) -> Interval:
+    """Return the mean of independent values with its interval (Student's t); of one value the limits are infinite.
+
+    Parameters
+    ----------
+    values : array of shape (n,)
+        Of normal distribution.
+    confidence : float
+        How often such an interval holds what it is for.
+    of_one_more : bool
+        Whether the interval is for one more value, mean ± t·s·√(1 + 1/n), and not for the true mean, mean ± t·s·√(1/n)
+        (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8).
 
     Raises
     ------
@@ -32,24 +42,9 @@ def interval(values: npt.ArrayLike) -> Interval:
     --------
     >>> interval([97.0, 98.0, 99.0])
     Interval(mean=98.0, low=95.51..., high=100.48..., n=3)
-    """
-    return _around_mean(values, CONFIDENCE, extra_variance=0)
-
-
-def prediction_interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval:
-    """Return the interval that one more value falls into: mean ± t·s·√(1 + 1/n), as :func:`interval` otherwise.
-
-    For normal values (Hahn & Meeker 1991, *Statistical Intervals*, section 4.8).
-
-    Examples
-    --------
-    >>> prediction_interval([97.0, 98.0, 99.0])
+    >>> interval([97.0, 98.0, 99.0], of_one_more=True)
     Interval(mean=98.0, low=93.03..., high=102.96..., n=3)
     """
-    return _around_mean(values, confidence, extra_variance=1)
-
-
-def _around_mean(values: npt.ArrayLike, confidence: float, extra_variance: int) -> Interval:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"values {values!r} must be a row of at least one finite number")
@@ -57,7 +52,7 @@ def _around_mean(values: npt.ArrayLike, confidence: float, extra_variance: int) 
     if n == 1:
         return Interval(mean, -np.inf, np.inf, n)
     t = stdtrit(n - 1, (1 + confidence) / 2)
-    half_width = float(t * array.std(ddof=1) * np.sqrt(extra_variance + 1 / n))
+    half_width = float(t * array.std(ddof=1) * np.sqrt(of_one_more + 1 / n))
     return Interval(mean, mean - half_width, mean + half_width, n)
 
 

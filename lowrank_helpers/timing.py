@@ -10,12 +10,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 
 try:
@@ -78,6 +79,29 @@ def wait_for_timing() -> None:
         _this_thread.process, _this_thread.file = os.getpid(), _open()
     fcntl.flock(_this_thread.file, fcntl.LOCK_SH)
     fcntl.flock(_this_thread.file, fcntl.LOCK_UN)
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, *, at_least: float = 0.1) -> float:
+    """Return the median time of a call, from repeated calls that together take ``at_least`` seconds.
+
+    A first call warms up and is not counted, and other processes that train pause meanwhile. (PyTorch's own ``Timer``
+    looks for a CUDA compiler and warns on machines that have one and no GPU.)
+
+    Examples
+    --------
+    >>> median_seconds(lambda: torch.ones(100).sum(), torch.device("cpu"), at_least=0.001) > 0
+    True
+    """
+    times: list[float] = []
+    with exclusive_timing(), spending("timing"):
+        work()
+        synchronise(device)
+        while len(times) < 3 or sum(times) < at_least:
+            start = time.perf_counter()
+            work()
+            synchronise(device)
+            times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 def _open() -> IO[str]:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lowrank_helpers.cuda_graphs import GraphSteps
 from lowrank_helpers.data import Dataset, batches
 from lowrank_helpers.models import squared_norm
-from lowrank_helpers.timing import spending, synchronise, wait_for_timing
+from lowrank_helpers.timing import median_seconds, spending, synchronise, wait_for_timing
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -93,15 +93,12 @@ class History:
         others at work on the machine hardly change; elsewhere seconds on the clock.
     end : dict of str to dict of str to float
         ``loss`` and ``accuracy`` after the last epoch by split, on a fixed sample of at most ``SCORED_AT_END`` images.
-    evaluation_seconds : float
-        Time spent evaluating on the clock, all together.
     """
 
     loss: dict[str, list[float]] = field(default_factory=dict)
     accuracy: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     end: dict[str, dict[str, float]] = field(default_factory=dict)
-    evaluation_seconds: float = 0.0
 
     def final(self, split: str) -> "Score":
         """Return the score after the last epoch, on at most ``SCORED_AT_END`` images of a split."""
@@ -151,24 +148,16 @@ def pick_precision(name: str, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    seconds = {dtype: _product_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    return "bfloat16" if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else "float32"
+
+    def seconds_in(dtype: torch.dtype) -> float:
+        """Time a product of the size that a training step has."""
+        images, weight = (torch.ones(n, 512, dtype=dtype, device=device) for n in (256, 512))
+        return median_seconds(lambda: F.linear(images, weight), device, at_least=0.01)
+
+    return "bfloat16" if seconds_in(torch.float32) > 1.3 * seconds_in(torch.bfloat16) else "float32"
 
 
-def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Time a product of the size that a training step has; the best of several, as other work only slows it."""
-    images, weight = torch.ones(256, 512, dtype=dtype, device=device), torch.ones(512, 512, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(6):
-        synchronise(device)
-        start = time.perf_counter()
-        F.linear(images, weight)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def products_in(precision: str, device: torch.device) -> AbstractContextManager:
+def products_in(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """Return the context in which matrix products run in that precision."""
     if precision == "float32":
         return nullcontext()
@@ -320,27 +309,20 @@ def _step_of(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -
         loss.backward()
         optimiser.step()
 
-    if images.device.type != "cuda":
+    on_cuda = images.device.type == "cuda"
+    move_at_rate = GraphSteps(move, optimiser, recipe.batch_size, images.device) if on_cuda else move
 
-        def step(index: Tensor, learning_rate: float) -> None:
-            optimiser.param_groups[0]["lr"] = learning_rate
-            move(index)
+    def step(index: Tensor, learning_rate: float) -> None:
+        group = optimiser.param_groups[0]
+        group["lr"] = group["lr"].fill_(learning_rate) if on_cuda else learning_rate  # a graph reads its own tensor
+        move_at_rate(index)
 
-        return step
-
-    recorded = GraphSteps(move, optimiser, recipe.batch_size, images.device)
-
-    def replayed(index: Tensor, learning_rate: float) -> None:
-        optimiser.param_groups[0]["lr"].fill_(learning_rate)
-        recorded(index)
-
-    return replayed
+    return step
 
 
 def _record(
     history: History, model: nn.Module, scored: Mapping[str, Split], precision: str, *, last: bool = False
 ) -> None:
-    start = time.perf_counter()
     for name, (images, labels) in scored.items():
         logits = predict(model, images if last else images[:SCORED_MEANWHILE], precision)
         score = _score(logits[:SCORED_MEANWHILE], labels[:SCORED_MEANWHILE])
@@ -348,4 +330,3 @@ def _record(
         history.accuracy.setdefault(name, []).append(score.accuracy)
         if last:
             history.end[name] = asdict(_score(logits, labels))
-    history.evaluation_seconds += time.perf_counter() - start

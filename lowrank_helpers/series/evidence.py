@@ -17,7 +17,7 @@ from lowrank_helpers import PROJECT
 from lowrank_helpers.series import digest
 from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.store import write_atomically
-from lowrank_helpers.statistics import prediction_interval
+from lowrank_helpers.statistics import interval
 
 FOLDER = PROJECT / "evidence"
 FREE = ("seed", "device", "precision", "data_dir", "dataset")  # parameters in which a run may differ from the evidence
@@ -151,11 +151,11 @@ def limits(values: Sequence[float], n_values: int) -> tuple[float, float]:
     varies by large factors is skewed. Whole numbers may differ by one at least, and others by a thousandth.
     """
     confidence = 1 - FALSE_ALARMS / n_values
-    found = prediction_interval(values, confidence)
+    found = interval(values, confidence, of_one_more=True)
     least = 1.0 if all(isinstance(x, int) for x in values) else LEAST * abs(found.mean)
     lows, highs = [found.low, found.mean - least], [found.high, found.mean + least]
     if min(values) > 0:
-        logs = prediction_interval(np.log(values), confidence)
+        logs = interval(np.log(values), confidence, of_one_more=True)
         with np.errstate(over="ignore"):  # of two or three values
             lows.append(float(np.exp(logs.low)))
             highs.append(float(np.exp(logs.high)))

@@ -74,7 +74,7 @@ def test_a_table_needs_matrices_by_name(wrong):
 
 OF_SPECTRA = {
     "numerical": lambda s: rank.numerical_rank(s, 0.1),
-    "rounding": lambda s: rank.rounding_tolerance(s, torch.float16),
+    "rounding": lambda s: rank.tolerance(s, (3, 4), torch.float16),
     "stable": rank.stable_rank,
     "effective": rank.effective_rank,
     "energy": lambda s: rank.energy_rank(s, 0.9),
@@ -125,10 +125,10 @@ def test_numerical_rank_is_numpys(n, m, k):
 def test_rounding_moves_no_singular_value_past_its_tolerance(seed, k, dtype):
     matrix = torch.from_numpy(_random((60, k), seed) @ _random((k, 30), seed + 1))
     rounded = rank.singular_values(matrix.to(dtype))
-    tolerance = rank.rounding_tolerance(rank.singular_values(matrix), dtype)
+    tolerance = rank.tolerance(rank.singular_values(matrix), (60, 30), dtype)
     assert abs(rounded - rank.singular_values(matrix)).max() <= tolerance * rank.singular_values(matrix)[0]
     assert tolerance == pytest.approx(torch.finfo(dtype).eps / 2 * matrix.norm() / torch.linalg.matrix_norm(matrix, 2))
-    assert rank.numerical_rank(rounded, rank.rounding_tolerance(rounded, dtype)) <= k
+    assert rank.numerical_rank(rounded, rank.tolerance(rounded, (60, 30), dtype)) <= k
 
 
 def test_directions_beyond_the_edge_are_those_added_to_noise():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowrank_helpers.statistics import interval, prediction_interval, relative_difference
+from lowrank_helpers.statistics import interval, relative_difference
 
 FLOATS = st.floats(-1e3, 1e3, allow_subnormal=False)  # training flushes them to zero
 VALUES = st.lists(FLOATS, min_size=2, max_size=12).filter(lambda values: np.std(values) > 1e-3)
@@ -20,10 +20,10 @@ def test_interval_is_scipys(values):
     assert found.mean == pytest.approx(np.mean(values)) and found.n == len(values)
 
 
-def test_one_more_value_falls_into_the_prediction_interval_as_often_as_said():
+def test_one_more_value_falls_into_its_interval_as_often_as_said():
     rng = np.random.default_rng(0)
     draws = rng.normal(5, 2, size=(4000, 11))
-    predicted = [prediction_interval(seen, 0.9) for seen in draws[:, :-1]]
+    predicted = [interval(seen, 0.9, of_one_more=True) for seen in draws[:, :-1]]
     hits = sum(found.low <= new <= found.high for found, new in zip(predicted, draws[:, -1], strict=True))
     low, high = stats.binom.interval(0.9999, len(draws), 0.9)
     assert low <= hits <= high

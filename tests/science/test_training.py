@@ -155,7 +155,6 @@ def test_history_starts_at_the_untrained_network_and_ends_at_the_trained_one(dig
     assert history.final("low test") == evaluate(model, *sample(half.test_images, half.test_labels))
     assert set(history.loss) == set(history.accuracy) == {"train", "test", "low train", "low test"}
     assert history.seconds[0] == 0 and np.all(np.diff(history.seconds) > 0)
-    assert history.evaluation_seconds > 0
 
 
 def test_a_large_set_is_scored_on_a_sample_while_a_network_trains(digits, monkeypatch):
@@ -238,8 +237,9 @@ def test_time_spent_scoring_is_no_time_spent_training(digits, monkeypatch):
     monkeypatch.setattr(training, "predict", slowly)
     before = timing.spent["training"]
     few = digits.select(train=torch.arange(100))
+    start = time.thread_time()
     history = fit(_model(), few, Recipe(10, 10, 1e-3))
-    assert history.evaluation_seconds > 2
+    assert time.thread_time() - start > 2
     assert history.seconds[-1] < 1 and timing.spent["training"] - before < 1
 
 
@@ -299,8 +299,8 @@ def test_devices_that_are_not_here_are_refused_with_those_that_are():
     ("ratio", "picked"), [(0.2, "float32"), (1.2, "float32"), (1.4, "bfloat16"), (3.0, "bfloat16")]
 )
 def test_bfloat16_is_picked_where_its_products_are_clearly_faster(ratio, picked, monkeypatch):
-    seconds = {torch.float32: ratio, torch.bfloat16: 1.0}
-    monkeypatch.setattr(training, "_product_seconds", lambda dtype, device: seconds[dtype])
+    seconds = iter([ratio, 1.0])  # in float32, then in bfloat16
+    monkeypatch.setattr(training, "median_seconds", lambda *given, **options: next(seconds))
     assert pick_precision("auto", torch.device("cpu")) == picked
     assert {pick_precision(name, torch.device("cpu")) for name in ("float32", "bfloat16")} == {"float32", "bfloat16"}
 
