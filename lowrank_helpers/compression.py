@@ -21,12 +21,12 @@ from torch.nn.parameter import is_lazy
 
 from lowrank_helpers.batches import LARGE_BATCH, Batches
 from lowrank_helpers.calibration import Forward, call, check_task, output_fisher, output_moments
-from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
 from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, substitute_, with_factors
 from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
 from lowrank_helpers.selection import Layer, allocate, layers_of, total_cost
+from lowrank_helpers.timing import median_seconds
 from lowrank_helpers.training import progress
 
 MEASURED = 8  # held-out batches at most on which the change of the outputs is measured

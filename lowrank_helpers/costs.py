@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_helpers.models import n_trainable
-from lowrank_helpers.timing import median_seconds as median_seconds  # all costs by one import
+from lowrank_helpers.timing import median_seconds
 from lowrank_helpers.training import products_in
 
 

@@ -9,8 +9,7 @@ from typing import TypeVar
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from lowrank_helpers.costs import median_seconds
-from lowrank_helpers.timing import synchronise
+from lowrank_helpers.timing import median_seconds, synchronise
 
 Key = TypeVar("Key", bound=Hashable)
 

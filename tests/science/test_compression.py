@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from lowrank_helpers import batches, compression
 from lowrank_helpers.calibration import without_mean
 from lowrank_helpers.compression import Change, Report, compress
-from lowrank_helpers.costs import median_seconds
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import convnet, mlp, n_parameters
+from lowrank_helpers.timing import median_seconds
 from lowrank_helpers.training import Recipe, evaluate, fit
 
 

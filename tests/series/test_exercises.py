@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from matplotlib import pyplot as plt
 
-from lowrank_helpers import costs
+from lowrank_helpers import timing
 from lowrank_helpers.series.execution import notebook_names, notebook_path
 from lowrank_helpers.series.parameters import check, recipes
 
@@ -109,7 +109,7 @@ def test_exercises_run_as_they_are_written(name, networks, tmp_path, monkeypatch
     plt.switch_backend("Agg")
     monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
     monkeypatch.setenv("LOWRANK_NETWORKS_DIR", str(networks))
-    monkeypatch.setitem(costs.median_seconds.__kwdefaults__, "at_least", 1e-3)  # seconds of each measured time
+    monkeypatch.setitem(timing.median_seconds.__kwdefaults__, "at_least", 1e-3)  # seconds of each measured time
     cells = nbformat.read(notebook_path(name), as_version=4).cells
     [text] = [cell.source for cell in cells if cell.id == "exercises"]
     exercises = EXERCISES[name]
