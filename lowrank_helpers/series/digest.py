@@ -25,6 +25,7 @@ from lowrank_helpers import PROJECT
 from lowrank_helpers.hashing import checksum
 
 PACKAGE = "lowrank_helpers"
+COMMAND_LINE = ("__main__.py", "cli.py")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 HELD = {MethodType: ("__func__", "__self__"), property: ("fget", "fset", "fdel"), CellType: ("cell_contents",)}
@@ -67,8 +68,9 @@ def of_package() -> str:
 
 @cache
 def of_science() -> str:
-    """Return a digest (32 hexadecimal digits) of what computes: the modules at the top of the package, and recipes."""
-    return of_cells([RECIPES, *(text for file, text in SOURCES.items() if file.parent.name == PACKAGE)])
+    """Return a digest (32 hexadecimal digits) of what computes: the top modules but the command line, and recipes."""
+    top = [file for file in SOURCES if file.parent.name == PACKAGE and file.name not in COMMAND_LINE]
+    return of_cells([RECIPES, *(SOURCES[file] for file in top)])
 
 
 def of_objects(*values: Any, apart_from: Iterable[Tensor] = ()) -> str:
