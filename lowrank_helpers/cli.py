@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from tqdm import tqdm
 
-from lowrank_helpers import PROJECT
+from lowrank_helpers import PROJECT, data
 from lowrank_helpers.data import DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, parameters, results
@@ -215,7 +215,8 @@ def run_points(
 @main.command()
 @NOTEBOOKS
 @GIVEN
-def check(notebooks: Names, pairs: Pairs) -> None:
+@WORKERS
+def check(notebooks: Names, pairs: Pairs, workers: int | None) -> None:
     """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones.
 
     \b
@@ -223,11 +224,21 @@ def check(notebooks: Names, pairs: Pairs) -> None:
       lowrank check
       lowrank check 02_train -p precision float32
     """  # noqa: D301
-    try:  # here, not above: pytest and nbval come with the extra `test` alone
-        from lowrank_helpers.checking import plugin
-    except ModuleNotFoundError as error:
-        fail(f"`lowrank check` needs {error.name}: pip install 'lowrank-helpers[test]'", code=1)
-    sys.exit(plugin.check(notebooks, parameters_from(pairs)))
+    from dask.system import CPU_COUNT
+
+    from lowrank_helpers.series import checking
+
+    planned = execution.plan(execution.with_what_they_read(notebooks), parameters_from(pairs))
+    data.resolve("mnist")  # on which the notebooks are recorded: here, that it is said once if it cannot be had
+    n_faults = 0
+    for checked in checking.check(planned, workers=workers or CPU_COUNT):
+        said = "differs" if checked.faults else "agrees"
+        tqdm.write(f"{checked.outcome.notebook:16} {said:7} {checked.outcome.seconds:7.1f} s")
+        for line in [*checked.faults, *(f"({remark})" for remark in checked.remarks)]:
+            tqdm.write(f"  {line}")
+        n_faults += len(checked.faults)
+    click.echo(f"Notebooks: {len(planned)}, differences: {n_faults}")
+    sys.exit(1 if n_faults else 0)
 
 
 @main.command()
