@@ -198,8 +198,7 @@ def run_points(
             cluster.connected(scheduler, workers) as client,
             tqdm(total=len(points), unit="point", disable=None) as bar,
         ):
-            sweep.clear(points, folder, resume=resume)
-            for point, error in sweep.run(client, points, folder, datasets):
+            for point, error in sweep.run(client, points, folder, datasets, resume=resume):
                 failed |= {point.name: error} if error else {}
                 bar.write(f"{point.name}: {'failed' if error else 'done'}", file=sys.stderr)
                 bar.update()

@@ -22,24 +22,15 @@ from urllib.parse import quote
 from distributed import Client, as_completed
 
 from lowrank_helpers import data
-from lowrank_helpers.series import digest, execution, parameters, results
+from lowrank_helpers.series import digest, execution, parameters
 from lowrank_helpers.series.execution import RunError
 from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.results import software
+from lowrank_helpers.series.results import failures, software
 from lowrank_helpers.series.settings import Settings
 
-KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
+KEYS = ("notebooks", "grid", "parameters")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a figure draws: a quantity of a claim, at one label or, where none is named, at all of them."""
-
-    claim: str
-    quantity: str
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,15 +40,13 @@ class Sweep:
     notebooks: list[str] = field(default_factory=list)
     grid: dict[str, Sequence[Any]] = field(default_factory=dict)
     parameters: dict[str, Any] = field(default_factory=dict)
-    show: list[Shown] = field(default_factory=list)
 
     def over(self, notebooks: Sequence[str], grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> "Sweep":
         """Return this sweep with what the command line says in place of what the file said."""
-        return replace(
-            self,
-            notebooks=list(notebooks) or self.notebooks,
-            grid={name: values for name, values in self.grid.items() if name not in fixed} | dict(grid),
-            parameters={name: value for name, value in self.parameters.items() if name not in grid} | dict(fixed),
+        return Sweep(
+            list(notebooks) or self.notebooks,
+            {name: values for name, values in self.grid.items() if name not in fixed} | dict(grid),
+            {name: value for name, value in self.parameters.items() if name not in grid} | dict(fixed),
         )
 
 
@@ -92,7 +81,7 @@ def as_text(value: Any) -> str:
 
 
 def read(file: Path) -> Sweep:
-    """Read a sweep from a YAML file with the keys ``notebooks``, ``grid``, ``parameters`` and ``show``, all optional.
+    """Read a sweep from a YAML file with the keys ``notebooks``, ``grid`` and ``parameters``, all optional.
 
     Raises
     ------
@@ -107,8 +96,7 @@ def read(file: Path) -> Sweep:
             name: grid_values(values) if isinstance(values, str) else list(values)
             for name, values in content.get("grid", {}).items()
         }
-        show = [Shown(**{key: str(text) for key, text in entry.items()}) for entry in content.get("show", [])]
-        return Sweep(list(content.get("notebooks", [])), grid, dict(content.get("parameters", {})), show)
+        return Sweep(list(content.get("notebooks", [])), grid, dict(content.get("parameters", {})))
     except (TypeError, ValueError, AttributeError) as error:
         raise ParameterError(f"{file} does not describe a sweep: {error}") from error
 
@@ -178,17 +166,8 @@ def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
     return {point.name: execution.settle_dataset(point.planned, resolve) for point in points}
 
 
-def clear(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
-    """Remove what an earlier sweep left of the points; to resume, only how each ended."""
-    for point in points:
-        if resume:
-            (point.folder(folder) / "results.json").unlink(missing_ok=True)
-        elif point.folder(folder).exists():
-            shutil.rmtree(point.folder(folder))
-
-
 def run(
-    client: Client, points: Sequence[Point], folder: Path, datasets: Mapping[str, str]
+    client: Client, points: Sequence[Point], folder: Path, datasets: Mapping[str, str], *, resume: bool
 ) -> Iterator[tuple[Point, str]]:
     """Run points on a cluster's workers, yielding each when it has ended, with the error if it failed twice.
 
@@ -200,6 +179,8 @@ def run(
         The sweep's, locked by this process.
     datasets : mapping of str to str
         As :func:`settle_datasets` returned it.
+    resume : bool
+        Keep what an earlier sweep left of the points.
 
     Raises
     ------
@@ -210,6 +191,8 @@ def run(
     settings = replace(Settings.of_command(), networks_dir=folder / "networks")
     try:
         client.run(check_shared, needed, folder)
+        for point in [] if resume else points:
+            shutil.rmtree(point.folder(folder), ignore_errors=True)
         futures = {}
         for point in points:
             of_point = replace(settings, auto_dataset=datasets[point.name])
@@ -235,8 +218,8 @@ def shared(folder: Path) -> dict[str, str]:
     The text of its lock stands for the folder: one of the same name on another disk does not have it.
     """
     lock = folder / execution.LOCK
-    holder = lock.read_text() if lock.is_file() else "none"
-    return _installed() | {f"{lock}, on a file system that all share:": holder}
+    holder = f"that of {lock.read_text()}" if lock.is_file() else "missing"
+    return _installed() | {f"{lock} (on a file system that all share)": holder}
 
 
 def check_shared(needed: Mapping[str, str], folder: Path) -> None:
@@ -250,7 +233,7 @@ def check_shared(needed: Mapping[str, str], folder: Path) -> None:
     for name, here in shared(folder).items():
         if here != needed[name]:
             worker = f"process {os.getpid()} on {platform.node()}"
-            raise RunError(f"worker {worker} has {name} {here}; the sweep needs {needed[name]}")
+            raise RunError(f"worker {worker} differs from the sweep: {name} is {here}, and must be {needed[name]}")
 
 
 @cache
@@ -265,7 +248,7 @@ _one_at_a_time = threading.Lock()  # in a worker with several threads: kernels i
 
 
 def run_point(point: Point, sweep_folder: Path, needed: Mapping[str, str], settings: Settings) -> None:
-    """Execute a point's notebooks in a worker and gather what they found.
+    """Execute a point's notebooks in a worker.
 
     The kernels inherit the sweep's settings, but for the folder with data: that variable is the worker's.
     No pages are rendered: they take megabytes a point, and ``lowrank run`` with the same parameters makes them.
@@ -279,7 +262,6 @@ def run_point(point: Point, sweep_folder: Path, needed: Mapping[str, str], setti
     settings = replace(settings, data_dir=Settings.of_command().data_dir)
     # A sweep that was stopped may have left the point to a worker that is still at it.
     with _one_at_a_time, execution.run_folder(point.folder(sweep_folder), settings, wait=True) as folder:
-        outcomes = list(execution.execute(point.planned, folder, resume=True))
-        results.gather(folder, outcomes)
-    if failures := results.failures(outcomes):
-        raise RunError("; ".join(failures))
+        failed = failures(list(execution.execute(point.planned, folder, resume=True)))
+    if failed:
+        raise RunError("; ".join(failed))
