@@ -102,6 +102,7 @@ def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, **where: Any) -> No
         return "`make record` shows the claims of notebooks beside it."
 
     folder = PROJECT / "reports" / "sweeps" / f"evidence-{dataset}"
+    click.echo(f"Runs lie in {os.path.relpath(folder)}. If this is stopped, the same command goes on.")
     cli.run_points(points, folder, write, resume=True, **where)
 
 

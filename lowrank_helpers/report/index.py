@@ -144,15 +144,17 @@ def stand_in(runs: Iterable[Mapping[str, Any]]) -> bool:
     return any(run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in runs)
 
 
-def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the processor seconds of each notebook by kind of work, where they were measured."""
-    spent = {name: run["seconds_by_kind"] for name, run in runs.items() if "seconds_by_kind" in run}
-    kinds = dict.fromkeys(kind for seconds in spent.values() for kind in seconds)
-    return {
-        "notebooks": spent,
-        "kinds": sorted(kinds, key=lambda kind: kind == "rest"),  # what is left over comes last
-        "longest": max((sum(seconds.values()) for seconds in spent.values()), default=0),
-    }
+def _time(runs: Mapping[str, Any]) -> str:
+    """Return a table of the notebooks' processor seconds by kind of work; empty where none were measured."""
+    import pandas as pd
+
+    spent = pd.DataFrame({name: run["seconds_by_kind"] for name, run in runs.items() if "seconds_by_kind" in run})
+    if spent.empty:
+        return ""
+    spent = spent.loc[sorted(spent.index, key=lambda kind: kind == "rest")]  # what is left over comes last
+    spent.loc["all"] = spent.sum()
+    table: str = spent.T.rename_axis(columns="notebook").to_html(float_format="{:.0f}".format, na_rep="0")
+    return table
 
 
 def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:

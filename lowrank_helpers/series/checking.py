@@ -60,7 +60,7 @@ def check(planned: Mapping[str, Mapping[str, Any]], *, workers: int = 1) -> Iter
     with tempfile.TemporaryDirectory(prefix="lowrank-check-") as made, execution.run_folder(Path(made)) as folder:
         for outcome in execution.execute(planned, folder, workers=workers):
             checked = Checked(outcome, failures([outcome]))
-            if not outcome.reason:
+            if not outcome.error:
                 executed = nbformat.read(folder / f"{outcome.notebook}.ipynb", as_version=4)
                 _compare_outputs(checked, recorded[outcome.notebook], executed)
                 _compare_claims(checked, folder, planned.keys())

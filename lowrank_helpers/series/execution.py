@@ -209,7 +209,7 @@ def _execute(name: str, given: Mapping[str, Any], folder: Path, fingerprint: str
 
     partial = folder / f".{name}{TEMPORARY}.ipynb"
     start = time.perf_counter()
-    reason, cell = "", None
+    error = ""
     try:
         # What an earlier run left must not be taken for this run's.
         for file in (*(folder / f"{name}{ending}" for ending in ENDINGS), claims_file(folder, name)):
@@ -226,14 +226,14 @@ def _execute(name: str, given: Mapping[str, Any], folder: Path, fingerprint: str
                 shutdown_kernel="immediate",  # all that it keeps is written by then
             )
         except papermill.PapermillExecutionError as failure:
-            reason, cell = f"{failure.ename}: {failure.evalue}", failure.exec_count
+            error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
         except RuntimeError as failure:  # DeadKernelError and, of a kernel that died before its first answer, no better
-            reason = f"{failure} (out of memory?)"
+            error = f"{failure} (out of memory?)"
         seconds = round(time.perf_counter() - start, 2)
-        _finish(partial, folder / f"{name}{ENDINGS[bool(reason)]}", fingerprint, seconds)
+        _finish(partial, folder / f"{name}{ENDINGS[bool(error)]}", fingerprint, seconds)
     except Exception as failure:  # such as a full disk; the other notebooks still run
-        reason = f"{type(failure).__name__}: {failure}"
-    return Outcome(name, "failed" if reason else "done", round(time.perf_counter() - start, 2), reason, cell)
+        error = f"{type(failure).__name__}: {failure}"
+    return Outcome(name, "failed" if error else "done", round(time.perf_counter() - start, 2), error)
 
 
 def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> None:

@@ -140,7 +140,7 @@ def test_what_is_interrupted_killed_or_fails_loses_no_point_and_changes_no_numbe
         wait_for(lambda: project.begun()[-1] == 3)
     shown = finish(process, 1)
     assert sorted(project.begun()) == [0, 1, 1, 2, 3, 3, 4, 4, 5, 5], "only what was missing ran, failures twice"
-    assert re.search(r"Failed twice: seed=[45] and 1 more: 01_small \(cell 3\): ValueError: no such luck\n", shown)
+    assert re.search(r"Failed twice: seed=[45] and 1 more: 01_small, cell 3: ValueError: no such luck\n", shown)
     assert shown.count("no such luck") == 1 and "Points: 6, failed: 2" in shown and "seed=3: done" in shown
     assert "no such luck" in (out / "index.html").read_text()
     assert len(list((out / "networks").glob("*.safetensors"))) == 5, "the common network was made once"
