@@ -23,7 +23,7 @@ from lowrank_helpers.series.results import Outcome
 from lowrank_helpers.series.settings import Settings
 
 if TYPE_CHECKING:
-    from lowrank_helpers.series.sweep import Point
+    from lowrank_helpers.series.sweep import Planned
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
@@ -170,14 +170,14 @@ def sweep(
     def gather(folder: Path, failed: dict[str, str]) -> str:
         from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import
 
-        sweep_pages.write(folder, definition, points, failed)
+        sweep_pages.write(folder, definition, [*points], failed)
         return f"Open {os.path.relpath(output / 'index.html')}"
 
     run_points(points, output, gather, **how)
 
 
 def run_points(
-    points: list["Point"],
+    points: dict[str, "Planned"],
     output: Path,
     gather: Callable[[Path, dict[str, str]], str],
     *,
@@ -199,8 +199,8 @@ def run_points(
             tqdm(total=len(points), unit="point", disable=None) as bar,
         ):
             for point, error in sweep.run(client, points, folder, datasets, resume=resume):
-                failed |= {point.name: error} if error else {}
-                bar.write(f"{point.name}: {'failed' if error else 'done'}", file=sys.stderr)
+                failed |= {point: error} if error else {}
+                bar.write(f"{point}: {'failed' if error else 'done'}", file=sys.stderr)
                 bar.update()
         last_word = gather(folder, failed)
     for reason in dict.fromkeys(failed.values()):

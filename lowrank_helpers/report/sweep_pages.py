@@ -14,24 +14,24 @@ from lowrank_helpers.report import pages
 from lowrank_helpers.report.index import conditions, stand_in
 from lowrank_helpers.series.results import read_claims
 from lowrank_helpers.series.store import write_atomically
-from lowrank_helpers.series.sweep import Point, Sweep, as_text
+from lowrank_helpers.series.sweep import Sweep, as_text, folder_of
 from lowrank_helpers.statistics import interval
 
 COLUMNS = ("point", "notebook", "claim", "kind", "quantity", "label", "value", "dataset", "device", "precision")
 REPLICATES = "seed"  # the axis that intervals are over
 
 
-def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[str, str]) -> None:
+def write(folder: Path, sweep: Sweep, points: Sequence[str], failed: Mapping[str, str]) -> None:
     """Write ``table.parquet``, ``table.csv`` and ``index.html`` from what the points of a sweep left in its folder.
 
     Parameters
     ----------
-    points : sequence of Point
-        As :func:`lowrank_helpers.series.sweep.points` returns them, which is the order of the table.
+    points : sequence of str
+        The names that :func:`lowrank_helpers.series.sweep.points` gives them, in the order of the table.
     failed : mapping of str to str
         Names of the points that failed, and why. The table holds what they had found by then.
     """
-    gathered = {point.name: read_claims(point.folder(folder)) for point in points}
+    gathered = {point: read_claims(folder_of(point, folder)) for point in points}
     runs = [run for found in gathered.values() for run in found.values()]
     numbers = table(gathered)
     write_atomically(folder / "table.parquet", numbers.to_parquet(index=False))
@@ -87,13 +87,16 @@ def table(gathered: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 def _chapters(numbers: pd.DataFrame, runs: Sequence[Mapping[str, Any]], sweep: Sweep) -> dict[str, dict[str, Any]]:
     """Return, by item, its claim's sentence, at how many points it holds, and the figures of what it measured."""
     items = numbers[numbers["kind"].eq("measured") & ~numbers["claim"].str.contains("/")].dropna(subset="value")
-    chapters: dict[str, dict[str, Any]] = {}
-    for id, of_item in items.groupby("claim", sort=False):
+    chapters = {}
+    for id in items["claim"].unique():
         claims = [run["claims"][id] for run in runs if id in run["claims"]]
+        of_item = items[items["claim"].eq(id)]
         chapters[id] = {
             "sentence": claims[0].sentence,
             "holds": [claim.holds for claim in claims if claim.holds is not None],
-            "sections": [_section(name, values, sweep) for name, values in of_item.groupby("quantity", sort=False)],
+            "sections": [
+                _section(str(name), values, sweep) for name, values in of_item.groupby("quantity", sort=False)
+            ],
         }
     return chapters
 

@@ -32,6 +32,8 @@ KEYS = ("notebooks", "grid", "parameters")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
 
+Planned = dict[str, dict[str, Any]]  # one run, as execution.plan returns it
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -50,29 +52,9 @@ class Sweep:
         )
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep.
-
-    Attributes
-    ----------
-    setting : dict
-        What the grid gives it.
-    planned : dict
-        As :func:`lowrank_helpers.series.execution.plan` returned it.
-    """
-
-    setting: dict[str, Any]
-    planned: dict[str, dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """The point in words that a folder can be called: ``activation=tanh,seed=3``."""
-        return ",".join(f"{name}={quote(as_text(value), safe='')}" for name, value in self.setting.items())
-
-    def folder(self, sweep_folder: Path) -> Path:
-        """Return where the point's run lies in a sweep's folder."""
-        return sweep_folder / "points" / self.name
+def folder_of(point: str, sweep_folder: Path) -> Path:
+    """Return where a point's run lies in a sweep's folder."""
+    return sweep_folder / "points" / point
 
 
 def as_text(value: Any) -> str:
@@ -130,8 +112,13 @@ def grid_values(text: str) -> Sequence[Any]:
     return list(values[0]) if text.startswith("[") else values
 
 
-def points(sweep: Sweep) -> list[Point]:
+def points(sweep: Sweep) -> dict[str, Planned]:
     """Return all points of a sweep, the last axis varying fastest, each checked as ``lowrank run`` checks parameters.
+
+    Returns
+    -------
+    dict
+        What each is to run, by its name, which a folder can have: ``activation=tanh,seed=3``.
 
     Raises
     ------
@@ -151,11 +138,15 @@ def points(sweep: Sweep) -> list[Point]:
         if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
             raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
     combinations = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
-    return [Point(values, execution.plan(sweep.notebooks, sweep.parameters | values)) for values in combinations]
+    return {_name_of(values): execution.plan(sweep.notebooks, sweep.parameters | values) for values in combinations}
 
 
-def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
-    """Find out once, for all workers, which dataset each point, by its name, runs on; download what is missing.
+def _name_of(setting: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={quote(as_text(value), safe='')}" for name, value in setting.items())
+
+
+def settle_datasets(points: Mapping[str, Planned]) -> dict[str, str]:
+    """Find out once, for all workers, which dataset each point runs on; download what is missing.
 
     Raises
     ------
@@ -163,12 +154,12 @@ def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
         A dataset cannot be had or is damaged.
     """
     resolve = cache(data.resolve)
-    return {point.name: execution.settle_dataset(point.planned, resolve) for point in points}
+    return {point: execution.settle_dataset(planned, resolve) for point, planned in points.items()}
 
 
 def run(
-    client: Client, points: Sequence[Point], folder: Path, datasets: Mapping[str, str], *, resume: bool
-) -> Iterator[tuple[Point, str]]:
+    client: Client, points: Mapping[str, Planned], folder: Path, datasets: Mapping[str, str], *, resume: bool
+) -> Iterator[tuple[str, str]]:
     """Run points on a cluster's workers, yielding each when it has ended, with the error if it failed twice.
 
     What a point had done before it failed, or before its worker died, is not done again.
@@ -192,11 +183,11 @@ def run(
     try:
         client.run(check_shared, needed, folder)
         for point in [] if resume else points:
-            shutil.rmtree(point.folder(folder), ignore_errors=True)
+            shutil.rmtree(folder_of(point, folder), ignore_errors=True)
         futures = {}
-        for point in points:
-            of_point = replace(settings, auto_dataset=datasets[point.name])
-            futures[client.submit(run_point, point, folder, needed, of_point, retries=1, pure=False)] = point
+        for point, planned in points.items():
+            given = point, planned, folder, needed, replace(settings, auto_dataset=datasets[point])
+            futures[client.submit(run_point, *given, retries=1, pure=False)] = point
         for future in as_completed(futures):
             yield futures[future], _error(future.exception())
         execution.remove_leftovers(folder / "networks")  # of workers that were killed
@@ -247,7 +238,7 @@ def _installed() -> dict[str, str]:
 _one_at_a_time = threading.Lock()  # in a worker with several threads: kernels inherit the environment of the process
 
 
-def run_point(point: Point, sweep_folder: Path, needed: Mapping[str, str], settings: Settings) -> None:
+def run_point(point: str, planned: Planned, sweep_folder: Path, needed: Mapping[str, str], settings: Settings) -> None:
     """Execute a point's notebooks in a worker.
 
     The kernels inherit the sweep's settings, but for the folder with data: that variable is the worker's.
@@ -261,7 +252,7 @@ def run_point(point: Point, sweep_folder: Path, needed: Mapping[str, str], setti
     check_shared(needed, sweep_folder)
     settings = replace(settings, data_dir=Settings.of_command().data_dir)
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    with _one_at_a_time, execution.run_folder(point.folder(sweep_folder), settings, wait=True) as folder:
-        failed = failures(list(execution.execute(point.planned, folder, resume=True)))
+    with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), settings, wait=True) as folder:
+        failed = failures(list(execution.execute(planned, folder, resume=True)))
     if failed:
         raise RunError("; ".join(failed))

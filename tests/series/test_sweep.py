@@ -35,10 +35,8 @@ def test_grid_values(text, values):
 def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares():
     grid = {"activation": ["relu", "tanh"], "seed": [0, 1, 2]}
     points = sweep.points(Sweep(["01_data", "02_train"], grid, {"device": "cpu"}))
-    assert [point.setting for point in points] == [
-        {"activation": activation, "seed": seed} for activation in ("relu", "tanh") for seed in range(3)
-    ]
-    assert points[4].planned == {
+    assert [*points] == [f"activation={activation},seed={seed}" for activation in ("relu", "tanh") for seed in range(3)]
+    assert points["activation=tanh,seed=1"] == {
         "01_data": {"seed": 1, "device": "cpu"},
         "02_train": {"activation": "tanh", "seed": 1, "device": "cpu"},
     }
@@ -47,8 +45,8 @@ def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares():
 def test_point_names_can_be_read_told_apart_and_used_as_folders(tmp_path):
     grid = {"ranks": [[64, 64, 64, 8], [64, 64, 64, 80]], "data_dir": ["a/b", "a_b", "a%2Fb", "", "ü: *?"], "seed": [3]}
     points = sweep.points(Sweep(["06_factorized"], grid))
-    assert points[0].name == "ranks=64-64-64-8,data_dir=a%2Fb,seed=3"
-    folders = {point.folder(tmp_path) for point in points}
+    assert next(iter(points)) == "ranks=64-64-64-8,data_dir=a%2Fb,seed=3"
+    folders = {sweep.folder_of(point, tmp_path) for point in points}
     for folder in folders:
         folder.mkdir(parents=True)
     assert len(folders) == len(points) == len(list((tmp_path / "points").iterdir()))
@@ -145,9 +143,11 @@ def swept(tmp_path):
     """A sweep of two activations and three seeds in a folder; of one point nothing is left."""
     definition = Sweep(["03_rank"], {"activation": ["relu", "tanh"], "seed": [0, 1, 10]})
     points = sweep.points(definition)
-    for point in points[:-1]:
-        file_claims(point.folder(tmp_path), _filed(**point.setting, scale=1 + (point.setting["activation"] == "tanh")))
-    return tmp_path, definition, points
+    for point, planned in [*points.items()][:-1]:
+        given = planned["03_rank"]
+        filed = _filed(**given, scale=1 + (given["activation"] == "tanh"))
+        file_claims(sweep.folder_of(point, tmp_path), filed)
+    return tmp_path, definition, [*points]
 
 
 def test_table_has_a_row_a_number_and_parameters_as_columns():
@@ -172,18 +172,18 @@ def test_files_agree_and_are_the_same_each_time(swept):
     folder, definition, points = swept
     written = []
     for _ in range(2):
-        sweep_pages.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
+        sweep_pages.write(folder, definition, points, {points[-1]: "03_rank: no luck"})
         written.append({name: (folder / name).read_bytes() for name in ("index.html", "table.csv", "table.parquet")})
     assert written[0] == written[1]
     parquet = pd.read_parquet(folder / "table.parquet")
     csv = pd.read_csv(folder / "table.csv").astype(parquet.dtypes.to_dict())
     pd.testing.assert_frame_equal(csv, parquet)
-    assert list(parquet["point"].unique()) == [point.name for point in points[:-1]], "in the grid's order"
+    assert list(parquet["point"].unique()) == points[:-1], "in the grid's order"
 
 
 def _page(swept, **changes):
     folder, definition, points = swept
-    sweep_pages.write(folder, Sweep(**vars(definition) | changes), points, {points[-1].name: "03_rank: no <luck>"})
+    sweep_pages.write(folder, Sweep(**vars(definition) | changes), points, {points[-1]: "03_rank: no <luck>"})
     return BeautifulSoup((folder / "index.html").read_text(), "html.parser")
 
 
