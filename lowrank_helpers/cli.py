@@ -29,13 +29,18 @@ BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 Names = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]
-FILE = partial(click.option, "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 OUTPUT = partial(click.option, "-o", "--output", type=click.Path(file_okay=False, path_type=Path))
 
 NOTEBOOKS = click.argument("notebooks", nargs=-1)
 SET = "Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'."
 AXES = "seed=0..9, activation=relu,tanh, ranks='[[64, 64, 64, 64], [32, 32, 32, 32]]'"
 GIVEN = click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help=SET)
+FILE = click.option(
+    "-f",
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Read parameters from a YAML file, one 'name: value' a line; -p goes over it.",
+)
 WORKERS = click.option("--workers", type=click.IntRange(min=1), help="How many work at once; one a core if not given.")
 RESUME = click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on workers of a Dask cluster: tcp://… or tls://…")
@@ -95,7 +100,7 @@ def _choices() -> str:
 @main.command(epilog=_choices())
 @NOTEBOOKS
 @GIVEN
-@FILE(help="Read parameters from a YAML file, one 'name: value' a line.")
+@FILE
 @OUTPUT(default=PROJECT / "reports" / "latest", help="The run's folder; reports/latest if not given.")
 @WORKERS
 @RESUME
@@ -138,34 +143,25 @@ def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers
 @NOTEBOOKS
 @click.option("-g", "--grid", "axes", multiple=True, metavar="NAME=VALUES", help=f"Sweep a parameter: {AXES}.")
 @GIVEN
-@FILE(help="Read a sweep from a YAML file such as those in sweeps/; NOTEBOOKS, -g and -p go over it.")
-@OUTPUT(help="The sweep's folder; reports/sweeps/ and the file's name if not given.")
+@FILE
+@OUTPUT(default=PROJECT / "reports" / "sweeps" / "latest", help="The sweep's folder; in reports/sweeps/ if not given.")
 @RESUME
 @WORKERS
 @SCHEDULER
-def sweep(
-    notebooks: Names,
-    axes: Names,
-    pairs: Pairs,
-    file: Path | None,
-    output: Path | None,
-    **how: Any,
-) -> None:
+def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: Path | None, output: Path, **how: Any) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
     \b
     Examples:
       lowrank sweep 03_rank -g seed=0..9
-      lowrank sweep 02_train -g seed=0..4 -g activation=relu,tanh -p epochs 5
-      lowrank sweep -f sweeps/widths.yaml --resume
-      lowrank sweep -f sweeps/ranks.yaml --scheduler tcp://node7:8786
+      lowrank sweep 03_rank -g seed=0..9 --resume
+      lowrank sweep 02_train -g seed=0..4 -g activation=relu,tanh -p dataset digits
+      lowrank sweep 06_factorized -g seed=0..4 --scheduler tcp://node7:8786
     """  # noqa: D301
     from lowrank_helpers.series import sweep as sweeps
 
-    definition = sweeps.read(file) if file else sweeps.Sweep()
-    definition = definition.over(notebooks, dict(map(sweeps.grid_axis, axes)), parameters_from(pairs))
+    definition = sweeps.Sweep(notebooks, dict(map(sweeps.grid_axis, axes)), parameters_from(pairs, file))
     points = sweeps.points(definition)
-    output = output or PROJECT / "reports" / "sweeps" / (file.stem if file else "sweep")
 
     def gather(folder: Path, failed: dict[str, str]) -> str:
         from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import

@@ -32,7 +32,7 @@ def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, An
     if wrong := given.keys() - {*allowed}:
         said = f"allowed: {', '.join(allowed)}"
         raise ParameterError(f"parameter {min(wrong)!r} is not allowed where evidence is recorded; {said}")
-    points = sweep.points(sweep.Sweep(execution.with_what_they_read(names), {"seed": [*seeds]}, dict(given)))
+    points = sweep.points(sweep.Sweep(execution.with_what_they_read(names), {"seed": seeds}, given))
     for planned in points.values():
         for given in planned.values():
             given.setdefault("precision", "float32" if given["seed"] % 2 else "auto")

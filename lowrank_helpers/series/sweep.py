@@ -28,7 +28,6 @@ from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import failures, software
 from lowrank_helpers.series.settings import Settings
 
-KEYS = ("notebooks", "grid", "parameters")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
 
@@ -39,17 +38,9 @@ Planned = dict[str, dict[str, Any]]  # one run, as execution.plan returns it
 class Sweep:
     """What is to run: notebooks (none named: all) at all points of a grid, with other parameters fixed."""
 
-    notebooks: list[str] = field(default_factory=list)
-    grid: dict[str, Sequence[Any]] = field(default_factory=dict)
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    def over(self, notebooks: Sequence[str], grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> "Sweep":
-        """Return this sweep with what the command line says in place of what the file said."""
-        return Sweep(
-            list(notebooks) or self.notebooks,
-            {name: values for name, values in self.grid.items() if name not in fixed} | dict(grid),
-            {name: value for name, value in self.parameters.items() if name not in grid} | dict(fixed),
-        )
+    notebooks: Sequence[str]
+    grid: Mapping[str, Sequence[Any]]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def folder_of(point: str, sweep_folder: Path) -> Path:
@@ -60,27 +51,6 @@ def folder_of(point: str, sweep_folder: Path) -> Path:
 def as_text(value: Any) -> str:
     """Write a parameter's value in one word: a list as ``784-512-512-10``."""
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def read(file: Path) -> Sweep:
-    """Read a sweep from a YAML file with the keys ``notebooks``, ``grid`` and ``parameters``, all optional.
-
-    Raises
-    ------
-    ParameterError
-        The file is not YAML, or not of this form; the message names it.
-    """
-    content = parameters.parse(file.read_bytes(), str(file))
-    if not isinstance(content, dict) or not content.keys() <= set(KEYS):
-        raise ParameterError(f"{file} must be a mapping with the keys {', '.join(KEYS)}")
-    try:
-        grid = {
-            name: grid_values(values) if isinstance(values, str) else list(values)
-            for name, values in content.get("grid", {}).items()
-        }
-        return Sweep(list(content.get("notebooks", [])), grid, dict(content.get("parameters", {})))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ParameterError(f"{file} does not describe a sweep: {error}") from error
 
 
 def grid_axis(text: str) -> tuple[str, Sequence[Any]]:
@@ -127,7 +97,7 @@ def points(sweep: Sweep) -> dict[str, Planned]:
         or :func:`execution.plan` refuses one.
     """
     if not sweep.grid:
-        raise ParameterError("a sweep needs a grid: -g NAME=VALUES, or `grid` in a file; for one run: lowrank run")
+        raise ParameterError("a sweep needs a grid: -g NAME=VALUES; for one run: lowrank run")
     if both := sweep.grid.keys() & sweep.parameters.keys():
         raise ParameterError(f"parameter {min(both)} is both fixed and in the grid")
     if (n_points := math.prod(map(len, sweep.grid.values()))) > MAX_POINTS:
@@ -137,8 +107,8 @@ def points(sweep: Sweep) -> dict[str, Planned]:
             raise ParameterError(f"grid {name} has no values")
         if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
             raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
-    combinations = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
-    return {_name_of(values): execution.plan(sweep.notebooks, sweep.parameters | values) for values in combinations}
+    settings = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
+    return {_name_of(setting): execution.plan(sweep.notebooks, {**sweep.parameters, **setting}) for setting in settings}
 
 
 def _name_of(setting: Mapping[str, Any]) -> str:

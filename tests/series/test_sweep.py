@@ -6,14 +6,11 @@ from bs4 import BeautifulSoup
 from commands import lowrank
 from scipy import stats
 
-from lowrank_helpers import PROJECT
 from lowrank_helpers.report import sweep_pages
 from lowrank_helpers.series import execution, sweep
 from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.results import file_claims
 from lowrank_helpers.series.sweep import Sweep
-
-SHIPPED = sorted((PROJECT / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -52,18 +49,6 @@ def test_point_names_can_be_read_told_apart_and_used_as_folders(tmp_path):
     assert len(folders) == len(points) == len(list((tmp_path / "points").iterdir()))
 
 
-def test_command_line_goes_over_file(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text(
-        "notebooks: [03_rank]\ngrid: {seed: 0..2, activation: [relu]}\nparameters: {epochs: 1, device: cpu}\n"
-    )
-    read = sweep.read(file)
-    assert read.grid == {"seed": range(3), "activation": ["relu"]}
-    over = read.over(["02_train"], {"epochs": [1, 2]}, {"seed": 5})
-    assert over == Sweep(["02_train"], {"activation": ["relu"], "epochs": [1, 2]}, {"device": "cpu", "seed": 5})
-    assert read.over([], {}, {}) == read
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -95,30 +80,6 @@ def test_without_notebooks_a_command_says_what_is_missing_and_what_to_do(command
     monkeypatch.setattr(execution, "NOTEBOOK_FOLDER", tmp_path / "notebooks")
     output = lowrank(*command, code=2)
     assert f"no notebooks in {tmp_path}" in output and "clone of the project" in output
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "- 1",
-        "grid: [1, 2]",
-        "grid: {seed: 3}",
-        "grid: {seed: null}",
-        "colour: red",
-        "grid: {seed: 0..1}\nparameters: {seed: 3}",
-        "grid: [",
-    ],
-)
-def test_a_file_that_is_no_sweep_is_refused_by_name(content, tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text(content)
-    output = lowrank("sweep", "-f", file, "-o", tmp_path / "out", code=2)
-    assert "mine.yaml" in output or "seed" in output
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_sweeps_are_allowed(file):
-    assert len(sweep.points(sweep.read(file))) >= 5  # an interval needs seeds
 
 
 def _filed(seed, activation, scale=1.0):
