@@ -66,6 +66,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         for part in ("items", "beyond")
     )
     took = {"The run took": f"{results['seconds']:.0f} s"} if results["seconds"] else {}
+    kinds = {kind: None for run in runs.values() for kind in run.get("seconds_by_kind", {})}
     ran_on = conditions(filed(runs)) | took
     return {
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
@@ -78,7 +79,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "conditions": ran_on,
         "names": list(notebooks),
         "notebooks": runs,
-        "time": _time(runs),
+        "kinds": sorted(kinds, key=lambda kind: kind == "rest"),  # what is left over comes last
         "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
         "stand_in": stand_in(filed(runs)),
     }
@@ -142,19 +143,6 @@ def filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
 def stand_in(runs: Iterable[Mapping[str, Any]]) -> bool:
     """Say whether digits stand in for MNIST, which could not be had."""
     return any(run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in runs)
-
-
-def _time(runs: Mapping[str, Any]) -> str:
-    """Return a table of the notebooks' processor seconds by kind of work; empty where none were measured."""
-    import pandas as pd
-
-    spent = pd.DataFrame({name: run["seconds_by_kind"] for name, run in runs.items() if "seconds_by_kind" in run})
-    if spent.empty:
-        return ""
-    spent = spent.loc[sorted(spent.index, key=lambda kind: kind == "rest")]  # what is left over comes last
-    spent.loc["all"] = spent.sum()
-    table: str = spent.T.rename_axis(columns="notebook").to_html(float_format="{:.0f}".format, na_rep="0")
-    return table
 
 
 def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:
