@@ -226,12 +226,11 @@ def check(notebooks: Names, pairs: Pairs, workers: int | None) -> None:
     planned = execution.plan(execution.with_what_they_read(notebooks), parameters_from(pairs))
     data.resolve("mnist")  # on which the notebooks are recorded: here, that it is said once if it cannot be had
     n_faults = 0
-    for checked in checking.check(planned, workers=workers or CPU_COUNT):
-        said = "differs" if checked.faults else "agrees"
-        tqdm.write(f"{checked.outcome.notebook:16} {said:7} {checked.outcome.seconds:7.1f} s")
-        for line in [*checked.faults, *(f"({remark})" for remark in checked.remarks)]:
+    for outcome, faults, remarks in checking.check(planned, workers=workers or CPU_COUNT):
+        tqdm.write(f"{outcome.notebook:16} {'differs' if faults else 'agrees':7} {outcome.seconds:7.1f} s")
+        for line in [*faults, *(f"({remark})" for remark in remarks)]:
             tqdm.write(f"  {line}")
-        n_faults += len(checked.faults)
+        n_faults += len(faults)
     click.echo(f"Notebooks: {len(planned)}, differences: {n_faults}")
     sys.exit(1 if n_faults else 0)
 

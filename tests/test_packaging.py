@@ -28,8 +28,8 @@ PINNED = {
     if not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-# Used without being imported here: the lab, its bars of progress, papermill's client and pandas' Parquet.
-TOOLS = {"ipywidgets", "jupyterlab", "nbclient", "pyarrow"}
+# Used without being imported here: the lab, its bars of progress and papermill's client.
+TOOLS = {"ipywidgets", "jupyterlab", "nbclient"}
 
 
 def _imported(*sources):

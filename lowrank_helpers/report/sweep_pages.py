@@ -22,7 +22,7 @@ REPLICATES = "seed"  # the axis that intervals are over
 
 
 def write(folder: Path, sweep: Sweep, points: Sequence[str], failed: Mapping[str, str]) -> None:
-    """Write ``table.parquet``, ``table.csv`` and ``index.html`` from what the points of a sweep left in its folder.
+    """Write ``table.csv`` and ``index.html`` from what the points of a sweep left in its folder.
 
     Parameters
     ----------
@@ -34,7 +34,6 @@ def write(folder: Path, sweep: Sweep, points: Sequence[str], failed: Mapping[str
     gathered = {point: read_claims(folder_of(point, folder)) for point in points}
     runs = [run for found in gathered.values() for run in found.values()]
     numbers = table(gathered)
-    write_atomically(folder / "table.parquet", numbers.to_parquet(index=False))
     write_atomically(folder / "table.csv", numbers.to_csv(index=False).encode())
     page = pages.environment().get_template("sweep.html.j2")
     swept = {

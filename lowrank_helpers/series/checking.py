@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,9 @@ KEYS = ("exact", "unchecked")
 QUOTED = 12  # words of two outputs that differ, from a little before where they part
 
 
-@dataclass(frozen=True)
-class Checked:
-    """How a notebook's execution ended, in what it differs, and remarks on what was compared with nothing, and why."""
-
-    outcome: Outcome
-    faults: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-
-def check(planned: Mapping[str, Mapping[str, Any]], *, workers: int = 1) -> Iterator[Checked]:
+def check(
+    planned: Mapping[str, Mapping[str, Any]], *, workers: int = 1
+) -> Iterator[tuple[Outcome, list[str], list[str]]]:
     """Execute recorded notebooks into a folder of their own, and compare each as soon as it has ended.
 
     Parameters
@@ -51,6 +44,11 @@ def check(planned: Mapping[str, Mapping[str, Any]], *, workers: int = 1) -> Iter
     workers : int
         How many notebooks run at once.
 
+    Yields
+    ------
+    tuple
+        How a notebook ended; its faults; and remarks: what was compared with nothing, or with old evidence.
+
     Raises
     ------
     RunError
@@ -59,12 +57,16 @@ def check(planned: Mapping[str, Mapping[str, Any]], *, workers: int = 1) -> Iter
     recorded = {name: _recorded(name) for name in planned}
     with tempfile.TemporaryDirectory(prefix="lowrank-check-") as made, execution.run_folder(Path(made)) as folder:
         for outcome in execution.execute(planned, folder, workers=workers):
-            checked = Checked(outcome, failures([outcome]))
-            if not outcome.error:
-                executed = nbformat.read(folder / f"{outcome.notebook}.ipynb", as_version=4)
-                _compare_outputs(checked, recorded[outcome.notebook], executed)
-                _compare_claims(checked, folder, planned.keys())
-            yield checked
+            faults, remarks = failures([outcome]), list[str]()
+            if not faults:
+                cells = recorded[outcome.notebook].cells
+                new = nbformat.read(folder / f"{outcome.notebook}.ipynb", as_version=4)
+                faults = list(_differences(cells, {cell.id: cell.outputs for cell in new.cells if "outputs" in cell}))
+                unlike, remarks = _held_against_evidence(outcome.notebook, folder, planned.keys())
+                faults += unlike
+                treated = ((cell.id, *treatment(cell)) for cell in cells)
+                remarks += [f"cell {id} is not compared: {why}" for id, key, why in treated if key == "unchecked"]
+            yield outcome, faults, remarks
 
 
 def _recorded(name: str) -> NotebookNode:
@@ -77,45 +79,38 @@ def _recorded(name: str) -> NotebookNode:
     return notebook
 
 
-def _compare_outputs(checked: Checked, recorded: NotebookNode, executed: NotebookNode) -> None:
-    new = {cell.id: cell for cell in executed.cells}
-    for cell in recorded.cells:
-        key, reason = treatment(cell)
-        if key == "unchecked":
-            checked.remarks.append(f"cell {cell.id} is not compared: {reason}")
-        elif cell.cell_type == "code":
-            before, now = (essence(each.outputs, exact=key == "exact") for each in (cell, new[cell.id]))
+def _differences(cells: list[NotebookNode], new: Mapping[str, list[NotebookNode]]) -> Iterator[str]:
+    """Quote recorded outputs and new ones, which are by their cell's id, where they part."""
+    for cell in cells:
+        key, _ = treatment(cell)
+        if cell.cell_type == "code" and key != "unchecked":
+            before, now = (essence(outputs, exact=key == "exact") for outputs in (cell.outputs, new[cell.id]))
             for kind in before | now:
-                if said := _differences(before.get(kind, ""), now.get(kind, "")):
-                    checked.faults.append(f"cell {cell.id}: {kind} {said}")
+                was, has = _parting(before.get(kind, ""), now.get(kind, ""))
+                if was != has:
+                    yield f"cell {cell.id}: {kind} was {was!r} and is {has!r}"
 
 
-def _differences(recorded: str, new: str) -> str:
-    """Quote two texts from a little before where they part; empty where they agree."""
-    if recorded == new:
-        return ""
-    texts = recorded.split(), new.split()
-    parting = next((i for i, (old, now) in enumerate(zip(*texts, strict=False)) if old != now), min(map(len, texts)))
+def _parting(*texts: str) -> list[str]:
+    """Return some words of two texts from a little before where they part, the same where they agree."""
+    split = [text.split() for text in texts]
+    parting = next((i for i, (one, other) in enumerate(zip_longest(*split)) if one != other), 0)
     start = max(0, parting - QUOTED // 3)
-    before, now = (" ".join(text[start : start + QUOTED]) for text in texts)
-    return f"was {before!r} and is {now!r}"
+    return [" ".join(text[start : start + QUOTED]) for text in split]
 
 
-def _compare_claims(checked: Checked, folder: Path, names: Collection[str]) -> None:
-    """Hold what a notebook claimed and measured against the recorded runs, if there are any like this one."""
-    name = checked.outcome.notebook
+def _held_against_evidence(name: str, folder: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return what a notebook claimed and measured unlike the recorded runs, and remarks on these."""
     if not (filed := read_claims(folder).get(name)):
-        return
+        return [], []
     dataset = filed["environment"]["dataset"]
     recorded = evidence.quoted(name, dataset, filed["parameters"])
     if not recorded.runs:
-        checked.remarks.append(f"no evidence on {dataset} with these parameters")
-        return
-    if changed := evidence.changed(recorded):
-        said = f"{' and '.join(changed)} changed since revision {recorded.made_by['revision']}"
-        checked.remarks.append(f"old evidence: {said}; `python scripts/evidence.py {name}` makes it anew")
+        return [], [f"no evidence on {dataset} with these parameters"]
     n_values = sum(each.n_values for each in (evidence.read(name, dataset) for name in names) if each)
-    checked.faults.extend(evidence.unlike(recorded, filed["claims"], n_values))
+    unlike, changed = evidence.unlike(recorded, filed["claims"], n_values), evidence.changed(recorded)
+    said = f"{' and '.join(changed)} changed since revision {recorded.made_by['revision']}"
+    return unlike, [f"old evidence: {said}; `python scripts/evidence.py {name}` makes it anew"] if changed else []
 
 
 def treatment(cell: NotebookNode) -> tuple[str, str]:

@@ -146,7 +146,7 @@ def test_what_is_interrupted_killed_or_fails_loses_no_point_and_changes_no_numbe
     assert len(list((out / "networks").glob("*.safetensors"))) == 5, "the common network was made once"
     assert not leftover.exists()
 
-    table = pd.read_parquet(out / "table.parquet")
+    table = pd.read_csv(out / "table.csv")
     found = table[table["quantity"].eq("loss")].set_index("seed")["value"]
     assert list(found.index) == [0, 1, 2, 3]
     for seed, loss in zip(range(4), found, strict=True):
