@@ -49,9 +49,8 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:
     """Read the executed notebooks of a run folder, by name and in order."""
-    files = {name: (folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb") for name in sorted(names)}
-    found = {name: next((file for file in pair if file.exists()), None) for name, pair in files.items()}
-    return {name: nbformat.read(file, as_version=4) for name, file in found.items() if file}
+    files = [(name, folder / f"{name}{ending}") for name in sorted(names) for ending in (".ipynb", ".failed.ipynb")]
+    return {name: nbformat.read(file, as_version=4) for name, file in files if file.exists()}
 
 
 def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +64,9 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         [item | _answer(item, claims, runs) | {"figure": figures.get(item["id"])} for item in assignment[part]]
         for part in ("items", "beyond")
     )
-    took = {"The run took": f"{results['seconds']:.0f} s"} if results["seconds"] else {}
+    filing = [run for run in runs.values() if "environment" in run]  # a claim; only these say what they ran on
     kinds = {kind: None for run in runs.values() for kind in run.get("seconds_by_kind", {})}
-    ran_on = conditions(filed(runs)) | took
+    ran_on = conditions(filing) | {"The run took": f"{results['seconds']:.0f} s"}
     return {
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
         "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
@@ -81,7 +80,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "notebooks": runs,
         "kinds": sorted(kinds, key=lambda kind: kind == "rest"),  # what is left over comes last
         "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
-        "stand_in": stand_in(filed(runs)),
+        "stand_in": stand_in(filing),
     }
 
 
@@ -133,11 +132,6 @@ def conditions(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     values["Started"] = sorted(run["environment"]["started"].replace("T", " ") for run in runs)[:1]
     values["Versions"] = [" ".join(each) for run in runs for each in run["environment"]["versions"].items()]
     return {label: ", ".join(dict.fromkeys(map(str, each))) or "–" for label, each in values.items()}
-
-
-def filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs that filed a claim: only these say what they ran on."""
-    return [run for run in runs.values() if "environment" in run]
 
 
 def stand_in(runs: Iterable[Mapping[str, Any]]) -> bool:

@@ -71,7 +71,7 @@ def read_claims(folder: Path) -> dict[str, dict[str, Any]]:
     return filed
 
 
-def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = None) -> dict[str, Any]:
+def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
     """Join the claims of a run folder into ``results.json`` and return them.
 
     Returns

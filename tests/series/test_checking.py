@@ -184,7 +184,7 @@ SHORT = ["01_data", "02_train"]
 
 @pytest.mark.slow
 def test_the_shortest_recorded_notebooks_agree_with_a_new_run(mnist_dir):
-    assert "Notebooks: 2, differences: 0" in lowrank("check", *SHORT, "-p", "data_dir", mnist_dir)
+    assert "Notebooks: 2, differences: 0" in lowrank("check", *SHORT)
 
 
 @pytest.mark.slow
