@@ -25,7 +25,7 @@ report: $(VENV)/ready
 	$(BIN)/lowrank run
 
 # Three parts, two at a time: unit tests; what starts commands; and what executes notebooks of the series.
-NOTEBOOKS := tests/checking tests/series/test_exercises.py
+NOTEBOOKS := tests/series/test_checking.py tests/series/test_exercises.py
 
 test: $(VENV)/ready
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-fast test-commands test-notebooks

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from tqdm import tqdm
 
-from lowrank_helpers import PROJECT
+from lowrank_helpers import PROJECT, data
 from lowrank_helpers.data import DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, parameters, results
@@ -24,19 +24,24 @@ from lowrank_helpers.series.results import Outcome
 from lowrank_helpers.series.settings import Settings
 
 if TYPE_CHECKING:
-    from lowrank_helpers.series.sweep import Point
+    from lowrank_helpers.series.sweep import Planned
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 Names = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]
-FILE = partial(click.option, "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 OUTPUT = partial(click.option, "-o", "--output", type=click.Path(file_okay=False, path_type=Path))
 
 NOTEBOOKS = click.argument("notebooks", nargs=-1)
 SET = "Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'."
 AXES = "seed=0..9, activation=relu,tanh, ranks='[[64, 64, 64, 64], [32, 32, 32, 32]]'"
 GIVEN = click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help=SET)
+FILE = click.option(
+    "-f",
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Read parameters from a YAML file, one 'name: value' a line; -p goes over it.",
+)
 WORKERS = click.option("--workers", type=click.IntRange(min=1), help="How many work at once; one a core if not given.")
 RESUME = click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on workers of a Dask cluster: tcp://… or tls://…")
@@ -96,7 +101,7 @@ def _choices() -> str:
 @main.command(epilog=_choices())
 @NOTEBOOKS
 @GIVEN
-@FILE(help="Read parameters from a YAML file, one 'name: value' a line.")
+@FILE
 @OUTPUT(default=PROJECT / "reports" / "latest", help="The run's folder; reports/latest if not given.")
 @WORKERS
 @RESUME
@@ -139,46 +144,37 @@ def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers
 @NOTEBOOKS
 @click.option("-g", "--grid", "axes", multiple=True, metavar="NAME=VALUES", help=f"Sweep a parameter: {AXES}.")
 @GIVEN
-@FILE(help="Read a sweep from a YAML file such as those in sweeps/; NOTEBOOKS, -g and -p go over it.")
-@OUTPUT(help="The sweep's folder; reports/sweeps/ and the file's name if not given.")
+@FILE
+@OUTPUT(default=PROJECT / "reports" / "sweeps" / "latest", help="The sweep's folder; in reports/sweeps/ if not given.")
 @RESUME
 @WORKERS
 @SCHEDULER
-def sweep(
-    notebooks: Names,
-    axes: Names,
-    pairs: Pairs,
-    file: Path | None,
-    output: Path | None,
-    **how: Any,
-) -> None:
+def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: Path | None, output: Path, **how: Any) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
     \b
     Examples:
       lowrank sweep 03_rank -g seed=0..9
-      lowrank sweep 02_train -g seed=0..4 -g activation=relu,tanh -p epochs 5
-      lowrank sweep -f sweeps/widths.yaml --resume
-      lowrank sweep -f sweeps/ranks.yaml --scheduler tcp://node7:8786
+      lowrank sweep 03_rank -g seed=0..9 --resume
+      lowrank sweep 02_train -g seed=0..4 -g activation=relu,tanh -p dataset digits
+      lowrank sweep 06_factorized -g seed=0..4 --scheduler tcp://node7:8786
     """  # noqa: D301
     from lowrank_helpers.series import sweep as sweeps
 
-    definition = sweeps.read(file) if file else sweeps.Sweep()
-    definition = definition.over(notebooks, dict(map(sweeps.grid_axis, axes)), parameters_from(pairs))
+    definition = sweeps.Sweep(notebooks, dict(map(sweeps.grid_axis, axes)), parameters_from(pairs, file))
     points = sweeps.points(definition)
-    output = output or PROJECT / "reports" / "sweeps" / (file.stem if file else "sweep")
 
     def gather(folder: Path, failed: dict[str, str]) -> str:
         from lowrank_helpers.report import sweep_pages  # here, as what draws takes seconds to import
 
-        sweep_pages.write(folder, definition, points, failed)
+        sweep_pages.write(folder, definition, [*points], failed)
         return f"Open {os.path.relpath(output / 'index.html')}"
 
     run_points(points, output, gather, **how)
 
 
 def run_points(
-    points: list["Point"],
+    points: dict[str, "Planned"],
     output: Path,
     gather: Callable[[Path, dict[str, str]], str],
     *,
@@ -199,10 +195,9 @@ def run_points(
             cluster.connected(scheduler, workers) as client,
             tqdm(total=len(points), unit="point", disable=None) as bar,
         ):
-            sweep.clear(points, folder, resume=resume)
-            for point, error in sweep.run(client, points, folder, datasets):
-                failed |= {point.name: error} if error else {}
-                bar.write(f"{point.name}: {'failed' if error else 'done'}", file=sys.stderr)
+            for point, error in sweep.run(client, points, folder, datasets, resume=resume):
+                failed |= {point: error} if error else {}
+                bar.write(f"{point}: {'failed' if error else 'done'}", file=sys.stderr)
                 bar.update()
         last_word = gather(folder, failed)
     for reason in dict.fromkeys(failed.values()):
@@ -216,7 +211,8 @@ def run_points(
 @main.command()
 @NOTEBOOKS
 @GIVEN
-def check(notebooks: Names, pairs: Pairs) -> None:
+@WORKERS
+def check(notebooks: Names, pairs: Pairs, workers: int | None) -> None:
     """Re-execute recorded NOTEBOOKS (all, if none is named) and compare their outputs with the recorded ones.
 
     \b
@@ -224,11 +220,20 @@ def check(notebooks: Names, pairs: Pairs) -> None:
       lowrank check
       lowrank check 02_train -p precision float32
     """  # noqa: D301
-    try:  # here, not above: pytest and nbval come with the extra `test` alone
-        from lowrank_helpers.checking import plugin
-    except ModuleNotFoundError as error:
-        fail(f"`lowrank check` needs {error.name}: pip install 'lowrank-helpers[test]'", code=1)
-    sys.exit(plugin.check(notebooks, parameters_from(pairs)))
+    from dask.system import CPU_COUNT
+
+    from lowrank_helpers.series import checking
+
+    planned = execution.plan(execution.with_what_they_read(notebooks), parameters_from(pairs))
+    data.resolve("mnist")  # on which the notebooks are recorded: here, that it is said once if it cannot be had
+    n_faults = 0
+    for outcome, faults, remarks in checking.check(planned, workers=workers or CPU_COUNT):
+        tqdm.write(f"{outcome.notebook:16} {'differs' if faults else 'agrees':7} {outcome.seconds:7.1f} s")
+        for line in [*faults, *(f"({remark})" for remark in remarks)]:
+            tqdm.write(f"  {line}")
+        n_faults += len(faults)
+    click.echo(f"Notebooks: {len(planned)}, differences: {n_faults}")
+    sys.exit(1 if n_faults else 0)
 
 
 @main.command()

@@ -22,7 +22,7 @@ from lowrank_helpers.series.results import read_claims
 DIGITS = 5  # of a recorded number
 
 
-def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> list[sweep.Point]:
+def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> dict[str, sweep.Planned]:
     """Return the runs that make evidence of notebooks and of those that they read, one a seed.
 
     Odd seeds multiply in float32, and even ones in what is fastest here, unless a precision is given: where bfloat16
@@ -32,10 +32,10 @@ def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, An
     if wrong := given.keys() - {*allowed}:
         said = f"allowed: {', '.join(allowed)}"
         raise ParameterError(f"parameter {min(wrong)!r} is not allowed where evidence is recorded; {said}")
-    points = sweep.points(sweep.Sweep(execution.with_what_they_read(names), {"seed": [*seeds]}, dict(given)))
-    for point in points:
-        for planned in point.planned.values():
-            planned.setdefault("precision", "float32" if point.setting["seed"] % 2 else "auto")
+    points = sweep.points(sweep.Sweep(execution.with_what_they_read(names), {"seed": seeds}, given))
+    for planned in points.values():
+        for given in planned.values():
+            given.setdefault("precision", "float32" if given["seed"] % 2 else "auto")
     return points
 
 
@@ -93,15 +93,17 @@ def _rounded(value: float | None) -> float | None:
 def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, **where: Any) -> None:
     """Record evidence of NOTEBOOKS, or of all."""
     points = points_of(notebooks, sweep.grid_values(seeds), cli.parameters_from(pairs))
-    dataset = execution.settle_dataset(points[0].planned)
+    planned = next(iter(points.values()))
+    dataset = execution.settle_dataset(planned)
 
     def write(folder: Path, failed: dict[str, str]) -> str:
-        for name in points[0].planned:
+        for name in planned:
             if found := gather(sorted((folder / "points").iterdir()), name):
                 click.echo(f"{os.path.relpath(evidence.write(found))}: {len(found.runs)} runs")
         return "`make record` shows the claims of notebooks beside it."
 
     folder = PROJECT / "reports" / "sweeps" / f"evidence-{dataset}"
+    click.echo(f"Runs lie in {os.path.relpath(folder)}. If this is stopped, the same command goes on.")
     cli.run_points(points, folder, write, resume=True, **where)
 
 

@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # the matrices here are small; threads that wait for e
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let no test wait for good: after its time all stacks are printed and the run ends.
 
-    Here and not in pyproject.toml, where it would hold for the cells of ``lowrank check`` too. By a thread, since a
+    Here and not in pyproject.toml, where it would hold for the cells of notebooks under nbval too. By a thread, since a
     signal is not heard by a program that stands still in foreign code.
     """
     for item in items:

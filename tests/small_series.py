@@ -73,7 +73,7 @@ def run_and_render(sources: Path, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, execution.run_folder(folder):
         patch.setattr(execution, "NOTEBOOK_FOLDER", sources)
         outcomes = list(execution.execute({"03_rank": {"seed": 5}, "04_overfit": {}}, folder))
-        index.render(folder, results.gather(folder, outcomes))
+        index.render(folder, results.gather(folder, outcomes, seconds=1.0))
 
 
 TRAIN = """

@@ -37,8 +37,7 @@ ROOMS = {
     "science": set(),
     "series": {"science"},
     "report": {"science", "series"},
-    "checking": {"science", "series"},
-    "cli": {"science", "series", "report", "checking"},
+    "cli": {"science", "series", "report"},
 }
 SCIENCE = [
     {"hashing", "timing", "statistics", "parallel", "cuda_graphs", "factorization"},

@@ -28,8 +28,8 @@ PINNED = {
     if not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-# Used without being imported here: the lab, its bars of progress, papermill's client and pandas' Parquet.
-TOOLS = {"ipywidgets", "jupyterlab", "nbclient", "pyarrow"}
+# Used without being imported here: the lab, its bars of progress and papermill's client.
+TOOLS = {"ipywidgets", "jupyterlab", "nbclient"}
 
 
 def _imported(*sources):
@@ -69,8 +69,7 @@ def test_conda_users_get_the_same_packages():
 def test_what_is_imported_is_declared_and_what_is_declared_is_used():
     package = [path.read_text() for path in sorted((PROJECT / "lowrank_helpers").rglob("*.py"))]
     tests = [path.read_text() for path in sorted((PROJECT / "tests").rglob("*.py"))]
-    checks = {"pytest", "nbval"}  # `lowrank check` says what to install where they are missing
-    assert _imported(*package, *_notebook_code()) - checks == (SCIENCE | SERIES).keys() - TOOLS
+    assert _imported(*package, *_notebook_code()) == (SCIENCE | SERIES).keys() - TOOLS
     assert _imported(*tests) <= (SCIENCE | SERIES | TEST).keys()
 
 

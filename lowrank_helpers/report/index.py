@@ -49,9 +49,8 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:
     """Read the executed notebooks of a run folder, by name and in order."""
-    files = {name: (folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb") for name in sorted(names)}
-    found = {name: next((file for file in pair if file.exists()), None) for name, pair in files.items()}
-    return {name: nbformat.read(file, as_version=4) for name, file in found.items() if file}
+    files = [(name, folder / f"{name}{ending}") for name in sorted(names) for ending in (".ipynb", ".failed.ipynb")]
+    return {name: nbformat.read(file, as_version=4) for name, file in files if file.exists()}
 
 
 def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +64,9 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         [item | _answer(item, claims, runs) | {"figure": figures.get(item["id"])} for item in assignment[part]]
         for part in ("items", "beyond")
     )
-    took = {"The run took": f"{results['seconds']:.0f} s"} if results["seconds"] else {}
-    ran_on = conditions(filed(runs)) | took
+    filing = [run for run in runs.values() if "environment" in run]  # a claim; only these say what they ran on
+    kinds = {kind: None for run in runs.values() for kind in run.get("seconds_by_kind", {})}
+    ran_on = conditions(filing) | {"The run took": f"{results['seconds']:.0f} s"}
     return {
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
         "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
@@ -78,9 +78,9 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "conditions": ran_on,
         "names": list(notebooks),
         "notebooks": runs,
-        "time": _time(runs),
+        "kinds": sorted(kinds, key=lambda kind: kind == "rest"),  # what is left over comes last
         "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
-        "stand_in": stand_in(filed(runs)),
+        "stand_in": stand_in(filing),
     }
 
 
@@ -134,25 +134,9 @@ def conditions(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {label: ", ".join(dict.fromkeys(map(str, each))) or "–" for label, each in values.items()}
 
 
-def filed(runs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs that filed a claim: only these say what they ran on."""
-    return [run for run in runs.values() if "environment" in run]
-
-
 def stand_in(runs: Iterable[Mapping[str, Any]]) -> bool:
     """Say whether digits stand in for MNIST, which could not be had."""
     return any(run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in runs)
-
-
-def _time(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the processor seconds of each notebook by kind of work, where they were measured."""
-    spent = {name: run["seconds_by_kind"] for name, run in runs.items() if "seconds_by_kind" in run}
-    kinds = dict.fromkeys(kind for seconds in spent.values() for kind in seconds)
-    return {
-        "notebooks": spent,
-        "kinds": sorted(kinds, key=lambda kind: kind == "rest"),  # what is left over comes last
-        "longest": max((sum(seconds.values()) for seconds in spent.values()), default=0),
-    }
 
 
 def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:

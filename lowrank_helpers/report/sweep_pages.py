@@ -1,7 +1,6 @@
 """What a sweep found: one tidy table, and a page of figures with 95 % intervals over the seeds."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,29 @@ from matplotlib.figure import Figure
 
 from lowrank_helpers import plots
 from lowrank_helpers.report import pages
-from lowrank_helpers.report.index import conditions, filed, stand_in
+from lowrank_helpers.report.index import conditions, stand_in
+from lowrank_helpers.series.results import read_claims
 from lowrank_helpers.series.store import write_atomically
-from lowrank_helpers.series.sweep import Point, Shown, Sweep, as_text
+from lowrank_helpers.series.sweep import Sweep, as_text, folder_of
 from lowrank_helpers.statistics import interval
 
 COLUMNS = ("point", "notebook", "claim", "kind", "quantity", "label", "value", "dataset", "device", "precision")
 REPLICATES = "seed"  # the axis that intervals are over
 
 
-def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[str, str]) -> None:
-    """Write ``table.parquet``, ``table.csv`` and ``index.html`` from what the points of a sweep left in its folder.
+def write(folder: Path, sweep: Sweep, points: Sequence[str], failed: Mapping[str, str]) -> None:
+    """Write ``table.csv`` and ``index.html`` from what the points of a sweep left in its folder.
 
     Parameters
     ----------
-    points : sequence of Point
-        As :func:`lowrank_helpers.series.sweep.points` returns them, which is the order of the table.
+    points : sequence of str
+        The names that :func:`lowrank_helpers.series.sweep.points` gives them, in the order of the table.
     failed : mapping of str to str
         Names of the points that failed, and why. The table holds what they had found by then.
     """
-    files = {point.name: point.folder(folder) / "results.json" for point in points}
-    gathered = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    runs = [run for found in gathered.values() for run in filed(found["notebooks"])]
+    gathered = {point: read_claims(folder_of(point, folder)) for point in points}
+    runs = [run for found in gathered.values() for run in found.values()]
     numbers = table(gathered)
-    write_atomically(folder / "table.parquet", numbers.to_parquet(index=False))
     write_atomically(folder / "table.csv", numbers.to_csv(index=False).encode())
     page = pages.environment().get_template("sweep.html.j2")
     swept = {
@@ -49,7 +47,7 @@ def write(folder: Path, sweep: Sweep, points: Sequence[Point], failed: Mapping[s
         conditions=swept | conditions(runs),
         failed=failed,
         stand_in=stand_in(runs),
-        chapters=_chapters(numbers, gathered, sweep),
+        chapters=_chapters(numbers, runs, sweep),
     )
     write_atomically(folder / "index.html", shown.encode())
 
@@ -60,7 +58,7 @@ def table(gathered: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     Parameters
     ----------
     gathered : mapping
-        By point, what :func:`lowrank_helpers.series.results.gather` returned.
+        By point, what :func:`lowrank_helpers.series.results.read_claims` returned.
 
     Returns
     -------
@@ -69,46 +67,41 @@ def table(gathered: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         text, such as ``784-512-512-10``. ``data_dir`` is left out: it says where the data lay, not what they are.
     """
     rows = []
-    for point, found in gathered.items():
-        for id, claim in found["claims"].items():
-            run = found["notebooks"][claim["notebook"]]
-            given = {name: value for name, value in run["parameters"].items() if name != "data_dir"}
-            given |= {name: run["environment"][name] for name in ("dataset", "device", "precision")}
-            given |= {"point": point, "notebook": claim["notebook"], "claim": id}
-            rows += [
-                given | {"kind": kind, "quantity": quantity, "label": label or None, "value": value}
-                for kind in ("measured", "series", "timings")
-                for quantity, values in claim[kind].items()
-                for label, value in values.items()
-            ]
+    for point, name, run in ((point, name, run) for point, found in gathered.items() for name, run in found.items()):
+        given = {parameter: value for parameter, value in run["parameters"].items() if parameter != "data_dir"}
+        given |= {condition: run["environment"][condition] for condition in ("dataset", "device", "precision")}
+        given |= {"point": point, "notebook": name}
+        rows += [
+            given | {"claim": claim.id, "kind": kind, "quantity": quantity, "label": label or None, "value": value}
+            for claim in run["claims"].values()
+            for kind in ("measured", "series", "timings")
+            for quantity, values in getattr(claim, kind).items()
+            for label, value in values.items()
+        ]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys(itertools.chain(COLUMNS, *rows))))
     texts = frame.map(lambda x: as_text(x) if isinstance(x, (list, dict)) else x)
     return texts.convert_dtypes().astype({"label": "string", "value": float})
 
 
-def _chapters(numbers: pd.DataFrame, gathered: Mapping[str, Any], sweep: Sweep) -> dict[str, dict[str, Any]]:
-    """Return, by claim, its sentence, at how many points it holds, and the figures of its numbers."""
-    items = numbers[numbers["kind"].eq("measured") & ~numbers["claim"].str.contains("/")]
-    found = dict.fromkeys(items[["claim", "quantity"]].itertuples(index=False, name=None))
-    chapters: dict[str, dict[str, Any]] = {}
-    for shown in sweep.show or itertools.starmap(Shown, found):
-        claims = [each["claims"][shown.claim] for each in gathered.values() if shown.claim in each["claims"]]
-        chapter = chapters.setdefault(shown.claim, {"sections": []})
-        chapter["sentence"] = claims[0]["sentence"] if claims else ""
-        chapter["holds"] = [claim["holds"] for claim in claims if claim["holds"] is not None]
-        chapter["sections"].append(_section(numbers, shown, sweep))
+def _chapters(numbers: pd.DataFrame, runs: Sequence[Mapping[str, Any]], sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Return, by item, its claim's sentence, at how many points it holds, and the figures of what it measured."""
+    items = numbers[numbers["kind"].eq("measured") & ~numbers["claim"].str.contains("/")].dropna(subset="value")
+    chapters = {}
+    for id in items["claim"].unique():
+        claims = [run["claims"][id] for run in runs if id in run["claims"]]
+        of_item = items[items["claim"].eq(id)]
+        chapters[id] = {
+            "sentence": claims[0].sentence,
+            "holds": [claim.holds for claim in claims if claim.holds is not None],
+            "sections": [
+                _section(str(name), values, sweep) for name, values in of_item.groupby("quantity", sort=False)
+            ],
+        }
     return chapters
 
 
-def _section(numbers: pd.DataFrame, shown: Shown, sweep: Sweep) -> dict[str, Any]:
-    """Return one figure of the page with its table, or, where no point found the number, its title alone."""
-    title = ": ".join(filter(None, (shown.quantity, shown.label)))
-    values = numbers[numbers["claim"].eq(shown.claim) & numbers["quantity"].eq(shown.quantity)].dropna(subset="value")
-    values = values[values["label"].eq(shown.label)] if shown.label else values
-    if values.empty:
-        return {"title": title}
-    labels = pd.to_numeric(values["label"], errors="coerce")
-    values = values if labels.isna().any() else values.assign(label=labels)
+def _section(title: str, values: pd.DataFrame, sweep: Sweep) -> dict[str, Any]:
+    """Return one figure of the page with its table."""
     axes = [name for name in sweep.grid if name != REPLICATES and name in values and values[name].notna().any()]
     axes += ["label"] if len(set(values["label"])) > 1 else []
     x, *others = axes or ["dataset"]

@@ -182,7 +182,9 @@ def execute(
         Keep notebooks that the folder has from the same source, parameters and package.
     """
     read_by = {name: reads(name) for name in planned}
-    kept = _kept(planned, read_by, folder) if resume else {}
+    # All here: Python 3.11 parses code into trees in one thread alone.
+    fingerprints = {name: _fingerprint(name, given) for name, given in planned.items()}
+    kept = _kept(fingerprints, read_by, folder) if resume else {}
     yield from kept.values()
     missing = [name for name in planned if name not in kept]
     after = {name: read_by[name] | reads(name, "loads") for name in missing}
@@ -195,23 +197,23 @@ def execute(
             missing.remove(name)
             running.add(name)
             # A thread waits for its kernel, and is a daemon: an interrupted command does not wait for it.
-            Thread(target=lambda name=name: ended.put(_execute(name, planned[name], folder)), daemon=True).start()
+            given = name, planned[name], folder, fingerprints[name]
+            Thread(target=lambda given=given: ended.put(_execute(*given)), daemon=True).start()
         outcome = ended.get()
         running.remove(outcome.notebook)
         yield outcome
 
 
-def _execute(name: str, given: Mapping[str, Any], folder: Path) -> Outcome:
+def _execute(name: str, given: Mapping[str, Any], folder: Path, fingerprint: str) -> Outcome:
     import papermill  # here, not above: its import takes seconds, which a refusal need not wait for
 
     partial = folder / f".{name}{TEMPORARY}.ipynb"
     start = time.perf_counter()
-    reason, cell = "", None
+    error = ""
     try:
         # What an earlier run left must not be taken for this run's.
         for file in (*(folder / f"{name}{ending}" for ending in ENDINGS), claims_file(folder, name)):
             file.unlink(missing_ok=True)
-        fingerprint = _fingerprint(name, given)
         try:
             papermill.execute_notebook(
                 notebook_path(name),
@@ -224,14 +226,14 @@ def _execute(name: str, given: Mapping[str, Any], folder: Path) -> Outcome:
                 shutdown_kernel="immediate",  # all that it keeps is written by then
             )
         except papermill.PapermillExecutionError as failure:
-            reason, cell = f"{failure.ename}: {failure.evalue}", failure.exec_count
+            error = f"cell {failure.exec_count}: {failure.ename}: {failure.evalue}"
         except RuntimeError as failure:  # DeadKernelError and, of a kernel that died before its first answer, no better
-            reason = f"{failure} (out of memory?)"
+            error = f"{failure} (out of memory?)"
         seconds = round(time.perf_counter() - start, 2)
-        _finish(partial, folder / f"{name}{ENDINGS[bool(reason)]}", fingerprint, seconds)
+        _finish(partial, folder / f"{name}{ENDINGS[bool(error)]}", fingerprint, seconds)
     except Exception as failure:  # such as a full disk; the other notebooks still run
-        reason = f"{type(failure).__name__}: {failure}"
-    return Outcome(name, "failed" if reason else "done", round(time.perf_counter() - start, 2), reason, cell)
+        error = f"{type(failure).__name__}: {failure}"
+    return Outcome(name, "failed" if error else "done", round(time.perf_counter() - start, 2), error)
 
 
 def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> None:
@@ -253,15 +255,13 @@ def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
     )
 
 
-def _kept(
-    planned: Mapping[str, Mapping[str, Any]], read_by: Mapping[str, set[str]], folder: Path
-) -> dict[str, Outcome]:
+def _kept(fingerprints: Mapping[str, str], read_by: Mapping[str, set[str]], folder: Path) -> dict[str, Outcome]:
     """Return the notebooks that a run folder has as they would be now, and so are all planned ones that they read."""
     filed = read_claims(folder)
     kept: dict[str, Outcome] = {}
-    for name in sorted(planned, key=lambda name: bool(read_by[name])):
+    for name in sorted(fingerprints, key=lambda name: bool(read_by[name])):
         file = folder / f"{name}.ipynb"
-        if not file.exists() or not read_by[name] & planned.keys() <= kept.keys():
+        if not file.exists() or not read_by[name] & fingerprints.keys() <= kept.keys():
             continue
         try:
             executed = nbformat.read(file, as_version=4)
@@ -273,7 +273,7 @@ def _kept(
             continue
         claimed = {id for id, _ in marked(executed, "claim")}
         claims = filed[name]["claims"] if name in filed else {}
-        if made_by.get("fingerprint") == _fingerprint(name, planned[name]) and claimed <= claims.keys():
+        if made_by.get("fingerprint") == fingerprints[name] and claimed <= claims.keys():
             kept[name] = Outcome(name, "kept", made_by["seconds"])
     return kept
 

@@ -24,29 +24,18 @@ LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib", "
 class Outcome:
     """How one notebook's execution ended: ``done``, ``kept`` (done in an earlier run) or ``failed``.
 
-    If it failed, ``reason`` is the error, and ``cell`` the number of the cell that raised it, if one did.
+    If it failed, ``error`` says why, and first of all in which cell if one raised it: ``cell 3: ValueError: no luck``.
     """
 
     notebook: str
     status: str
     seconds: float
-    reason: str = ""
-    cell: int | None = None
-
-    @property
-    def error(self) -> str:
-        """Where it failed and why; empty unless it did."""
-        return f"cell {self.cell}: {self.reason}" if self.cell else self.reason
+    error: str = ""
 
 
 def failures(outcomes: Sequence[Outcome]) -> list[str]:
-    """Say why notebooks failed, each reason once: ``02_train (cell 3), 03_rank (cell 2): ValueError: no luck``."""
-    where: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        if outcome.reason:
-            cell = f" (cell {outcome.cell})" if outcome.cell else ""
-            where.setdefault(outcome.reason, []).append(f"{outcome.notebook}{cell}")
-    return [f"{', '.join(notebooks)}: {reason}" for reason, notebooks in where.items()]
+    """Say which notebooks failed, where and why: ``02_train, cell 3: ValueError: no luck``."""
+    return [f"{outcome.notebook}, {outcome.error}" for outcome in outcomes if outcome.error]
 
 
 def claims_file(folder: Path, notebook: str) -> Path:
@@ -82,7 +71,7 @@ def read_claims(folder: Path) -> dict[str, dict[str, Any]]:
     return filed
 
 
-def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float | None = None) -> dict[str, Any]:
+def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
     """Join the claims of a run folder into ``results.json`` and return them.
 
     Returns

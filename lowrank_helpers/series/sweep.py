@@ -22,95 +22,35 @@ from urllib.parse import quote
 from distributed import Client, as_completed
 
 from lowrank_helpers import data
-from lowrank_helpers.series import digest, execution, parameters, results
+from lowrank_helpers.series import digest, execution, parameters
 from lowrank_helpers.series.execution import RunError
 from lowrank_helpers.series.parameters import ParameterError
-from lowrank_helpers.series.results import software
+from lowrank_helpers.series.results import failures, software
 from lowrank_helpers.series.settings import Settings
 
-KEYS = ("notebooks", "grid", "parameters", "show")  # of a sweep's file
 WHOLE_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
 
-
-@dataclass(frozen=True)
-class Shown:
-    """What a figure draws: a quantity of a claim, at one label or, where none is named, at all of them."""
-
-    claim: str
-    quantity: str
-    label: str = ""
+Planned = dict[str, dict[str, Any]]  # one run, as execution.plan returns it
 
 
 @dataclass(frozen=True)
 class Sweep:
     """What is to run: notebooks (none named: all) at all points of a grid, with other parameters fixed."""
 
-    notebooks: list[str] = field(default_factory=list)
-    grid: dict[str, Sequence[Any]] = field(default_factory=dict)
-    parameters: dict[str, Any] = field(default_factory=dict)
-    show: list[Shown] = field(default_factory=list)
-
-    def over(self, notebooks: Sequence[str], grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> "Sweep":
-        """Return this sweep with what the command line says in place of what the file said."""
-        return replace(
-            self,
-            notebooks=list(notebooks) or self.notebooks,
-            grid={name: values for name, values in self.grid.items() if name not in fixed} | dict(grid),
-            parameters={name: value for name, value in self.parameters.items() if name not in grid} | dict(fixed),
-        )
+    notebooks: Sequence[str]
+    grid: Mapping[str, Sequence[Any]]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run of a sweep.
-
-    Attributes
-    ----------
-    setting : dict
-        What the grid gives it.
-    planned : dict
-        As :func:`lowrank_helpers.series.execution.plan` returned it.
-    """
-
-    setting: dict[str, Any]
-    planned: dict[str, dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """The point in words that a folder can be called: ``activation=tanh,seed=3``."""
-        return ",".join(f"{name}={quote(as_text(value), safe='')}" for name, value in self.setting.items())
-
-    def folder(self, sweep_folder: Path) -> Path:
-        """Return where the point's run lies in a sweep's folder."""
-        return sweep_folder / "points" / self.name
+def folder_of(point: str, sweep_folder: Path) -> Path:
+    """Return where a point's run lies in a sweep's folder."""
+    return sweep_folder / "points" / point
 
 
 def as_text(value: Any) -> str:
     """Write a parameter's value in one word: a list as ``784-512-512-10``."""
     return "-".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def read(file: Path) -> Sweep:
-    """Read a sweep from a YAML file with the keys ``notebooks``, ``grid``, ``parameters`` and ``show``, all optional.
-
-    Raises
-    ------
-    ParameterError
-        The file is not YAML, or not of this form; the message names it.
-    """
-    content = parameters.parse(file.read_bytes(), str(file))
-    if not isinstance(content, dict) or not content.keys() <= set(KEYS):
-        raise ParameterError(f"{file} must be a mapping with the keys {', '.join(KEYS)}")
-    try:
-        grid = {
-            name: grid_values(values) if isinstance(values, str) else list(values)
-            for name, values in content.get("grid", {}).items()
-        }
-        show = [Shown(**{key: str(text) for key, text in entry.items()}) for entry in content.get("show", [])]
-        return Sweep(list(content.get("notebooks", [])), grid, dict(content.get("parameters", {})), show)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ParameterError(f"{file} does not describe a sweep: {error}") from error
 
 
 def grid_axis(text: str) -> tuple[str, Sequence[Any]]:
@@ -142,8 +82,13 @@ def grid_values(text: str) -> Sequence[Any]:
     return list(values[0]) if text.startswith("[") else values
 
 
-def points(sweep: Sweep) -> list[Point]:
+def points(sweep: Sweep) -> dict[str, Planned]:
     """Return all points of a sweep, the last axis varying fastest, each checked as ``lowrank run`` checks parameters.
+
+    Returns
+    -------
+    dict
+        What each is to run, by its name, which a folder can have: ``activation=tanh,seed=3``.
 
     Raises
     ------
@@ -152,7 +97,7 @@ def points(sweep: Sweep) -> list[Point]:
         or :func:`execution.plan` refuses one.
     """
     if not sweep.grid:
-        raise ParameterError("a sweep needs a grid: -g NAME=VALUES, or `grid` in a file; for one run: lowrank run")
+        raise ParameterError("a sweep needs a grid: -g NAME=VALUES; for one run: lowrank run")
     if both := sweep.grid.keys() & sweep.parameters.keys():
         raise ParameterError(f"parameter {min(both)} is both fixed and in the grid")
     if (n_points := math.prod(map(len, sweep.grid.values()))) > MAX_POINTS:
@@ -162,12 +107,16 @@ def points(sweep: Sweep) -> list[Point]:
             raise ParameterError(f"grid {name} has no values")
         if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
             raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
-    combinations = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
-    return [Point(values, execution.plan(sweep.notebooks, sweep.parameters | values)) for values in combinations]
+    settings = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
+    return {_name_of(setting): execution.plan(sweep.notebooks, {**sweep.parameters, **setting}) for setting in settings}
 
 
-def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
-    """Find out once, for all workers, which dataset each point, by its name, runs on; download what is missing.
+def _name_of(setting: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={quote(as_text(value), safe='')}" for name, value in setting.items())
+
+
+def settle_datasets(points: Mapping[str, Planned]) -> dict[str, str]:
+    """Find out once, for all workers, which dataset each point runs on; download what is missing.
 
     Raises
     ------
@@ -175,21 +124,12 @@ def settle_datasets(points: Sequence[Point]) -> dict[str, str]:
         A dataset cannot be had or is damaged.
     """
     resolve = cache(data.resolve)
-    return {point.name: execution.settle_dataset(point.planned, resolve) for point in points}
-
-
-def clear(points: Sequence[Point], folder: Path, *, resume: bool) -> None:
-    """Remove what an earlier sweep left of the points; to resume, only how each ended."""
-    for point in points:
-        if resume:
-            (point.folder(folder) / "results.json").unlink(missing_ok=True)
-        elif point.folder(folder).exists():
-            shutil.rmtree(point.folder(folder))
+    return {point: execution.settle_dataset(planned, resolve) for point, planned in points.items()}
 
 
 def run(
-    client: Client, points: Sequence[Point], folder: Path, datasets: Mapping[str, str]
-) -> Iterator[tuple[Point, str]]:
+    client: Client, points: Mapping[str, Planned], folder: Path, datasets: Mapping[str, str], *, resume: bool
+) -> Iterator[tuple[str, str]]:
     """Run points on a cluster's workers, yielding each when it has ended, with the error if it failed twice.
 
     What a point had done before it failed, or before its worker died, is not done again.
@@ -200,6 +140,8 @@ def run(
         The sweep's, locked by this process.
     datasets : mapping of str to str
         As :func:`settle_datasets` returned it.
+    resume : bool
+        Keep what an earlier sweep left of the points.
 
     Raises
     ------
@@ -210,10 +152,12 @@ def run(
     settings = replace(Settings.of_command(), networks_dir=folder / "networks")
     try:
         client.run(check_shared, needed, folder)
+        for point in [] if resume else points:
+            shutil.rmtree(folder_of(point, folder), ignore_errors=True)
         futures = {}
-        for point in points:
-            of_point = replace(settings, auto_dataset=datasets[point.name])
-            futures[client.submit(run_point, point, folder, needed, of_point, retries=1, pure=False)] = point
+        for point, planned in points.items():
+            given = point, planned, folder, needed, replace(settings, auto_dataset=datasets[point])
+            futures[client.submit(run_point, *given, retries=1, pure=False)] = point
         for future in as_completed(futures):
             yield futures[future], _error(future.exception())
         execution.remove_leftovers(folder / "networks")  # of workers that were killed
@@ -235,8 +179,8 @@ def shared(folder: Path) -> dict[str, str]:
     The text of its lock stands for the folder: one of the same name on another disk does not have it.
     """
     lock = folder / execution.LOCK
-    holder = lock.read_text() if lock.is_file() else "none"
-    return _installed() | {f"{lock}, on a file system that all share:": holder}
+    holder = f"that of {lock.read_text()}" if lock.is_file() else "missing"
+    return _installed() | {f"{lock} (on a file system that all share)": holder}
 
 
 def check_shared(needed: Mapping[str, str], folder: Path) -> None:
@@ -250,7 +194,7 @@ def check_shared(needed: Mapping[str, str], folder: Path) -> None:
     for name, here in shared(folder).items():
         if here != needed[name]:
             worker = f"process {os.getpid()} on {platform.node()}"
-            raise RunError(f"worker {worker} has {name} {here}; the sweep needs {needed[name]}")
+            raise RunError(f"worker {worker} differs from the sweep: {name} is {here}, and must be {needed[name]}")
 
 
 @cache
@@ -264,8 +208,8 @@ def _installed() -> dict[str, str]:
 _one_at_a_time = threading.Lock()  # in a worker with several threads: kernels inherit the environment of the process
 
 
-def run_point(point: Point, sweep_folder: Path, needed: Mapping[str, str], settings: Settings) -> None:
-    """Execute a point's notebooks in a worker and gather what they found.
+def run_point(point: str, planned: Planned, sweep_folder: Path, needed: Mapping[str, str], settings: Settings) -> None:
+    """Execute a point's notebooks in a worker.
 
     The kernels inherit the sweep's settings, but for the folder with data: that variable is the worker's.
     No pages are rendered: they take megabytes a point, and ``lowrank run`` with the same parameters makes them.
@@ -278,8 +222,7 @@ def run_point(point: Point, sweep_folder: Path, needed: Mapping[str, str], setti
     check_shared(needed, sweep_folder)
     settings = replace(settings, data_dir=Settings.of_command().data_dir)
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    with _one_at_a_time, execution.run_folder(point.folder(sweep_folder), settings, wait=True) as folder:
-        outcomes = list(execution.execute(point.planned, folder, resume=True))
-        results.gather(folder, outcomes)
-    if failures := results.failures(outcomes):
-        raise RunError("; ".join(failures))
+    with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), settings, wait=True) as folder:
+        failed = failures(list(execution.execute(planned, folder, resume=True)))
+    if failed:
+        raise RunError("; ".join(failed))

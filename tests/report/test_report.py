@@ -112,19 +112,19 @@ def test_the_headline_shows_what_was_measured_and_a_dash_for_the_rest(small_repo
     assert [number.text for number in numbers] == ["100 %", "–", "–", "–", "–"]
 
 
-def test_where_the_time_went_is_a_bar_a_notebook_with_its_numbers(small_report, tmp_path):
+def test_notebooks_are_listed_with_how_they_ended_and_where_the_time_went(small_report, tmp_path):
     results = json.loads((small_report / "results.json").read_text())
-    results["notebooks"]["03_rank"]["seconds_by_kind"] = {"rest": 0.0, "training": 30.2, "timing": 10.0}
-    results["notebooks"]["04_overfit"]["seconds_by_kind"] = {"timing": 20.1}
+    results["notebooks"]["03_rank"] |= {"seconds": 9.5, "seconds_by_kind": {"rest": 0.0, "training": 30.2}}
+    results["notebooks"]["04_overfit"] |= {"seconds": 1.5, "seconds_by_kind": {"timing": 20.1}}
+    results["notebooks"]["07_conclusions"] = {"status": "earlier"}
     report.render(tmp_path, results)
-    table = soup(tmp_path / "index.html").select_one("table.time")
+    table = soup(tmp_path / "index.html").find(id="notebooks").find_next("table")
     assert [[cell.text for cell in row.select("th, td")] for row in table.select("tr")] == [
-        ["notebook", "shares", "training", "timing", "rest", "all"],
-        ["03_rank", "", "30", "10", "0", "40"],
-        ["04_overfit", "", "0", "20", "0", "20"],
+        ["notebook", "ended", "seconds", "training", "timing", "rest"],
+        ["03_rank", "done", "9.5", "30", "0", "0"],
+        ["04_overfit", "failed", "1.5", "0", "20", "0"],
+        ["07_conclusions", "earlier", "", "0", "0", "0"],
     ]
-    widths = [part["style"] for part in table.select(".bar-of-kinds span")]
-    assert widths == [f"width: {percent}%" for percent in ("75.12", "24.88", "0.00", "0.00", "50.00", "0.00")]
 
 
 @pytest.mark.parametrize(("asked", "warned"), [("auto", True), ("digits", False)])

@@ -153,7 +153,7 @@ def test_what_is_unlike_the_recorded_runs_is_named(claims, said):
 )
 def test_evidence_is_of_both_precisions_unless_one_is_given(parameters, found):
     points = SCRIPT["points_of"]([NAME], [1, 2], parameters)
-    assert [point.planned[NAME] for point in points] == [
+    assert [planned[NAME] for planned in points.values()] == [
         {"seed": seed, "precision": precision} for seed, precision in enumerate(found, start=1)
     ]
 

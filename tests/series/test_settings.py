@@ -54,9 +54,8 @@ def test_kernels_of_a_worker_take_its_own_data_folder_and_else_what_the_command_
     monkeypatch.setenv("LOWRANK_DATA_DIR", "on-this-node")
     read = []
     monkeypatch.setattr(execution, "execute", lambda *_, **__: read.append(Settings.inherited()) or ())
-    point = sweep.Point({"seed": 0}, {})
-    sweep.run_point(point, tmp_path, sweep.shared(tmp_path), TOLD)
-    assert read == [replace(TOLD, run_dir=point.folder(tmp_path), data_dir=tmp_path / "on-this-node")]
+    sweep.run_point("seed=0", {}, tmp_path, sweep.shared(tmp_path), TOLD)
+    assert read == [replace(TOLD, run_dir=sweep.folder_of("seed=0", tmp_path), data_dir=tmp_path / "on-this-node")]
 
 
 def test_no_other_module_of_the_package_names_these_variables():

@@ -1,21 +1,16 @@
 """Sweeps without a cluster: what a grid means and what is refused, the table, the intervals and the page."""
 
-import json
-
 import pandas as pd
 import pytest
-import yaml
 from bs4 import BeautifulSoup
 from commands import lowrank
 from scipy import stats
 
-from lowrank_helpers import PROJECT
 from lowrank_helpers.report import sweep_pages
 from lowrank_helpers.series import execution, sweep
-from lowrank_helpers.series.execution import notebook_names
-from lowrank_helpers.series.sweep import Shown, Sweep
-
-SHIPPED = sorted((PROJECT / "sweeps").glob("*.yaml"))
+from lowrank_helpers.series.claims import Claim
+from lowrank_helpers.series.results import file_claims
+from lowrank_helpers.series.sweep import Sweep
 
 
 @pytest.mark.parametrize(
@@ -37,10 +32,8 @@ def test_grid_values(text, values):
 def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares():
     grid = {"activation": ["relu", "tanh"], "seed": [0, 1, 2]}
     points = sweep.points(Sweep(["01_data", "02_train"], grid, {"device": "cpu"}))
-    assert [point.setting for point in points] == [
-        {"activation": activation, "seed": seed} for activation in ("relu", "tanh") for seed in range(3)
-    ]
-    assert points[4].planned == {
+    assert [*points] == [f"activation={activation},seed={seed}" for activation in ("relu", "tanh") for seed in range(3)]
+    assert points["activation=tanh,seed=1"] == {
         "01_data": {"seed": 1, "device": "cpu"},
         "02_train": {"activation": "tanh", "seed": 1, "device": "cpu"},
     }
@@ -49,23 +42,11 @@ def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares():
 def test_point_names_can_be_read_told_apart_and_used_as_folders(tmp_path):
     grid = {"ranks": [[64, 64, 64, 8], [64, 64, 64, 80]], "data_dir": ["a/b", "a_b", "a%2Fb", "", "ü: *?"], "seed": [3]}
     points = sweep.points(Sweep(["06_factorized"], grid))
-    assert points[0].name == "ranks=64-64-64-8,data_dir=a%2Fb,seed=3"
-    folders = {point.folder(tmp_path) for point in points}
+    assert next(iter(points)) == "ranks=64-64-64-8,data_dir=a%2Fb,seed=3"
+    folders = {sweep.folder_of(point, tmp_path) for point in points}
     for folder in folders:
         folder.mkdir(parents=True)
     assert len(folders) == len(points) == len(list((tmp_path / "points").iterdir()))
-
-
-def test_command_line_goes_over_file(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text(
-        "notebooks: [03_rank]\ngrid: {seed: 0..2, activation: [relu]}\nparameters: {epochs: 1, device: cpu}\n"
-    )
-    read = sweep.read(file)
-    assert read.grid == {"seed": range(3), "activation": ["relu"]}
-    over = read.over(["02_train"], {"epochs": [1, 2]}, {"seed": 5})
-    assert over == Sweep(["02_train"], {"activation": ["relu"], "epochs": [1, 2]}, {"device": "cpu", "seed": 5})
-    assert read.over([], {}, {}) == read
 
 
 @pytest.mark.parametrize(
@@ -101,58 +82,21 @@ def test_without_notebooks_a_command_says_what_is_missing_and_what_to_do(command
     assert f"no notebooks in {tmp_path}" in output and "clone of the project" in output
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "- 1",
-        "grid: [1, 2]",
-        "grid: {seed: 3}",
-        "grid: {seed: null}",
-        "colour: red",
-        "show: [{claim: '3.1'}]",
-        "show: [{claim: '3.1', quantity: stable, colour: red}]",
-        "grid: {seed: 0..1}\nparameters: {seed: 3}",
-        "grid: [",
-    ],
-)
-def test_a_file_that_is_no_sweep_is_refused_by_name(content, tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text(content)
-    output = lowrank("sweep", "-f", file, "-o", tmp_path / "out", code=2)
-    assert "mine.yaml" in output or "seed" in output
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_sweeps_are_allowed_and_show_what_their_notebooks_file(file):
-    definition = sweep.read(file)
-    assert len(sweep.points(definition)) >= 5  # an interval needs seeds
-    assert set(yaml.safe_load(file.read_text())) <= set(sweep.KEYS)
-    sources = "".join(
-        (PROJECT / "notebooks" / f"{name}.ipynb").read_text() for name in definition.notebooks or notebook_names()
-    )
-    for shown in definition.show:
-        assert f'\\"{shown.claim}\\",' in sources
-        assert f'\\"{shown.quantity}\\"' in sources
-
-
-def _gathered(seed, activation, scale=1.0):
-    """Return what a point's ``results.json`` holds."""
+def _filed(seed, activation, scale=1.0):
+    """Return what a notebook at a point files."""
     environment = {
         "dataset": "digits", "device": "cpu", "precision": "float32", "threads": 1, "revision": "abc",
         "started": "2026-01-01T00:00:00", "python": "3", "versions": {},
     }  # fmt: skip
     given = {"dataset": "auto", "data_dir": "/data", "seed": seed, "activation": activation, "widths": [784, 16, 10]}
-    numbers = {
-        "measured": {"rank": {"": 10.0 * scale + seed}, "share": {"relu": 0.5, "tanh": None}},
-        "series": {"error": {"1": 0.9, "2": 0.5}},
-        "timings": {"seconds": {"": 0.5}},
-    }
-    claim = {"notebook": "03_rank", "sentence": "Ranks are <low>.", "holds": seed < 10}
-    part = {"measured": {"hidden": {"": 1}}, "series": {}, "timings": {}}
-    return {
-        "notebooks": {"03_rank": {"parameters": given, "environment": environment}},
-        "claims": {"3.1": claim | numbers, "3.1/part": claim | {"holds": None} | part},
-    }
+    measured = {"rank": {"": 10.0 * scale + seed}, "share": {"full": 0.4, "tanh": 0.5, "relu": None}}
+    parts = measured, {"error": {"1": 0.9, "2": 0.5}}, {"seconds": {"": 0.5}}
+    claims = [
+        Claim("3.1", "Ranks are <low>.", seed < 10, [], *parts),
+        Claim("3.1/part", "Ranks are <low>.", None, measured={"hidden": {"": 1}}),
+    ]
+    by_id = {claim.id: claim for claim in claims}
+    return {"notebook": "03_rank", "parameters": given, "environment": environment, "claims": by_id}
 
 
 @pytest.fixture
@@ -160,20 +104,21 @@ def swept(tmp_path):
     """A sweep of two activations and three seeds in a folder; of one point nothing is left."""
     definition = Sweep(["03_rank"], {"activation": ["relu", "tanh"], "seed": [0, 1, 10]})
     points = sweep.points(definition)
-    for point in points[:-1]:
-        point.folder(tmp_path).mkdir(parents=True)
-        found = json.dumps(_gathered(**point.setting, scale=1 + (point.setting["activation"] == "tanh")))
-        (point.folder(tmp_path) / "results.json").write_text(found)
-    return tmp_path, definition, points
+    for point, planned in [*points.items()][:-1]:
+        given = planned["03_rank"]
+        filed = _filed(**given, scale=1 + (given["activation"] == "tanh"))
+        file_claims(sweep.folder_of(point, tmp_path), filed)
+    return tmp_path, definition, [*points]
 
 
 def test_table_has_a_row_a_number_and_parameters_as_columns():
-    table = sweep_pages.table({"one": _gathered(0, "relu"), "two": _gathered(1, "tanh")})
+    table = sweep_pages.table({"one": {"03_rank": _filed(0, "relu")}, "two": {"03_rank": _filed(1, "tanh")}})
     found = table[table["point"].eq("one") & table["claim"].eq("3.1")].fillna({"label": ""})
     found = found.set_index(["kind", "quantity", "label"])["value"]
     assert found.dropna().to_dict() == {
         ("measured", "rank", ""): 10.0,
-        ("measured", "share", "relu"): 0.5,
+        ("measured", "share", "full"): 0.4,
+        ("measured", "share", "tanh"): 0.5,
         ("series", "error", "1"): 0.9,
         ("series", "error", "2"): 0.5,
         ("timings", "seconds", ""): 0.5,
@@ -184,22 +129,20 @@ def test_table_has_a_row_a_number_and_parameters_as_columns():
     assert "data_dir" not in table
 
 
-def test_files_agree_and_are_the_same_each_time(swept):
+def test_files_are_the_same_each_time(swept):
     folder, definition, points = swept
     written = []
     for _ in range(2):
-        sweep_pages.write(folder, definition, points, {points[-1].name: "03_rank: no luck"})
-        written.append({name: (folder / name).read_bytes() for name in ("index.html", "table.csv", "table.parquet")})
+        sweep_pages.write(folder, definition, points, {points[-1]: "03_rank: no luck"})
+        written.append({name: (folder / name).read_bytes() for name in ("index.html", "table.csv")})
     assert written[0] == written[1]
-    parquet = pd.read_parquet(folder / "table.parquet")
-    csv = pd.read_csv(folder / "table.csv").astype(parquet.dtypes.to_dict())
-    pd.testing.assert_frame_equal(csv, parquet)
-    assert list(parquet["point"].unique()) == [point.name for point in points[:-1]], "in the grid's order"
+    written = pd.read_csv(folder / "table.csv")
+    assert list(written["point"].unique()) == points[:-1], "in the grid's order"
 
 
 def _page(swept, **changes):
     folder, definition, points = swept
-    sweep_pages.write(folder, Sweep(**vars(definition) | changes), points, {points[-1].name: "03_rank: no <luck>"})
+    sweep_pages.write(folder, Sweep(**vars(definition) | changes), points, {points[-1]: "03_rank: no <luck>"})
     return BeautifulSoup((folder / "index.html").read_text(), "html.parser")
 
 
@@ -222,28 +165,17 @@ def test_page_shows_what_items_measured_with_students_interval_and_says_what_fai
         assert image["src"].startswith("data:image/png;base64,") and image["alt"]
 
 
-def test_page_shows_what_the_sweep_says(swept):
-    shown = [Shown("3.1", "error", "2"), Shown("3.1", "error"), Shown("3.1", "nothing")]
-    page = _page(swept, show=shown)
-    assert [heading.text for heading in page.find_all("h3")] == ["error: 2", "error", "nothing"]
-    assert [row[0] for row in _rows(page, "error: 2")] == ["relu", "tanh"]
-    assert [row[:2] for row in _rows(page, "error")][:2] == [["relu", "1"], ["relu", "2"]], (
-        "labels beside the grid's axis"
-    )
-    assert "No point found a number of this name" in page.text
-
-
-def test_page_without_another_axis_than_the_seed_takes_the_quantitys_labels(swept):
+def test_page_has_a_quantitys_labels_beside_another_axis_than_the_seed_or_in_its_place(swept):
     folder, definition, points = swept
-    page = _page((folder, definition, points[:3]), grid={"seed": [0, 1, 10]}, show=[Shown("3.1", "error")])
-    assert [row[0] for row in _rows(page, "error")] == ["1", "2"]
-    page = _page((folder, definition, points[:1]), grid={"seed": [0]}, show=[Shown("3.1", "rank")])
+    assert [row[:2] for row in _rows(_page(swept), "share")][:2] == [["relu", "full"], ["relu", "tanh"]]
+    page = _page((folder, definition, points[:3]), grid={"seed": [0, 1, 10]})
+    assert [row[0] for row in _rows(page, "share")] == ["full", "tanh"]
+    page = _page((folder, definition, points[:1]), grid={"seed": [0]})
     assert _rows(page, "rank") == [["digits", "10", "–", "1"]]
 
 
-@pytest.mark.parametrize("show", [[], [Shown("3.1", "rank")]])
-def test_sweep_that_found_nothing_has_a_page_that_says_why(swept, show):
+def test_sweep_that_found_nothing_has_a_page_that_says_why(swept):
     folder, definition, points = swept
-    page = _page((folder, definition, points[-1:]), show=show)
+    page = _page((folder, definition, points[-1:]))
     assert "1, 1 failed" in page.text and "no <luck>" in page.text
     assert list(pd.read_csv(folder / "table.csv").columns) == list(sweep_pages.COLUMNS)

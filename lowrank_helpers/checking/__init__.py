@@ -1,1 +1,0 @@
-"""What compares recorded outputs with new ones: the rules, and the plugin of nbval. Nothing here renders."""
