@@ -37,12 +37,7 @@ def test_bad_input_is_refused_with_its_name_its_value_and_what_is_allowed(argume
 
 @pytest.mark.parametrize(
     ("content", "named"),
-    [
-        (b"- 1\n- 2\n", "name: value"),
-        (b"seed: [", "not YAML"),
-        (b"\xff\x00", "not YAML"),
-        (b"seed: -1\n", "seed = -1"),
-    ],
+    [(b"- 1\n- 2\n", "name: value"), (b"seed: [", "not YAML"), (b"\xff\x00", "not YAML"), (b"seed: -1\n", "seed = -1")],
 )
 def test_bad_parameter_files_are_refused_by_name(content, named, tmp_path):
     (tmp_path / "mine.yaml").write_bytes(content)

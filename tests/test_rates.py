@@ -16,7 +16,7 @@ SPEC.loader.exec_module(choose_rates)
 NOISE = 3e-4  # three of the validation images
 OTHERWISE = {
     "big": "it is to overfit: at 3e-3 and seed 100 it knew 99.98 % of its training images after 10 epochs, and its "
-    "validation loss had risen by 36 %",
+    "validation loss had risen by 36 %"
 }
 
 

@@ -334,11 +334,7 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
         (lambda x, y: (x[:1], y[:1]), ValueError, "at least two images are needed, with a label each; given: 1, 1$"),
         (lambda x, y: [(x, y)], ValueError, "at least two batches are needed, as one is held out; given: 1$"),
         (lambda x, y: [], ValueError, "at least two batches are needed, as one is held out; given: 0$"),
-        (
-            lambda x, y: (x.numpy(), y.numpy()),
-            ValueError,
-            r"run on a ndarray \(TypeError: .*say how by forward=",
-        ),
+        (lambda x, y: (x.numpy(), y.numpy()), ValueError, r"run on a ndarray \(TypeError: .*say how by forward="),
         (lambda x, y: [{"x": x}] * 2, ValueError, r"does not run on a dict \(.*say how by forward="),
         (lambda x, y: (x * torch.nan, y), ValueError, "Sequential gave NaN or infinity; one finite tensor"),
     ],
@@ -377,11 +373,7 @@ def _pruned():
         (lambda: torch.compile(mlp([784, 20, 10], seed=0), backend="eager"), ValueError, "the model is compiled"),
         (_compiled_in_place, ValueError, "the model is compiled"),
         (lambda: nn.Linear(784, 9), ValueError, r"the model itself is the layer.*nn\.Sequential"),
-        (
-            lambda: _Answers(lambda x: {"logits": x}),
-            ValueError,
-            "_Answers gave a dict; one finite tensor",
-        ),
+        (lambda: _Answers(lambda x: {"logits": x}), ValueError, "_Answers gave a dict; one finite tensor"),
         (lambda: _Answers(lambda x: x.argmax(1)), ValueError, r"gave torch.int64 of shape \(50,\); one finite tensor"),
         (lambda: nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
         (

@@ -23,16 +23,7 @@ from lowrank_helpers.data import epoch_generator
 from lowrank_helpers.layers import factorize
 from lowrank_helpers.models import mlp
 from lowrank_helpers.parallel import side_by_side
-from lowrank_helpers.training import (
-    History,
-    Recipe,
-    evaluate,
-    fit,
-    pick_device,
-    pick_precision,
-    predict,
-    sample,
-)
+from lowrank_helpers.training import History, Recipe, evaluate, fit, pick_device, pick_precision, predict, sample
 
 
 def _model(seed=0):

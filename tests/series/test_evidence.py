@@ -60,8 +60,7 @@ def test_runs_are_joined_by_seed_and_further_ones_are_added(folder):
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"whole": False}, {"changes": {"widths": [784, 8, 10]}}, {"source": "of old"}, {"package": "of old"}],
+    "other", [{"whole": False}, {"changes": {"widths": [784, 8, 10]}}, {"source": "of old"}, {"package": "of old"}]
 )
 def test_runs_of_another_kind_are_left_out(folder, other):
     assert gather([ran(folder, 1, **other)], NAME) is None

@@ -14,10 +14,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 
 from lowrank_helpers.series import kernels
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")]
 
 
 @contextmanager
