@@ -193,5 +193,6 @@ def test_nbval_finds_the_words_of_digits_again(tmp_path):
     lowrank("run", *SHORT, "-p", "dataset", "digits", "-o", tmp_path)
     command = ["pytest", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
     command += ["--nbval-sanitize-with", PROJECT / "tests" / "series" / "nbval.cfg", *sorted(tmp_path.glob("*.ipynb"))]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"TQDM_DISABLE": "1"}  # as in a run
+    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
