@@ -1,5 +1,6 @@
 """The check of recorded notebooks must fail where a word or a claim is wrong, and only there."""
 
+import os
 import subprocess
 import sys
 from collections import defaultdict
