@@ -1,6 +1,5 @@
 """The check of recorded notebooks must fail where a word or a claim is wrong, and only there."""
 
-import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -189,11 +188,11 @@ def test_the_shortest_recorded_notebooks_agree_with_a_new_run(mnist_dir):
 
 
 @pytest.mark.slow
-def test_nbval_finds_the_words_of_digits_again(tmp_path):
+def test_nbval_finds_the_words_of_digits_again(tmp_path, monkeypatch):
     """Which needs no MNIST: a second run, by other software, must agree with a first."""
     lowrank("run", *SHORT, "-p", "dataset", "digits", "-o", tmp_path)
     command = ["pytest", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
     command += ["--nbval-sanitize-with", PROJECT / "tests" / "series" / "nbval.cfg", *sorted(tmp_path.glob("*.ipynb"))]
-    environment = os.environ | {"TQDM_DISABLE": "1"}  # as in a run
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # as in a run
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
