@@ -3,7 +3,8 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
@@ -35,6 +36,23 @@ class EndsQuietly(WorkerPlugin):
         tqdm.set_lock(threading.RLock())
 
 
+class ClosingClient(Client):
+    """A client that closes itself if it cannot connect.
+
+    Garbage collection would close it later, perhaps in a thread that starts another client and holds a lock of Dask's:
+    then both wait for good.
+    """
+
+    def start(self, **options: Any) -> None:
+        """Connect to the scheduler; Dask's constructor calls this."""
+        try:
+            super().start(**options)
+        except BaseException:
+            with suppress(RuntimeError):  # its thread has not started: there is nothing to close
+                self.close()
+            raise
+
+
 @contextmanager
 def connected(scheduler: str | None = None, workers: int | None = None) -> Iterator[Client]:
     """Connect to a scheduler, or start one with workers on this machine.
@@ -53,7 +71,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
     """
     if scheduler:
         try:
-            client = Client(scheduler, timeout=CONNECT_TIMEOUT)
+            client = ClosingClient(scheduler, timeout=CONNECT_TIMEOUT)
         # Silence, no address, tls:// without certificates, a machine too busy to start the client's thread in time.
         except (OSError, ValueError, TypeError, AssertionError) as error:
             raise RunError(f"no scheduler answers at {scheduler}: {error}") from error
@@ -72,7 +90,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
             dashboard_address=":0",  # any port: several runs may be at work
             silence_logs="CRITICAL",  # failures are reported at the end
         ) as cluster,
-        Client(cluster) as client,
+        ClosingClient(cluster) as client,
     ):
         client.register_plugin(EndsQuietly())
         yield client

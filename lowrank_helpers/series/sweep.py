@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -146,14 +146,15 @@ def run(
     Raises
     ------
     RunError
-        A worker differs from this process, does not see the folder, or the scheduler is lost.
+        A worker differs from this process, does not see the folder, or the scheduler is lost; or what an earlier sweep
+        left cannot be removed.
     """
     needed = shared(folder)
     settings = replace(Settings.of_command(), networks_dir=folder / "networks")
     try:
         client.run(check_shared, needed, folder)
-        for point in [] if resume else points:
-            shutil.rmtree(folder_of(point, folder), ignore_errors=True)
+        if not resume:
+            _clear(points, folder)
         futures = {}
         for point, planned in points.items():
             given = point, planned, folder, needed, replace(settings, auto_dataset=datasets[point])
@@ -165,6 +166,16 @@ def run(
         raise RunError("the scheduler is lost; add --resume to go on") from error
     except ModuleNotFoundError as error:
         raise RunError(f"a worker lacks {error.name}: install this package where workers run") from error
+
+
+def _clear(points: Iterable[str], folder: Path) -> None:
+    """Remove what an earlier sweep left: what stays would be taken for this one's."""
+    for earlier in (folder_of(point, folder) for point in points):
+        try:
+            if earlier.exists():
+                shutil.rmtree(earlier)
+        except OSError as error:
+            raise RunError(f"cannot remove {earlier}: {error.strerror or error}") from error
 
 
 def _error(raised: BaseException | None) -> str:

@@ -194,5 +194,5 @@ def test_nbval_finds_the_words_of_digits_again(tmp_path, monkeypatch):
     command = ["pytest", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
     command += ["--nbval-sanitize-with", PROJECT / "tests" / "series" / "nbval.cfg", *sorted(tmp_path.glob("*.ipynb"))]
     monkeypatch.setenv("TQDM_DISABLE", "1")  # as in a run
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout

@@ -4,13 +4,16 @@ The series is one small notebook in a copy of the project. It says when it begin
 ``hold SEED``, and fails where there is a file ``fail SEED``.
 """
 
+import gc
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +23,14 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
-from commands import finish, kernels, start, wait_for
+from commands import finish, kernels, lowrank, start, wait_for
+from distributed import Client
 from small_series import notebook
 
 from lowrank_helpers import PROJECT
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import execution, sweep
+from lowrank_helpers.series.cluster import connected
 from lowrank_helpers.series.execution import RunError
 from lowrank_helpers.series.store import TEMPORARY
 from lowrank_helpers.training import Recipe, fit
@@ -169,8 +174,20 @@ def test_worker_with_other_code_or_another_disk_is_refused_by_name(tmp_path, dif
         sweep.check_shared(needed, tmp_path)
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere", "tls://127.0.0.1:1"])
-def test_an_address_without_a_scheduler_is_named(project, tmp_path, address):
-    command = ["sweep", "-g", "seed=0..2", "--scheduler", address, "-o", tmp_path / "out"]
-    shown = finish(project.start("lowrank_helpers", *command), 1)
-    assert f"no scheduler answers at {address}" in shown
+def test_unreachable_scheduler_is_an_error_within_ten_seconds(tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
+        begin = time.monotonic()
+        command = ["sweep", "-g", "seed=0..2", "-p", "dataset", "digits", "--scheduler", address, "-o", tmp_path]
+        assert f"no scheduler answers at {address}" in lowrank(*command, code=1)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("address", ["nowhere", "tls://127.0.0.1:1"])
+def test_an_address_that_is_none_is_named_and_leaves_no_open_client(address):
+    """Its traceback holds the client; collected while another starts, it would wait for a lock for good."""
+    with pytest.raises(RunError, match=f"no scheduler answers at {address}") as failure, connected(address):
+        pass
+    clients = [thing for thing in gc.get_objects() if issubclass(type(thing), Client)]
+    assert {client.status for client in clients} == {"closed"}, failure
