@@ -1,27 +1,10 @@
 """The rooms of the package: what may import what."""
 
-import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-from lowrank_helpers import PROJECT
-
-PACKAGE = PROJECT / "lowrank_helpers"
-FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.name != "__init__.py"]
-MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in FILES}
-
-
-def imported(file: Path) -> set[str]:
-    """Return the modules of the package that a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name.removeprefix("lowrank_helpers.") for name in names} & MODULES.keys()
+from lowrank_helpers.series.digest import SOURCES, imported
 
 
 def room(module: str) -> str:
@@ -30,7 +13,13 @@ def room(module: str) -> str:
     return above or ("cli" if name in ("cli", "__main__") else "science")
 
 
-IMPORTS = {module: imported(file) for module, file in MODULES.items()}
+def short(module: str) -> str:
+    return module.removeprefix("lowrank_helpers.")
+
+
+IMPORTS = {
+    short(module): {*map(short, imported(source))} for module, source in SOURCES.items() if "__init__" not in module
+}
 
 # Each room, and each row of the science, imports from those above it; a room from itself too.
 ROOMS = {

@@ -12,6 +12,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from itertools import chain
@@ -25,13 +26,15 @@ from lowrank_helpers import PROJECT
 from lowrank_helpers.hashing import checksum
 
 PACKAGE = "lowrank_helpers"
-COMMAND_LINE = ("__main__.py", "cli.py")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 HELD = {MethodType: ("__func__", "__self__"), property: ("fget", "fset", "fdel"), CellType: ("cell_contents",)}
 
-# Read when the code is: the files may change while a kernel runs.
-SOURCES = {file: file.read_text() for file in sorted((PROJECT / PACKAGE).rglob("*.py"))}
+# By dotted name. Read when the code is: the files may change while a kernel runs.
+SOURCES = {
+    ".".join(file.relative_to(PROJECT).with_suffix("").parts): file.read_text()
+    for file in sorted((PROJECT / PACKAGE).rglob("*.py"))
+}
 RECIPES = (PROJECT / PACKAGE / "series" / "recipes.yaml").read_text()
 
 
@@ -66,11 +69,29 @@ def of_package() -> str:
     return of_cells([RECIPES, *SOURCES.values()])
 
 
-@cache
-def of_science() -> str:
-    """Return a digest (32 hexadecimal digits) of what computes: the top modules but the command line, and recipes."""
-    top = [file for file in SOURCES if file.parent.name == PACKAGE and file.name not in COMMAND_LINE]
-    return of_cells([RECIPES, *(SOURCES[file] for file in top)])
+def of_science(notebook: Path) -> str:
+    """Return a digest (32 hexadecimal digits) of the recipes and of the top modules that a notebook imports.
+
+    Those count too that it imports by way of others; how it is run and shown does not.
+    """
+    found, more = set[str](), set[str]().union(*(imported(source) for source, _ in code_cells(notebook)))
+    while more:
+        found |= more
+        more = set[str]().union(*(imported(SOURCES[module]) for module in more)) - found
+    top = [module for module in sorted(found) if module.count(".") == 1]
+    return of_cells([RECIPES, *(SOURCES[module] for module in top)])
+
+
+def imported(source: str) -> set[str]:
+    """Return the modules of this package that code imports, anywhere in it; none of a cell with magics."""
+    names: set[str] = set()
+    with suppress(SyntaxError):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom):
+                names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+    return names & SOURCES.keys()
 
 
 def of_objects(*values: Any, apart_from: Iterable[Tensor] = ()) -> str:

@@ -21,7 +21,7 @@ from lowrank_helpers.statistics import interval
 
 FOLDER = PROJECT / "evidence"
 FREE = ("seed", "device", "precision", "data_dir", "dataset")  # parameters in which a run may differ from the evidence
-CODE = {"source": "the notebook", "package": "the package"}  # what decides what a run measures, by its digest's name
+CODE = {"source": "the notebook", "package": "the package"}  # what decides what it measures, by its digest's name
 FALSE_ALARMS = 0.01  # of a whole check of a run that is one more of the same kind
 LEAST = 1e-3  # share of a number below which no difference is one: of images, as many have a wrong label
 
@@ -108,8 +108,9 @@ def source_of(notebook: str) -> Path:
 
 
 def code_of(notebook: str) -> dict[str, str]:
-    """Return the digests of today's code that claims are filed with: a notebook's ``source`` and the ``package``."""
-    return {"source": digest.of_notebook(source_of(notebook)), "package": digest.of_science()}
+    """Return the digests of today's code that claims are filed with: the notebook's, and of the package it imports."""
+    file = source_of(notebook)
+    return {"source": digest.of_notebook(file), "package": digest.of_science(file)}
 
 
 def unlike(evidence: Evidence, claims: Mapping[str, Claim], n_values: int) -> list[str]:

@@ -23,7 +23,7 @@ from traitlets.config import Config
 from lowrank_helpers import PROJECT, models, training
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.models import mlp
-from lowrank_helpers.series import digest
+from lowrank_helpers.series import digest, evidence
 from lowrank_helpers.series.store import determinants, trained, write_atomically
 from lowrank_helpers.training import History, Recipe
 
@@ -308,6 +308,17 @@ def test_keys_are_the_same_in_another_process(few):
 CODE = 'def order(n):\n    """Return the order."""\n    # Any will do.\n    return list(range(n))'
 SAME_CODE = {"Return the order.": "Say.", '    """Return the order."""\n': "", "# Any will do.": "# Not any."}
 OTHER_CODE = {"range(n)": "range(n, 0, -1)", "def order(n):": "def order(n, seed=0):", "Any": "Any"}
+
+
+@pytest.mark.parametrize(
+    "module, follows", [("training", True), ("cuda_graphs", True), ("lora", False), ("series.run", False)]
+)
+def test_digest_of_science_follows_what_a_notebook_imports_also_by_way_of_others(module, follows, monkeypatch):
+    notebook = evidence.source_of("02_train")
+    before = digest.of_science(notebook)
+    name = f"lowrank_helpers.{module}"
+    monkeypatch.setitem(digest.SOURCES, name, f"{digest.SOURCES[name]}\nchanged = True")
+    assert (digest.of_science(notebook) != before) == follows
 
 
 def test_digest_of_cells_follows_what_code_does_and_not_what_it_says():
