@@ -13,6 +13,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import nbformat
+import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from commands import wait_for
@@ -182,8 +183,9 @@ def jupyterlab(folder: Path) -> Iterator[str]:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}/api?token={token}"), seconds=60)
         yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
     finally:
-        server.terminate()
-        server.wait(timeout=20)
+        for process in (*psutil.Process(server.pid).children(recursive=True), server):
+            process.kill()  # asked to end, a server waits for its kernels, for long where a machine is busy
+        server.wait()
 
 
 def answers(address: str) -> bool:
