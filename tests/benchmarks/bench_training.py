@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.models import mlp, n_parameters
-from lowrank_helpers.series.run import recipes
+from lowrank_helpers.series.parameters import recipes
 from lowrank_helpers.training import History, Recipe, evaluate, fit
 
 NETWORKS = {"small": [784, 512, 512, 10], "big": [784, 1024, 1024, 512, 256, 10]}

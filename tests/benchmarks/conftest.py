@@ -31,7 +31,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info |= {"torch": torch.__version__, "precision": pick_precision("auto", pick_device())}
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
     page = _page(output_json)
     Path(config.option.benchmark_json).with_suffix(".md").write_text(page)
     config.get_terminal_writer().write(f"\n\n{page}\n")
@@ -39,8 +39,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
 
 def _page(saved: dict[str, Any]) -> str:
     """Return the machine, the targets, and a table for each group, of the ``extra_info`` of its benchmarks."""
-    targets: list[dict] = []
-    groups: dict[str, list[dict]] = {"Targets": targets}
+    targets: list[dict[str, Any]] = []
+    groups: dict[str, list[dict[str, Any]]] = {"Targets": targets}
     for benchmark in sorted(saved["benchmarks"], key=lambda benchmark: benchmark["group"]):
         groups.setdefault(benchmark["group"], []).extend(benchmark["extra_info"]["rows"])
         targets += benchmark["extra_info"].get("targets", [])
@@ -54,6 +54,6 @@ def _page(saved: dict[str, Any]) -> str:
     return "\n\n".join(["# Benchmarks", about, *tables]) + "\n"
 
 
-def _table(rows: list[dict]) -> str:
+def _table(rows: list[dict[str, Any]]) -> str:
     table = pd.DataFrame(rows, dtype=object).fillna("")
     return f"```\n{table.to_string(index=False, float_format='{:,.4g}'.format)}\n```"

@@ -5,6 +5,7 @@ One image at a time through a transform, batches of 32, and the loss fetched aft
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 
-def loader(folder: Path) -> DataLoader:
+def loader(folder: Path) -> DataLoader[Any]:
     """Return the loader of the training images."""
     dataset = datasets.MNIST(folder, transform=transforms.ToTensor())
     return DataLoader(dataset, batch_size=32, shuffle=True)
@@ -26,7 +27,7 @@ def network(widths: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def train_epoch(model: nn.Module, batches: DataLoader, optimiser: torch.optim.Optimizer) -> tuple[float, float]:
+def train_epoch(model: nn.Module, batches: DataLoader[Any], optimiser: torch.optim.Optimizer) -> tuple[float, float]:
     """Train for one epoch and return the mean loss and the accuracy on the way."""
     device = next(model.parameters()).device
     criterion = nn.CrossEntropyLoss()
