@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from fnmatch import fnmatch
 from io import StringIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import matplotlib as mpl
@@ -41,15 +41,6 @@ KEY = ["recipe", "network", "learning_rate", "epochs", "seed"]
 GIVEN = {"dataset": "mnist"}
 
 
-class Job(NamedTuple):
-    """A recipe with another rate, and the notebook that trains by it."""
-
-    notebook: str
-    recipe: str
-    learning_rate: float
-    seed: int
-
-
 class Held(run.Run):
     """A run whose test set is the validation images, and which keeps how each network did on them."""
 
@@ -77,21 +68,21 @@ class Held(run.Run):
         return done
 
 
-def rows(job: Job) -> list[dict[str, Any]]:
-    """Execute the notebook and return a row for each network of the recipe."""
-    given = GIVEN | {"seed": job.seed, "recipes": {job.recipe: {"learning_rate": job.learning_rate}}}
+def rows(notebook: str, recipe: str, learning_rate: float, seed: int) -> list[dict[str, Any]]:
+    """Execute a notebook that trains by a recipe, at another rate, and return a row for each network of the recipe."""
+    given = GIVEN | {"seed": seed, "recipes": {recipe: {"learning_rate": learning_rate}}}
     variables: dict[str, Any] = {"__name__": "__main__"}
     with redirect_stdout(StringIO()):
-        for cell in nbformat.read(execution.notebook_path(job.notebook), as_version=4).cells:
+        for cell in nbformat.read(execution.notebook_path(notebook), as_version=4).cells:
             if cell.cell_type == "code":
-                exec(compile(cell.source, f"{job.notebook}, {cell.id}", "exec"), variables)
+                exec(compile(cell.source, f"{notebook}, {cell.id}", "exec"), variables)
                 plt.close("all")
             if "parameters" in cell.metadata.get("tags", []):
                 variables |= {name: value for name, value in given.items() if name in variables}
     found = []
-    for (kind, network), (recipe, history) in variables["run"].scores.items():
-        if kind == job.recipe:
-            values = (kind, network, recipe.learning_rate, recipe.epochs, recipe.seed)
+    for (kind, network), (used, history) in variables["run"].scores.items():
+        if kind == recipe:
+            values = (kind, network, used.learning_rate, used.epochs, used.seed)
             score = history.final("test")
             found.append(dict(zip(KEY, values, strict=True)) | {"accuracy": score.accuracy, "loss": score.loss})
     return found
@@ -107,20 +98,19 @@ def main(names: tuple[str, ...]) -> None:
     table = pd.read_csv(TABLE)
     done = set(table[["recipe", "learning_rate", "epochs", "seed"]].itertuples(index=False, name=None))
     jobs = [
-        job
+        (notebook, kind, rate, seed)
         for notebook, patterns in NOTEBOOKS.items()
         for kind, recipe in run.recipes().items()
         if any(fnmatch(kind, pattern) for pattern in patterns) and any(fnmatch(kind, name) for name in names or "*")
         for step in STEPS
         for seed in SEEDS
-        if (job := Job(notebook, kind, step * recipe["learning_rate"], seed))
-        and (kind, job.learning_rate, recipe["epochs"], seed) not in done
+        if (kind, rate := step * recipe["learning_rate"], recipe["epochs"], seed) not in done
     ]
     mpl.use("Agg")
     run.Run = Held  # type: ignore[misc]
     with execution.run_folder(PROJECT / "reports" / "rates"):
         for job in tqdm(jobs, unit="notebook", disable=False):
-            table = pd.concat([table, pd.DataFrame(rows(job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)
+            table = pd.concat([table, pd.DataFrame(rows(*job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)
             write_atomically(TABLE, table.to_csv(index=False, float_format="%g").encode())
 
 

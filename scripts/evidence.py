@@ -71,12 +71,9 @@ def _joined(claims: Sequence[Claim]) -> dict[str, dict[str, list[float | None]]]
     for i, claim in enumerate(claims):
         for name, values in (claim.measured | claim.series | claim.timings).items():
             for label, value in values.items():
-                joined.setdefault(name, {}).setdefault(label, [None] * len(claims))[i] = _rounded(value)
+                rounded = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+                joined.setdefault(name, {}).setdefault(label, [None] * len(claims))[i] = rounded
     return joined
-
-
-def _rounded(value: float | None) -> float | None:
-    return value if value is None or isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
 @click.command(cls=cli.Command)

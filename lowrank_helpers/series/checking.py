@@ -33,16 +33,9 @@ QUOTED = 12  # words of two outputs that differ, from a little before where they
 
 
 def check(
-    planned: Mapping[str, Mapping[str, Any]], *, workers: int = 1
+    planned: Mapping[str, Mapping[str, Any]], *, workers: int | None = None
 ) -> Iterator[tuple[Outcome, list[str], list[str]]]:
-    """Execute recorded notebooks into a folder of their own, and compare each as soon as it has ended.
-
-    Parameters
-    ----------
-    planned : mapping
-        As :func:`lowrank_helpers.series.execution.plan` returns it.
-    workers : int
-        How many notebooks run at once.
+    """Execute recorded notebooks into a folder of their own, as ``execute`` does, and compare each once it has ended.
 
     Yields
     ------

@@ -162,7 +162,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def execute(
-    planned: Mapping[str, Mapping[str, Any]], folder: Path, *, workers: int = 1, resume: bool = False
+    planned: Mapping[str, Mapping[str, Any]], folder: Path, *, workers: int | None = None, resume: bool = False
 ) -> Iterator[Outcome]:
     """Execute notebooks into a run folder, yielding how each ended as soon as it has.
 
@@ -176,11 +176,13 @@ def execute(
         As :func:`plan` returns it.
     folder : Path
         As :func:`run_folder` gives it; networks that it has are not trained again.
-    workers : int
-        How many notebooks run at once, each in a kernel of its own.
+    workers : int, optional
+        How many notebooks run at once, each in a kernel of its own; by default one a core.
     resume : bool
         Keep notebooks that the folder has from the same source, parameters and package.
     """
+    from dask.system import CPU_COUNT  # what containers and affinities allow; here, as its import takes a second
+
     read_by = {name: reads(name) for name in planned}
     # All here: Python 3.11 parses code into trees in one thread alone.
     fingerprints = {name: _fingerprint(name, given) for name, given in planned.items()}
@@ -190,10 +192,11 @@ def execute(
     after = {name: read_by[name] | reads(name, "loads") for name in missing}
     running: set[str] = set()
     ended: SimpleQueue[Outcome] = SimpleQueue()
+    n_free = workers or CPU_COUNT
     while missing or running:
         ready = [name for name in missing if not after[name] & {*missing, *running}]
         ready.sort(key=lambda name: -sum(name in others for others in after.values()))  # what most others wait for
-        for name in ready[: workers - len(running)]:
+        for name in ready[: n_free - len(running)]:
             missing.remove(name)
             running.add(name)
             # A thread waits for its kernel, and is a daemon: an interrupted command does not wait for it.

@@ -54,13 +54,6 @@ def saved(few, tmp_path_factory) -> tuple[Path, torch.Tensor, History]:
     return next(folder.iterdir()), weights, history
 
 
-def test_second_training_is_loaded(saved, few):
-    file, weights, history = saved
-    again, loaded = train(file.parent, few)
-    assert torch.equal(again, weights)
-    assert loaded == history, "the durations would differ had it been trained again"
-
-
 def pruned():
     model = mlp([784, 10, 10], seed=0)
     prune.l1_unstructured(model.fc1, "weight", amount=0.5)  # it computes the weight at each pass
