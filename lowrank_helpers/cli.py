@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 from tqdm import tqdm
@@ -18,13 +18,10 @@ from lowrank_helpers import PROJECT, data
 from lowrank_helpers.data import DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, parameters, results
-from lowrank_helpers.series.execution import RunError
+from lowrank_helpers.series.execution import Planned, RunError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome
 from lowrank_helpers.series.settings import Settings
-
-if TYPE_CHECKING:
-    from lowrank_helpers.series.sweep import Planned
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
@@ -168,7 +165,7 @@ def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: IO | None, output: 
 
 
 def run_points(
-    points: dict[str, "Planned"],
+    points: dict[str, Planned],
     output: Path,
     gather: Callable[[Path, dict[str, str]], str],
     *,
@@ -186,14 +183,11 @@ def run_points(
         resolve = cache(data.resolve)  # points of one dataset ask for it once
         datasets = {point: execution.settle_dataset(planned, resolve) for point, planned in points.items()}
         _warn_of_digits(datasets.values())
-        with (
-            cluster.connected(scheduler, workers) as client,
-            tqdm(total=len(points), unit="point", disable=None) as bar,
-        ):
-            for point, error in sweep.run(client, points, folder, datasets, resume=resume):
+        with cluster.connected(scheduler, workers) as client:
+            ended = sweep.run(client, points, folder, datasets, resume=resume)
+            for point, error in tqdm(ended, total=len(points), unit="point", disable=None):
                 failed |= {point: error} if error else {}
-                bar.write(f"{point}: {'failed' if error else 'done'}", file=sys.stderr)
-                bar.update()
+                tqdm.write(f"{point}: {'failed' if error else 'done'}", file=sys.stderr)
         last_word = gather(folder, failed)
     for reason in dict.fromkeys(failed.values()):
         first, *others = (name for name in failed if failed[name] == reason)

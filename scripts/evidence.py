@@ -22,7 +22,7 @@ from lowrank_helpers.series.results import read_claims
 DIGITS = 5  # of a recorded number
 
 
-def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> dict[str, sweep.Planned]:
+def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> dict[str, execution.Planned]:
     """Return the runs that make evidence of notebooks and of those that they read, one a seed.
 
     Odd seeds multiply in float32, and even ones in what is fastest here, unless a precision is given: where bfloat16

@@ -26,15 +26,9 @@ CONDITIONS = {  # what the index says of a run's environment, by label
 
 
 def render(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write a page for every executed notebook of a run folder, failed ones included, and ``index.html``.
+    """Write a page beside every executed notebook of a run folder, failed ones included, and ``index.html``.
 
-    Parameters
-    ----------
-    folder : Path
-        Holds ``<name>.ipynb`` or, of a notebook that failed, ``<name>.failed.ipynb``; the pages go beside them
-        as ``<name>.html``.
-    results : mapping
-        What :func:`lowrank_helpers.series.results.gather` returned for this folder.
+    ``results`` is what :func:`lowrank_helpers.series.results.gather` returned for this folder.
     """
     from lowrank_helpers.report import pages  # here: nbconvert takes seconds to import, too long for a refusal
 

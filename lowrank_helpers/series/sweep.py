@@ -22,15 +22,13 @@ from urllib.parse import quote
 from distributed import Client, as_completed
 
 from lowrank_helpers.series import digest, execution, parameters
-from lowrank_helpers.series.execution import RunError
+from lowrank_helpers.series.execution import Planned, RunError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import failures, software
 from lowrank_helpers.series.settings import Settings
 
 WHOLE_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
-
-Planned = dict[str, dict[str, Any]]  # one run, as execution.plan returns it
 
 
 @dataclass(frozen=True)
