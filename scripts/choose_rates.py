@@ -49,7 +49,7 @@ class Held(run.Run):
         images, labels = self.data.splits()["validation"]
         self.data = replace(self.data, test_images=images, test_labels=labels)
         self.made: list[tuple[str, Recipe]] = []
-        self.scores: dict[tuple[str, str], tuple[Recipe, History]] = {}
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
 
     def recipe(self, kind: str, **options: Any) -> Recipe:
         """Remember whose recipe it is."""
@@ -59,12 +59,13 @@ class Held(run.Run):
     def train_all(
         self, trainings: Mapping[run.Key, run.Training], **options: Any
     ) -> dict[run.Key, tuple[nn.Module, History]]:
-        """Keep the histories; a network trained twice under one name, as for the bonus, counts the second time."""
+        """Keep a row of each; a network trained twice under one name, as for the bonus, counts the second time."""
         done = super().train_all(trainings, **options)
         for key, (_, recipe, _) in trainings.items():
             (kind,) = [kind for kind, made in self.made if made is recipe]
             network = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-            self.scores[kind, network] = recipe, done[key][1]
+            values = (kind, network, recipe.learning_rate, recipe.epochs, recipe.seed)
+            self.rows[kind, network] = dict(zip(KEY, values, strict=True)) | vars(done[key][1].final("test"))
         return done
 
 
@@ -79,13 +80,7 @@ def rows(notebook: str, recipe: str, learning_rate: float, seed: int) -> list[di
                 plt.close("all")
             if "parameters" in cell.metadata.get("tags", []):
                 variables |= {name: value for name, value in given.items() if name in variables}
-    found = []
-    for (kind, network), (used, history) in variables["run"].scores.items():
-        if kind == recipe:
-            values = (kind, network, used.learning_rate, used.epochs, used.seed)
-            score = history.final("test")
-            found.append(dict(zip(KEY, values, strict=True)) | {"accuracy": score.accuracy, "loss": score.loss})
-    return found
+    return [row for row in variables["run"].rows.values() if row["recipe"] == recipe]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

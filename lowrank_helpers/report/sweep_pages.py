@@ -122,10 +122,10 @@ def _figure(x: pd.Series, values: pd.Series, colours: pd.Series | None, title: s
     """Draw means with Student's intervals: along a scale if x is a number, else by category."""
     numeric = pd.api.types.is_numeric_dtype(x)
     figure, ax = plots.panels(panel=(6.4, 3.4))
-    style: dict[str, Any]
     style = {"linestyle": "-", "native_scale": True} if numeric else {"linestyle": "none", "dodge": colours is not None}
-    style["errorbar"] = lambda case: attrgetter("low", "high")(interval(case))  # infinite of one value, and not drawn
-    sns.pointplot(x=x, y=values, hue=colours, markersize=4, linewidth=1.5, ax=ax, **style)
+    limits = attrgetter("low", "high")  # of one value they are infinite, and not drawn
+    marks = {"errorbar": lambda case: limits(interval(case)), "markersize": 4, "linewidth": 1.5}
+    sns.pointplot(x=x, y=values, hue=colours, ax=ax, **marks, **style)
     if numeric and 0 < 10 * x.min() < x.max():  # more than a decade
         ax.set_xscale("log")
     ax.set(xlabel=_words(str(x.name)), ylabel="", title=title)
