@@ -39,7 +39,8 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
     ]
     notebooks = {name: nbformat.read(file, as_version=4) for name, file in files if file.exists()}
     for name, notebook in notebooks.items():
-        html = pages.page(notebook, name=name, run=results["notebooks"][name], names=list(notebooks))
+        shown = {"name": name, "run": results["notebooks"][name], "names": list(notebooks)}
+        html, _ = pages.EXPORTER.from_notebook_node(notebook, resources=shown)
         write_atomically(folder / f"{name}.html", html.encode())
     pages.write_index(folder, "index", **_index(notebooks, results))
 

@@ -14,7 +14,6 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.filters.strings import html2text
-from nbformat import NotebookNode
 
 from lowrank_helpers import PROJECT
 from lowrank_helpers.series.store import write_atomically
@@ -87,20 +86,6 @@ def _mathml(latex: str, display: str) -> str:
 
 # One for all pages, as making it costs more than a page.
 EXPORTER = PageExporter(template_name="lowrank", template_file="page.html.j2", extra_template_basedirs=[str(TEMPLATES)])
-
-
-def page(notebook: NotebookNode, **resources: Any) -> str:
-    """Render an executed notebook.
-
-    Parameters
-    ----------
-    notebook : NotebookNode
-    **resources
-        What the template shows beside the notebook: ``name``, ``run`` (the notebook's entry in ``results.json``)
-        and ``names`` (of all pages, in order).
-    """
-    html, _ = EXPORTER.from_notebook_node(notebook, resources=resources)
-    return html
 
 
 def write_index(folder: Path, template: str, **shown: Any) -> None:

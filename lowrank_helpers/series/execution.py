@@ -288,5 +288,4 @@ def marked(notebook: nbformat.NotebookNode, mark: str) -> list[tuple[Any, nbform
 
 def outputs_checksum(notebook: nbformat.NotebookNode) -> str:
     """Hash all outputs of a notebook, which carries the hash so that no digit of them changes unseen."""
-    outputs = [[cell.id, cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
-    return digest.of_json(outputs)
+    return digest.of_json([[cell.id, cell.outputs] for cell in notebook.cells if cell.cell_type == "code"])
