@@ -67,7 +67,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
         "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
         "explorer": next((output.data["text/html"] for _, output in explorers), None),
-        "headline": [number | _headline(number, results["claims"]) for number in assignment["headline"]],
+        "headline": [number | _headline(number, claims) for number in assignment["headline"]],
         "items": items,
         "beyond": beyond,
         "rules": [rule | {"kept": rule["kept"].format(device=ran_on["Device"])} for rule in assignment["rules"]],
@@ -81,17 +81,11 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
 
 
 def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the index shows of a claim: its sentence, how it stands, its numbers, and where its evidence is."""
+    """Return a claim as it is filed, with how it stands, a table of its numbers, and where its evidence is."""
     claim = Claim.from_json({name: value for name, value in filed.items() if name != "notebook"})
     holds, measured = evidence.quoted(filed["notebook"], run["environment"]["dataset"], run["parameters"]).of(id)
-    return {
-        "claim": id,
-        "sentence": claim.sentence,
-        "holds": claim.holds,
-        "stands": verdict(claim, holds, measured),
-        "table": table(claim, measured),
-        "href": f"{filed['notebook']}.html#claim-{id}",
-    }
+    href = f"{filed['notebook']}.html#claim-{id}"
+    return {**filed, "stands": verdict(claim, holds, measured), "table": table(claim, measured), "href": href}
 
 
 def _answer(item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +104,7 @@ def _headline(number: Mapping[str, str], claims: Mapping[str, Any]) -> dict[str,
     value = (claim["measured"] | claim["timings"]).get(number["quantity"], {}).get(number.get("of", ""))
     if value is None:
         return {"text": "–"}
-    return {"text": number["format"].format(value), "href": f"{claim['notebook']}.html#claim-{number['claim']}"}
+    return {"text": number["format"].format(value), "href": claim["href"]}
 
 
 def conditions(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
