@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 from tqdm import tqdm
@@ -18,13 +18,10 @@ from lowrank_helpers import PROJECT, data
 from lowrank_helpers.data import DatasetError
 from lowrank_helpers.report import index
 from lowrank_helpers.series import execution, parameters, results
-from lowrank_helpers.series.execution import RunError
+from lowrank_helpers.series.execution import Planned, RunError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome
 from lowrank_helpers.series.settings import Settings
-
-if TYPE_CHECKING:
-    from lowrank_helpers.series.sweep import Planned
 
 BAD_INPUT = 2
 INTERRUPTED = 128 + signal.SIGINT  # as shells say it
@@ -36,12 +33,8 @@ NOTEBOOKS = click.argument("notebooks", nargs=-1)
 SET = "Set a parameter in every notebook that has it. Lists as YAML: -p widths '[784, 256, 256, 10]'."
 AXES = "seed=0..9, activation=relu,tanh, ranks='[[64, 64, 64, 64], [32, 32, 32, 32]]'"
 GIVEN = click.option("-p", "--parameter", "pairs", nargs=2, multiple=True, metavar="NAME VALUE", help=SET)
-FILE = click.option(
-    "-f",
-    "--file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Read parameters from a YAML file, one 'name: value' a line; -p goes over it.",
-)
+FROM = "Read parameters from a YAML file, one 'name: value' a line; -p goes over it."
+FILE = click.option("-f", "--file", type=click.File("rb"), help=FROM)
 WORKERS = click.option("--workers", type=click.IntRange(min=1), help="How many work at once; one a core if not given.")
 RESUME = click.option("--resume", is_flag=True, help="Keep what the folder has from the same notebooks and parameters.")
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on workers of a Dask cluster: tcp://… or tls://…")
@@ -80,11 +73,11 @@ def main() -> None:
 main.command_class = Command
 
 
-def parameters_from(pairs: Pairs, file: Path | None = None) -> dict[str, Any]:
+def parameters_from(pairs: Pairs, file: IO | None = None) -> dict[str, Any]:
     """Read parameters from a file and from the command line, which goes over the file."""
-    given: dict[str, Any] = parameters.parse(file.read_bytes(), str(file)) if file else {}
-    if not isinstance(given, dict):
-        raise ParameterError(f"{file} must hold one 'name: value' a line")
+    given: dict[str, Any] = parameters.parse(file.read(), file.name) if file else {}
+    if file and not isinstance(given, dict):
+        raise ParameterError(f"{file.name} must hold one 'name: value' a line")
     return given | {name: parameters.parse(value, f"parameter {name}") for name, value in pairs}
 
 
@@ -105,7 +98,7 @@ def _choices() -> str:
 @OUTPUT(default=PROJECT / "reports" / "latest", help="The run's folder; reports/latest if not given.")
 @WORKERS
 @RESUME
-def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers: int | None, resume: bool) -> None:
+def run(notebooks: Names, pairs: Pairs, file: IO | None, output: Path, workers: int | None, resume: bool) -> None:
     """Execute NOTEBOOKS (all, if none is named) side by side, then render pages, index.html and results.json.
 
     \b
@@ -116,8 +109,6 @@ def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers
       lowrank run -p dataset fashion_mnist -o reports/fashion
       lowrank run -f mine.yaml -p seed 1
     """  # noqa: D301
-    from dask.system import CPU_COUNT  # what containers and affinities allow
-
     start = time.perf_counter()
     planned = execution.plan(notebooks, parameters_from(pairs, file))
     dataset = execution.settle_dataset(planned)
@@ -125,7 +116,7 @@ def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers
     outcomes: list[Outcome] = []
     with execution.run_folder(output, replace(Settings.of_command(), auto_dataset=dataset)) as folder:
         try:
-            for outcome in execution.execute(planned, folder, workers=workers or CPU_COUNT, resume=resume):
+            for outcome in execution.execute(planned, folder, workers=workers, resume=resume):
                 tqdm.write(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s")
                 outcomes.append(outcome)
         finally:
@@ -149,7 +140,7 @@ def run(notebooks: Names, pairs: Pairs, file: Path | None, output: Path, workers
 @RESUME
 @WORKERS
 @SCHEDULER
-def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: Path | None, output: Path, **how: Any) -> None:
+def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: IO | None, output: Path, **how: Any) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
     \b
@@ -174,7 +165,7 @@ def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: Path | None, output
 
 
 def run_points(
-    points: dict[str, "Planned"],
+    points: dict[str, Planned],
     output: Path,
     gather: Callable[[Path, dict[str, str]], str],
     *,
@@ -189,16 +180,14 @@ def run_points(
         fail("--workers starts workers here; with --scheduler the cluster has its own")
     failed: dict[str, str] = {}
     with execution.locked(output) as folder:
-        datasets = sweep.settle_datasets(points)
+        resolve = cache(data.resolve)  # points of one dataset ask for it once
+        datasets = {point: execution.settle_dataset(planned, resolve) for point, planned in points.items()}
         _warn_of_digits(datasets.values())
-        with (
-            cluster.connected(scheduler, workers) as client,
-            tqdm(total=len(points), unit="point", disable=None) as bar,
-        ):
-            for point, error in sweep.run(client, points, folder, datasets, resume=resume):
+        with cluster.connected(scheduler, workers) as client:
+            ended = sweep.run(client, points, folder, datasets, resume=resume)
+            for point, error in tqdm(ended, total=len(points), unit="point", disable=None):
                 failed |= {point: error} if error else {}
-                bar.write(f"{point}: {'failed' if error else 'done'}", file=sys.stderr)
-                bar.update()
+                tqdm.write(f"{point}: {'failed' if error else 'done'}", file=sys.stderr)
         last_word = gather(folder, failed)
     for reason in dict.fromkeys(failed.values()):
         first, *others = (name for name in failed if failed[name] == reason)
@@ -220,14 +209,12 @@ def check(notebooks: Names, pairs: Pairs, workers: int | None) -> None:
       lowrank check
       lowrank check 02_train -p precision float32
     """  # noqa: D301
-    from dask.system import CPU_COUNT
-
     from lowrank_helpers.series import checking
 
     planned = execution.plan(execution.with_what_they_read(notebooks), parameters_from(pairs))
     data.resolve("mnist")  # on which the notebooks are recorded: here, that it is said once if it cannot be had
     n_faults = 0
-    for outcome, faults, remarks in checking.check(planned, workers=workers or CPU_COUNT):
+    for outcome, faults, remarks in checking.check(planned, workers=workers):
         tqdm.write(f"{outcome.notebook:16} {'differs' if faults else 'agrees':7} {outcome.seconds:7.1f} s")
         for line in [*faults, *(f"({remark})" for remark in remarks)]:
             tqdm.write(f"  {line}")

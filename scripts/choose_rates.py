@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from fnmatch import fnmatch
 from io import StringIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import matplotlib as mpl
@@ -41,15 +41,6 @@ KEY = ["recipe", "network", "learning_rate", "epochs", "seed"]
 GIVEN = {"dataset": "mnist"}
 
 
-class Job(NamedTuple):
-    """A recipe with another rate, and the notebook that trains by it."""
-
-    notebook: str
-    recipe: str
-    learning_rate: float
-    seed: int
-
-
 class Held(run.Run):
     """A run whose test set is the validation images, and which keeps how each network did on them."""
 
@@ -58,7 +49,7 @@ class Held(run.Run):
         images, labels = self.data.splits()["validation"]
         self.data = replace(self.data, test_images=images, test_labels=labels)
         self.made: list[tuple[str, Recipe]] = []
-        self.scores: dict[tuple[str, str], tuple[Recipe, History]] = {}
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
 
     def recipe(self, kind: str, **options: Any) -> Recipe:
         """Remember whose recipe it is."""
@@ -68,33 +59,28 @@ class Held(run.Run):
     def train_all(
         self, trainings: Mapping[run.Key, run.Training], **options: Any
     ) -> dict[run.Key, tuple[nn.Module, History]]:
-        """Keep the histories; a network trained twice under one name, as for the bonus, counts the second time."""
+        """Keep a row of each; a network trained twice under one name, as for the bonus, counts the second time."""
         done = super().train_all(trainings, **options)
         for key, (_, recipe, _) in trainings.items():
             (kind,) = [kind for kind, made in self.made if made is recipe]
             network = ", ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-            self.scores[kind, network] = recipe, done[key][1]
+            values = (kind, network, recipe.learning_rate, recipe.epochs, recipe.seed)
+            self.rows[kind, network] = dict(zip(KEY, values, strict=True)) | vars(done[key][1].final("test"))
         return done
 
 
-def rows(job: Job) -> list[dict[str, Any]]:
-    """Execute the notebook and return a row for each network of the recipe."""
-    given = GIVEN | {"seed": job.seed, "recipes": {job.recipe: {"learning_rate": job.learning_rate}}}
+def rows(notebook: str, recipe: str, learning_rate: float, seed: int) -> list[dict[str, Any]]:
+    """Execute a notebook that trains by a recipe, at another rate, and return a row for each network of the recipe."""
+    given = GIVEN | {"seed": seed, "recipes": {recipe: {"learning_rate": learning_rate}}}
     variables: dict[str, Any] = {"__name__": "__main__"}
     with redirect_stdout(StringIO()):
-        for cell in nbformat.read(execution.notebook_path(job.notebook), as_version=4).cells:
+        for cell in nbformat.read(execution.notebook_path(notebook), as_version=4).cells:
             if cell.cell_type == "code":
-                exec(compile(cell.source, f"{job.notebook}, {cell.id}", "exec"), variables)
+                exec(compile(cell.source, f"{notebook}, {cell.id}", "exec"), variables)
                 plt.close("all")
             if "parameters" in cell.metadata.get("tags", []):
                 variables |= {name: value for name, value in given.items() if name in variables}
-    found = []
-    for (kind, network), (recipe, history) in variables["run"].scores.items():
-        if kind == job.recipe:
-            values = (kind, network, recipe.learning_rate, recipe.epochs, recipe.seed)
-            score = history.final("test")
-            found.append(dict(zip(KEY, values, strict=True)) | {"accuracy": score.accuracy, "loss": score.loss})
-    return found
+    return [row for row in variables["run"].rows.values() if row["recipe"] == recipe]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -107,20 +93,19 @@ def main(names: tuple[str, ...]) -> None:
     table = pd.read_csv(TABLE)
     done = set(table[["recipe", "learning_rate", "epochs", "seed"]].itertuples(index=False, name=None))
     jobs = [
-        job
+        (notebook, kind, rate, seed)
         for notebook, patterns in NOTEBOOKS.items()
         for kind, recipe in run.recipes().items()
         if any(fnmatch(kind, pattern) for pattern in patterns) and any(fnmatch(kind, name) for name in names or "*")
         for step in STEPS
         for seed in SEEDS
-        if (job := Job(notebook, kind, step * recipe["learning_rate"], seed))
-        and (kind, job.learning_rate, recipe["epochs"], seed) not in done
+        if (kind, rate := step * recipe["learning_rate"], recipe["epochs"], seed) not in done
     ]
     mpl.use("Agg")
     run.Run = Held  # type: ignore[misc]
     with execution.run_folder(PROJECT / "reports" / "rates"):
         for job in tqdm(jobs, unit="notebook", disable=False):
-            table = pd.concat([table, pd.DataFrame(rows(job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)
+            table = pd.concat([table, pd.DataFrame(rows(*job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)
             write_atomically(TABLE, table.to_csv(index=False, float_format="%g").encode())
 
 

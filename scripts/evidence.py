@@ -22,7 +22,7 @@ from lowrank_helpers.series.results import read_claims
 DIGITS = 5  # of a recorded number
 
 
-def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> dict[str, sweep.Planned]:
+def points_of(names: Sequence[str], seeds: Sequence[int], given: Mapping[str, Any]) -> dict[str, execution.Planned]:
     """Return the runs that make evidence of notebooks and of those that they read, one a seed.
 
     Odd seeds multiply in float32, and even ones in what is fastest here, unless a precision is given: where bfloat16
@@ -71,12 +71,9 @@ def _joined(claims: Sequence[Claim]) -> dict[str, dict[str, list[float | None]]]
     for i, claim in enumerate(claims):
         for name, values in (claim.measured | claim.series | claim.timings).items():
             for label, value in values.items():
-                joined.setdefault(name, {}).setdefault(label, [None] * len(claims))[i] = _rounded(value)
+                rounded = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+                joined.setdefault(name, {}).setdefault(label, [None] * len(claims))[i] = rounded
     return joined
-
-
-def _rounded(value: float | None) -> float | None:
-    return value if value is None or isinstance(value, int) else float(f"{value:.{DIGITS}g}")
 
 
 @click.command(cls=cli.Command)

@@ -174,16 +174,16 @@ def write(folder: Path, analysis: Analysis) -> None:
         "PyTorch": environment["versions"]["torch"],
         "Git revision": environment["revision"],
     }
-    template = pages.environment().get_template("analysis.html.j2")
-    html = template.render(
-        results,
+    pages.write_index(
+        folder,
+        "analysis",
+        **results,
         conditions=conditions,
         figure=pages.picture(*_figure(table), ALT),
         table=_shown(table).to_html(**NUMBERS),
         meaning=MEANING,
         notes=notes(analysis),
     )
-    write_atomically(folder / "index.html", html.encode())
 
 
 def _figure(table: pd.DataFrame) -> tuple[bytes, int, int]:

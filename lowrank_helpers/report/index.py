@@ -1,7 +1,6 @@
 """Renders a run folder: one page a notebook, and an index of the assignment's items."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +26,36 @@ CONDITIONS = {  # what the index says of a run's environment, by label
 
 
 def render(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write a page for every executed notebook of a run folder, failed ones included, and ``index.html``.
+    """Write a page beside every executed notebook of a run folder, failed ones included, and ``index.html``.
 
-    Parameters
-    ----------
-    folder : Path
-        Holds ``<name>.ipynb`` or, of a notebook that failed, ``<name>.failed.ipynb``; the pages go beside them
-        as ``<name>.html``.
-    results : mapping
-        What :func:`lowrank_helpers.series.results.gather` returned for this folder.
+    ``results`` is what :func:`lowrank_helpers.series.results.gather` returned for this folder.
     """
     from lowrank_helpers.report import pages  # here: nbconvert takes seconds to import, too long for a refusal
 
-    notebooks = _executed(folder, results["notebooks"])
+    files = [
+        (name, folder / f"{name}{ending}")
+        for name in sorted(results["notebooks"])
+        for ending in (".ipynb", ".failed.ipynb")
+    ]
+    notebooks = {name: nbformat.read(file, as_version=4) for name, file in files if file.exists()}
     for name, notebook in notebooks.items():
-        html = pages.page(notebook, name=name, run=results["notebooks"][name], names=list(notebooks))
+        shown = {"name": name, "run": results["notebooks"][name], "names": list(notebooks)}
+        html, _ = pages.EXPORTER.from_notebook_node(notebook, resources=shown)
         write_atomically(folder / f"{name}.html", html.encode())
-    template = pages.environment().get_template("index.html.j2")
-    write_atomically(folder / "index.html", template.render(_index(notebooks, results)).encode())
-
-
-def _executed(folder: Path, names: Iterable[str]) -> dict[str, NotebookNode]:
-    """Read the executed notebooks of a run folder, by name and in order."""
-    files = [(name, folder / f"{name}{ending}") for name in sorted(names) for ending in (".ipynb", ".failed.ipynb")]
-    return {name: nbformat.read(file, as_version=4) for name, file in files if file.exists()}
+    pages.write_index(folder, "index", **_index(notebooks, results))
 
 
 def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template of the index shows."""
     runs = results["notebooks"]
     claims = {id: _shown(id, filed, runs[filed["notebook"]]) for id, filed in results["claims"].items()}
-    figures = {item: figure for notebook in notebooks.values() for item, figure in _key_figures(notebook).items()}
+    figures = {  # which a notebook shows as `plots.show(…, key=item)`, with text and size
+        item: {**output.metadata["image/png"], "png": output.data["image/png"].strip()}
+        for notebook in notebooks.values()
+        for item, output in marked(notebook, "figure")
+    }
     explorers = [found for notebook in notebooks.values() for found in marked(notebook, "explorer")]
-    assignment = _assignment()
+    assignment = yaml.safe_load(ASSIGNMENT.read_text())
     items, beyond = (
         [item | _answer(item, claims, runs) | {"figure": figures.get(item["id"])} for item in assignment[part]]
         for part in ("items", "beyond")
@@ -71,7 +67,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
         "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
         "explorer": next((output.data["text/html"] for _, output in explorers), None),
-        "headline": [number | _headline(number, results["claims"]) for number in assignment["headline"]],
+        "headline": [number | _headline(number, claims) for number in assignment["headline"]],
         "items": items,
         "beyond": beyond,
         "rules": [rule | {"kept": rule["kept"].format(device=ran_on["Device"])} for rule in assignment["rules"]],
@@ -84,26 +80,12 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
     }
 
 
-@cache
-def _assignment() -> dict[str, Any]:
-    assignment: dict[str, Any] = yaml.safe_load(ASSIGNMENT.read_text())
-    return assignment
-
-
 def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the index shows of a claim: its sentence, how it stands, its numbers, and where its evidence is."""
+    """Return a claim as it is filed, with how it stands, a table of its numbers, and where its evidence is."""
     claim = Claim.from_json({name: value for name, value in filed.items() if name != "notebook"})
-    recorded = evidence.quoted(filed["notebook"], run["environment"]["dataset"], run["parameters"])
-    holds, measured = recorded.of(id)
-    stands = verdict(claim, holds, measured)
-    return {
-        "claim": id,
-        "sentence": claim.sentence,
-        "holds": claim.holds,
-        "stands": stands,
-        "table": table(claim, measured),
-        "href": f"{filed['notebook']}.html#claim-{id}",
-    }
+    holds, measured = evidence.quoted(filed["notebook"], run["environment"]["dataset"], run["parameters"]).of(id)
+    href = f"{filed['notebook']}.html#claim-{id}"
+    return {**filed, "stands": verdict(claim, holds, measured), "table": table(claim, measured), "href": href}
 
 
 def _answer(item: Mapping[str, str], claims: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +104,7 @@ def _headline(number: Mapping[str, str], claims: Mapping[str, Any]) -> dict[str,
     value = (claim["measured"] | claim["timings"]).get(number["quantity"], {}).get(number.get("of", ""))
     if value is None:
         return {"text": "–"}
-    return {"text": number["format"].format(value), "href": f"{claim['notebook']}.html#claim-{number['claim']}"}
+    return {"text": number["format"].format(value), "href": claim["href"]}
 
 
 def conditions(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -137,11 +119,3 @@ def conditions(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def stand_in(runs: Iterable[Mapping[str, Any]]) -> bool:
     """Say whether digits stand in for MNIST, which could not be had."""
     return any(run["parameters"]["dataset"] == "auto" and run["environment"]["dataset"] == "digits" for run in runs)
-
-
-def _key_figures(notebook: NotebookNode) -> dict[str, dict[str, Any]]:
-    """Return, by item, the figures that a notebook shows as ``plots.show(…, key=item)``, with text and size."""
-    return {
-        item: {**output.metadata["image/png"], "png": output.data["image/png"].strip()}
-        for item, output in marked(notebook, "figure")
-    }

@@ -5,19 +5,18 @@ Imported only where pages are written: nbconvert takes seconds to import.
 
 import base64
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, pass_context
+from jinja2 import pass_context
 from jinja2.runtime import Context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.filters.strings import html2text
-from nbformat import NotebookNode
 
 from lowrank_helpers import PROJECT
+from lowrank_helpers.series.store import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -85,32 +84,16 @@ def _mathml(latex: str, display: str) -> str:
     return re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<m[^o])", r'\1<mspace width="0.167em"/>', math)
 
 
-@cache
-def exporter() -> PageExporter:
-    """Return the exporter: one for all pages, as making it costs more than a page."""
-    return PageExporter(template_name="lowrank", template_file="page.html.j2", extra_template_basedirs=[str(TEMPLATES)])
+# One for all pages, as making it costs more than a page.
+EXPORTER = PageExporter(template_name="lowrank", template_file="page.html.j2", extra_template_basedirs=[str(TEMPLATES)])
 
 
-def page(notebook: NotebookNode, **resources: Any) -> str:
-    """Render an executed notebook.
-
-    Parameters
-    ----------
-    notebook : NotebookNode
-    **resources
-        What the template shows beside the notebook: ``name``, ``run`` (the notebook's entry in ``results.json``)
-        and ``names`` (of all pages, in order).
-    """
-    html, _ = exporter().from_notebook_node(notebook, resources=resources)
-    return html
+def write_index(folder: Path, template: str, **shown: Any) -> None:
+    """Write ``index.html``, a page that is no notebook, from the template of this name."""
+    html = EXPORTER.environment.get_template(f"{template}.html.j2").render(shown)
+    write_atomically(folder / "index.html", html.encode())
 
 
 def picture(png: bytes, width: int, height: int, alt: str) -> dict[str, Any]:
     """Return what the templates' macro of this name shows, from a figure that :func:`plots.drawn` drew."""
     return {"png": base64.b64encode(png).decode(), "alt": alt, "width": width, "height": height}
-
-
-def environment() -> Environment:
-    """Return the templates' environment, for a page that is no notebook."""
-    templates: Environment = exporter().environment
-    return templates

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,21 @@ def write(folder: Path, sweep: Sweep, points: Sequence[str], failed: Mapping[str
     runs = [run for found in gathered.values() for run in found.values()]
     numbers = table(gathered)
     write_atomically(folder / "table.csv", numbers.to_csv(index=False).encode())
-    page = pages.environment().get_template("sweep.html.j2")
     swept = {
         "Notebooks": ", ".join(sweep.notebooks) or "all",
         **{f"Swept: {name}": ", ".join(map(as_text, values)) for name, values in sweep.grid.items()},
         **{f"Fixed: {name}": as_text(value) for name, value in sweep.parameters.items()},
         "Points": f"{len(points)}, {len(failed)} failed" if failed else str(len(points)),
     }
-    shown = page.render(
+    pages.write_index(
+        folder,
+        "sweep",
         name=folder.name,
         conditions=swept | conditions(runs),
         failed=failed,
         stand_in=stand_in(runs),
         chapters=_chapters(numbers, runs, sweep),
     )
-    write_atomically(folder / "index.html", shown.encode())
 
 
 def table(gathered: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -122,7 +123,9 @@ def _figure(x: pd.Series, values: pd.Series, colours: pd.Series | None, title: s
     numeric = pd.api.types.is_numeric_dtype(x)
     figure, ax = plots.panels(panel=(6.4, 3.4))
     style = {"linestyle": "-", "native_scale": True} if numeric else {"linestyle": "none", "dodge": colours is not None}
-    sns.pointplot(x=x, y=values, hue=colours, errorbar=_limits, markersize=4, linewidth=1.5, ax=ax, **style)
+    limits = attrgetter("low", "high")  # of one value they are infinite, and not drawn
+    marks = {"errorbar": lambda case: limits(interval(case)), "markersize": 4, "linewidth": 1.5}
+    sns.pointplot(x=x, y=values, hue=colours, ax=ax, **marks, **style)
     if numeric and 0 < 10 * x.min() < x.max():  # more than a decade
         ax.set_xscale("log")
     ax.set(xlabel=_words(str(x.name)), ylabel="", title=title)
@@ -130,11 +133,6 @@ def _figure(x: pd.Series, values: pd.Series, colours: pd.Series | None, title: s
     if colours is not None:
         sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return figure
-
-
-def _limits(values: pd.Series) -> tuple[float, float]:
-    found = interval(values)
-    return found.low, found.high  # of one value they are infinite, and not drawn
 
 
 def _words(column: str) -> str:

@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from lowrank_helpers.series import evidence, execution
-from lowrank_helpers.series.execution import RunError
+from lowrank_helpers.series.execution import Planned, RunError
 from lowrank_helpers.series.results import Outcome, failures, read_claims
 
 NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:[eE][-+]?\d+)?")  # not of fc1 or v2.1
@@ -32,17 +32,8 @@ KEYS = ("exact", "unchecked")
 QUOTED = 12  # words of two outputs that differ, from a little before where they part
 
 
-def check(
-    planned: Mapping[str, Mapping[str, Any]], *, workers: int = 1
-) -> Iterator[tuple[Outcome, list[str], list[str]]]:
-    """Execute recorded notebooks into a folder of their own, and compare each as soon as it has ended.
-
-    Parameters
-    ----------
-    planned : mapping
-        As :func:`lowrank_helpers.series.execution.plan` returns it.
-    workers : int
-        How many notebooks run at once.
+def check(planned: Planned, *, workers: int | None = None) -> Iterator[tuple[Outcome, list[str], list[str]]]:
+    """Execute recorded notebooks into a folder of their own, as ``execute`` does, and compare each once it has ended.
 
     Yields
     ------

@@ -20,16 +20,10 @@ Recorded = Mapping[str, Mapping[str, Sequence[float | None]]]  # the same, with 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A statement about two numbers of one quantity, which the recorded runs decide.
+    """A statement about two labels of one quantity, which the recorded runs decide.
 
-    Attributes
-    ----------
-    quantity, first, second : str
-        The quantity's name and the two labels.
-    relation : {"larger", "smaller", "alike"}
-        What the claim says of the first beside the second.
-    counts : float
-        The least relative difference that matters, from :mod:`lowrank_helpers.series.counts`.
+    The ``relation`` of the first to the second is ``larger``, ``smaller`` or ``alike``. ``counts`` is the least
+    relative difference that matters.
     """
 
     quantity: str
@@ -41,20 +35,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence and what this run measured.
+    """A sentence and what this run measured: :meth:`lowrank_helpers.series.run.Run.claim` says what each field means.
 
-    Attributes
-    ----------
-    id : str
-        An item of the assignment, ``"3.1"``, or a part of one, ``"3.1/stable_rank"``.
-    sentence : str
-        Markdown without measured numbers.
-    holds : bool or None
-        Whether it holds in this run; None for a claim that only several runs decide.
-    comparisons : list of Comparison
-        What such a claim says of averages.
-    measured, series, timings : Quantities
-        What the run measured: shown as a table; drawn in figures; and times, on which no two machines agree.
+    ``holds`` is None for a claim that only several runs decide; its ``comparisons`` say what must hold on average.
     """
 
     id: str

@@ -28,6 +28,8 @@ NOTEBOOK_FOLDER = PROJECT / "notebooks"
 ENDINGS = (".ipynb", ".failed.ipynb", ".html")  # of what a run folder has of a notebook
 LOCK = ".lock"  # in a locked folder: which process locked it
 
+Planned = dict[str, dict[str, Any]]  # one run: by notebook the parameters that it gets
+
 # Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
 KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
 
@@ -57,7 +59,7 @@ def with_what_they_read(names: Sequence[str]) -> list[str]:
     return sorted({*names}.union(*map(reads, known)))
 
 
-def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def plan(names: Sequence[str], given: Mapping[str, Any]) -> Planned:
     """Decide which parameters each notebook gets, and check them all before anything runs.
 
     Parameters
@@ -69,7 +71,7 @@ def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, 
 
     Returns
     -------
-    dict
+    Planned
         For every notebook to run, in the series' order, the given parameters that it declares.
 
     Raises
@@ -98,7 +100,7 @@ def plan(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, 
     return planned
 
 
-def settle_dataset(planned: Mapping[str, Mapping[str, Any]], resolve: Callable[[str, str], str] = data.resolve) -> str:
+def settle_dataset(planned: Planned, resolve: Callable[[str, str], str] = data.resolve) -> str:
     """Find out once, for all kernels, what the run's dataset is, and return it; download it if need be.
 
     Raises
@@ -107,7 +109,7 @@ def settle_dataset(planned: Mapping[str, Mapping[str, Any]], resolve: Callable[[
         The dataset cannot be had or is damaged.
     """
     name, given = next(iter(planned.items()))
-    values = parameters.declared(notebook_path(name)) | dict(given)
+    values = parameters.declared(notebook_path(name)) | given
     return resolve(values["dataset"], values["data_dir"])
 
 
@@ -161,9 +163,7 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink()
 
 
-def execute(
-    planned: Mapping[str, Mapping[str, Any]], folder: Path, *, workers: int = 1, resume: bool = False
-) -> Iterator[Outcome]:
+def execute(planned: Planned, folder: Path, *, workers: int | None = None, resume: bool = False) -> Iterator[Outcome]:
     """Execute notebooks into a run folder, yielding how each ended as soon as it has.
 
     An executed notebook appears under its own name only when all its cells ran. One that failed is left as
@@ -172,15 +172,18 @@ def execute(
 
     Parameters
     ----------
-    planned : mapping
+    planned : Planned
         As :func:`plan` returns it.
     folder : Path
         As :func:`run_folder` gives it; networks that it has are not trained again.
-    workers : int
-        How many notebooks run at once, each in a kernel of its own.
+    workers : int, optional
+        How many notebooks run at once, each in a kernel of its own; by default one a core.
     resume : bool
         Keep notebooks that the folder has from the same source, parameters and package.
     """
+    from dask.system import CPU_COUNT  # what containers and affinities allow; here, as its import takes a second
+
+    workers = workers or CPU_COUNT
     read_by = {name: reads(name) for name in planned}
     # All here: Python 3.11 parses code into trees in one thread alone.
     fingerprints = {name: _fingerprint(name, given) for name, given in planned.items()}
@@ -204,7 +207,7 @@ def execute(
         yield outcome
 
 
-def _execute(name: str, given: Mapping[str, Any], folder: Path, fingerprint: str) -> Outcome:
+def _execute(name: str, given: dict[str, Any], folder: Path, fingerprint: str) -> Outcome:
     import papermill  # here, not above: its import takes seconds, which a refusal need not wait for
 
     partial = folder / f".{name}{TEMPORARY}.ipynb"
@@ -218,7 +221,7 @@ def _execute(name: str, given: Mapping[str, Any], folder: Path, fingerprint: str
             papermill.execute_notebook(
                 notebook_path(name),
                 partial,
-                parameters=dict(given),
+                parameters=given,
                 resources={"metadata": {"path": str(NOTEBOOK_FOLDER)}},  # papermill's cwd is of all threads
                 kernel_name="python3",
                 progress_bar={"desc": name, "unit": "cell", "disable": None},  # in a terminal alone
@@ -247,12 +250,10 @@ def _finish(partial: Path, target: Path, fingerprint: str, seconds: float) -> No
     partial.unlink()
 
 
-def _fingerprint(name: str, given: Mapping[str, Any]) -> str:
+def _fingerprint(name: str, given: dict[str, Any]) -> str:
     """Hash what determines an executed notebook: its text, which it shows, parameters, package and libraries."""
     text = [cell.source for cell in nbformat.read(notebook_path(name), as_version=4).cells]
-    return digest.of_json(
-        [text, digest.of_package(), dict(given), Settings.inherited().auto_dataset, software()["versions"]]
-    )
+    return digest.of_json([text, digest.of_package(), given, Settings.inherited().auto_dataset, software()["versions"]])
 
 
 def _kept(fingerprints: Mapping[str, str], read_by: Mapping[str, set[str]], folder: Path) -> dict[str, Outcome]:
@@ -287,5 +288,4 @@ def marked(notebook: nbformat.NotebookNode, mark: str) -> list[tuple[Any, nbform
 
 def outputs_checksum(notebook: nbformat.NotebookNode) -> str:
     """Hash all outputs of a notebook, which carries the hash so that no digit of them changes unseen."""
-    outputs = [[cell.id, cell.outputs] for cell in notebook.cells if cell.cell_type == "code"]
-    return digest.of_json(outputs)
+    return digest.of_json([[cell.id, cell.outputs] for cell in notebook.cells if cell.cell_type == "code"])

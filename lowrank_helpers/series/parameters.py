@@ -5,9 +5,10 @@ A name means the same in every notebook, so one table serves the command line an
 
 import ast
 import math
+import operator
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -129,57 +130,51 @@ def check(parameters: Mapping[str, Any]) -> None:
         A name is unknown, a value is not allowed, a rank is above min(n, m) of its layer, or the device is not
         on this machine.
     """
-    for complaint in _complaints(parameters):
-        raise ParameterError(f"parameter {complaint}")
+    _check_each(parameters, RULES)
+    for kind, recipe in parameters.get("recipes", {}).items():
+        where = f"recipes = {parameters['recipes']}: "
+        if kind not in recipes():
+            raise ParameterError(f"parameter {where}{kind!r} is unknown; allowed: {', '.join(recipes())}")
+        _check_each(recipe, RECIPE_RULES, f"{where}{kind}.")
+    if "big_widths" in parameters:
+        _check_each(parameters, RULES | _of_big_network(list(pairwise(parameters["big_widths"]))))
+    if {"widths", "rank", "layers"} <= parameters.keys():
+        adapted = choose_layers(list(pairwise(parameters["widths"])), parameters["layers"])
+        if parameters["rank"] > (most := min(map(min, adapted))):
+            what = f"above min(n, m) of a layer that layers = {parameters['layers']!r} adapts"
+            raise ParameterError(f"parameter rank = {parameters['rank']} is {what}; allowed: 1 to {most}")
     try:
         pick_device(parameters.get("device", "auto"))
     except ValueError as error:
         raise ParameterError(str(error)) from error
 
 
-def _complaints(given: Mapping[str, Any]) -> Iterator[str]:
-    """Say what is wrong with values one by one, then inside them and between them."""
-    yield from _refused(given, RULES)
-    for kind, recipe in given.get("recipes", {}).items():
-        if kind not in recipes():
-            yield f"recipes = {given['recipes']}: {kind!r} is unknown; allowed: {', '.join(recipes())}"
-        yield from (f"recipes = {given['recipes']}: {kind}.{said}" for said in _refused(recipe, RECIPE_RULES))
-    if "big_widths" in given:
-        yield from _of_big_network(given, list(pairwise(given["big_widths"])))
-    if {"widths", "rank", "layers"} <= given.keys():
-        adapted = choose_layers(list(pairwise(given["widths"])), given["layers"])
-        if given["rank"] > (most := min(map(min, adapted))):
-            yield (
-                f"rank = {given['rank']} is above min(n, m) of a layer that layers = {given['layers']!r} adapts; "
-                f"allowed: 1 to {most}"
-            )
-
-
-def _refused(given: Mapping[str, Any], rules: Mapping[str, Rule]) -> Iterator[str]:
+def _check_each(given: Mapping[str, Any], rules: Mapping[str, Rule], where: str = "") -> None:
     for name, value in given.items():
         if name not in rules:
-            yield f"{name} is unknown; allowed: {', '.join(rules)}"
-        elif not rules[name].accepts(value):
-            yield f"{name} = {value!r} is not allowed; allowed: {rules[name].allowed}"
+            raise ParameterError(f"parameter {where}{name} is unknown; allowed: {', '.join(rules)}")
+        if not rules[name].accepts(value):
+            raise ParameterError(f"parameter {where}{name} = {value!r} is not allowed; allowed: {rules[name].allowed}")
 
 
-def _of_big_network(given: Mapping[str, Any], shapes: list[tuple[int, int]]) -> Iterator[str]:
-    """Compare ranks and budgets with the layers of ``big_widths``; the last layer is never cut."""
+def _of_big_network(shapes: list[tuple[int, int]]) -> dict[str, Rule]:
+    """Return what ranks and budgets allow beside the layers of ``big_widths``; the last layer is never cut."""
     *hidden, last = shapes
     full = [min(shape) for shape in hidden]
-    for name in ("ranks", "small_ranks", "layer_shares"):
-        values = given.get(name, full)
-        if len(values) != len(full):
-            yield f"{name} = {values} is not allowed; allowed: one for each hidden layer, {len(full)}"
-        elif any(value > most for value, most in zip(values, full, strict=True)):
-            yield f"{name} = {values} is not allowed; allowed: at most the layers' full ranks, {full}"
-    if max(given.get("rank_grid", [1])) > max(full):
-        yield f"rank_grid = {given['rank_grid']} is not allowed; allowed: at most the largest full rank, {max(full)}"
+    each = f"one for each hidden layer, {len(full)}"
+    by_layer = Rule(
+        lambda ranks: len(ranks) == len(full) and all(map(operator.le, ranks, full)),
+        f"{each}, and at most the layers' full ranks, {full}",
+    )
     least = sum(n + m for n, m in hidden) + math.prod(last)  # one direction in every hidden layer
     most = sum(n * m for n, m in shapes)
-    if not all(least <= budget <= most for budget in given.get("cut_budgets", [])):
-        limits = f"{least:,}, one direction in every hidden layer of big_widths, to {most:,}, the dense network"
-        yield f"cut_budgets = {given['cut_budgets']} is not allowed; allowed: parameters from {limits}"
+    limits = f"{least:,}, one direction in every hidden layer of big_widths, to {most:,}, the dense network"
+    return {
+        **dict.fromkeys(("ranks", "small_ranks"), by_layer),
+        "layer_shares": Rule(lambda shares: len(shares) == len(full), each),
+        "rank_grid": Rule(lambda ranks: max(ranks) <= max(full), f"at most the largest full rank, {max(full)}"),
+        "cut_budgets": Rule(lambda budgets: all(least <= x <= most for x in budgets), f"parameters from {limits}"),
+    }
 
 
 def choose_layers(items: list[Any], layers: str) -> list[Any]:

@@ -21,17 +21,14 @@ from urllib.parse import quote
 
 from distributed import Client, as_completed
 
-from lowrank_helpers import data
 from lowrank_helpers.series import digest, execution, parameters
-from lowrank_helpers.series.execution import RunError
+from lowrank_helpers.series.execution import Planned, RunError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import failures, software
 from lowrank_helpers.series.settings import Settings
 
 WHOLE_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 MAX_POINTS = 10_000  # of a sweep: days of work for a cluster, and what the page can still show
-
-Planned = dict[str, dict[str, Any]]  # one run, as execution.plan returns it
 
 
 @dataclass(frozen=True)
@@ -115,18 +112,6 @@ def _name_of(setting: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={quote(as_text(value), safe='')}" for name, value in setting.items())
 
 
-def settle_datasets(points: Mapping[str, Planned]) -> dict[str, str]:
-    """Find out once, for all workers, which dataset each point runs on; download what is missing.
-
-    Raises
-    ------
-    DatasetError
-        A dataset cannot be had or is damaged.
-    """
-    resolve = cache(data.resolve)
-    return {point: execution.settle_dataset(planned, resolve) for point, planned in points.items()}
-
-
 def run(
     client: Client, points: Mapping[str, Planned], folder: Path, datasets: Mapping[str, str], *, resume: bool
 ) -> Iterator[tuple[str, str]]:
@@ -139,7 +124,7 @@ def run(
     folder : Path
         The sweep's, locked by this process.
     datasets : mapping of str to str
-        As :func:`settle_datasets` returned it.
+        Of each point, as :func:`execution.settle_dataset` returned it.
     resume : bool
         Keep what an earlier sweep left of the points.
 
@@ -160,7 +145,9 @@ def run(
             given = point, planned, folder, needed, replace(settings, auto_dataset=datasets[point])
             futures[client.submit(run_point, *given, retries=1, pure=False)] = point
         for future in as_completed(futures):
-            yield futures[future], _error(future.exception())
+            raised = future.exception()
+            kind = "" if raised is None or isinstance(raised, RunError) else f"{type(raised).__name__}: "
+            yield futures[future], f"{kind}{raised or ''}"
         execution.remove_leftovers(folder / "networks")  # of workers that were killed
     except (OSError, CancelledError) as error:
         raise RunError("the scheduler is lost; add --resume to go on") from error
@@ -176,12 +163,6 @@ def _clear(points: Iterable[str], folder: Path) -> None:
                 shutil.rmtree(earlier)
         except OSError as error:
             raise RunError(f"cannot remove {earlier}: {error.strerror or error}") from error
-
-
-def _error(raised: BaseException | None) -> str:
-    if raised is None or isinstance(raised, RunError):
-        return str(raised or "")
-    return f"{type(raised).__name__}: {raised}"
 
 
 def shared(folder: Path) -> dict[str, str]:
@@ -234,6 +215,6 @@ def run_point(point: str, planned: Planned, sweep_folder: Path, needed: Mapping[
     settings = replace(settings, data_dir=Settings.of_command().data_dir)
     # A sweep that was stopped may have left the point to a worker that is still at it.
     with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), settings, wait=True) as folder:
-        failed = failures(list(execution.execute(planned, folder, resume=True)))
+        failed = failures(list(execution.execute(planned, folder, workers=1, resume=True)))
     if failed:
         raise RunError("; ".join(failed))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 
 from lowrank_helpers import PROJECT
@@ -22,6 +23,16 @@ def soup(file: Path) -> BeautifulSoup:
 @pytest.fixture(scope="module")
 def index(small_report):
     return soup(small_report / "index.html")
+
+
+@pytest.fixture
+def results(small_report):
+    return json.loads((small_report / "results.json").read_text())
+
+
+def rendered(results, folder: Path) -> BeautifulSoup:
+    report.render(folder, results)
+    return soup(folder / "index.html")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +67,7 @@ def rows(section):
 
 
 @pytest.mark.parametrize(("n_held", "badge"), [(20, "20 of 20 runs"), (18, "not settled: 18 of 20 runs")])
-def test_recorded_runs_are_quoted_beside_this_one(small_report, tmp_path, monkeypatch, n_held, badge):
-    results = json.loads((small_report / "results.json").read_text())
+def test_recorded_runs_are_quoted_beside_this_one(results, tmp_path, monkeypatch, n_held, badge):
     monkeypatch.setattr(evidence, "FOLDER", tmp_path / "evidence")
     given = results["notebooks"]["03_rank"]["parameters"]
     parameters = {name: value for name, value in given.items() if name not in evidence.FREE}
@@ -65,8 +75,7 @@ def test_recorded_runs_are_quoted_beside_this_one(small_report, tmp_path, monkey
     holds = [True] * n_held + [False] * (20 - n_held)
     recorded = Evidence("03_rank", "digits", parameters, {}, [{}] * 20, {"3.1": holds}, {"3.1": values})
     evidence.write(recorded)
-    report.render(tmp_path, results)
-    section = soup(tmp_path / "index.html").find(id="item-3.1")
+    section = rendered(results, tmp_path).find(id="item-3.1")
     assert section.select_one(".badge").text == badge
     assert f"{n_held} of 20 recorded runs" in section.text
     assert rows(section)[:2] == [
@@ -87,7 +96,7 @@ def test_index_begins_with_the_story_and_one_picture(index):
 
 
 def test_story_and_headline_name_items_of_the_assignment():
-    assignment = report._assignment()
+    assignment = yaml.safe_load(report.ASSIGNMENT.read_text())
     items = [item["id"] for item in assignment["items"]]
     assert len(assignment["story"]["claims"]) == 5
     assert {*assignment["story"]["claims"], *assignment["story"]["pictures"]} <= set(items)
@@ -103,22 +112,18 @@ def test_index_says_what_was_run_what_failed_and_why_an_item_has_no_answer(index
         assert f"its notebook {reason}" in " ".join(index.find(id=f"item-{id}").text.split())
 
 
-def test_the_headline_shows_what_was_measured_and_a_dash_for_the_rest(small_report, tmp_path):
-    results = json.loads((small_report / "results.json").read_text())
+def test_the_headline_shows_what_was_measured_and_a_dash_for_the_rest(results, tmp_path):
     share = {"numerical rank, averaged over the layers (% of full)": {"big": 99.7}}
     results["claims"]["4.2"] = results["claims"]["3.1"] | {"id": "4.2", "measured": share}
-    report.render(tmp_path, results)
-    numbers = soup(tmp_path / "index.html").select(".headline .number")
+    numbers = rendered(results, tmp_path).select(".headline .number")
     assert [number.text for number in numbers] == ["100 %", "–", "–", "–", "–"]
 
 
-def test_notebooks_are_listed_with_how_they_ended_and_where_the_time_went(small_report, tmp_path):
-    results = json.loads((small_report / "results.json").read_text())
+def test_notebooks_are_listed_with_how_they_ended_and_where_the_time_went(results, tmp_path):
     results["notebooks"]["03_rank"] |= {"seconds": 9.5, "seconds_by_kind": {"rest": 0.0, "training": 30.2}}
     results["notebooks"]["04_overfit"] |= {"seconds": 1.5, "seconds_by_kind": {"timing": 20.1}}
     results["notebooks"]["07_conclusions"] = {"status": "earlier"}
-    report.render(tmp_path, results)
-    table = soup(tmp_path / "index.html").find(id="notebooks").find_next("table")
+    table = rendered(results, tmp_path).find(id="notebooks").find_next("table")
     assert [[cell.text for cell in row.select("th, td")] for row in table.select("tr")] == [
         ["notebook", "ended", "seconds", "training", "timing", "rest"],
         ["03_rank", "done", "9.5", "30", "0", "0"],
@@ -128,11 +133,9 @@ def test_notebooks_are_listed_with_how_they_ended_and_where_the_time_went(small_
 
 
 @pytest.mark.parametrize(("asked", "warned"), [("auto", True), ("digits", False)])
-def test_digits_in_place_of_mnist_are_announced(small_report, tmp_path, asked, warned):
-    results = json.loads((small_report / "results.json").read_text())
+def test_digits_in_place_of_mnist_are_announced(results, tmp_path, asked, warned):
     results["notebooks"]["03_rank"]["parameters"]["dataset"] = asked
-    report.render(tmp_path, results)
-    assert ("Not MNIST" in soup(tmp_path / "index.html").text) == warned
+    assert ("Not MNIST" in rendered(results, tmp_path).text) == warned
 
 
 def test_every_link_of_every_page_leads_somewhere(small_report):
@@ -175,12 +178,12 @@ def test_formulas_are_mathml(rank_page):
 
 
 def test_a_formula_that_cannot_be_converted_is_shown_as_latex():
-    html = pages.exporter().markdown2html({}, r"$x^{1}^{2}$")
+    html = pages.EXPORTER.markdown2html({}, r"$x^{1}^{2}$")
     assert html == "<p><code>x^{1}^{2}</code></p>\n"
 
 
 @pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_formulas_of_the_series_use_only_what_mathml_can_show(notebook):
     sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown"]
-    html = "".join(pages.exporter().markdown2html({}, source) for source in sources)
+    html = "".join(pages.EXPORTER.markdown2html({}, source) for source in sources)
     assert not re.findall(r"<m\w+[^>]*>[^<]*[\\&](?!#|lt|gt|amp)[^<]*</m", html)

@@ -189,9 +189,3 @@ def test_what_is_no_literal_is_refused_by_notebook_and_name(tmp_path, source, na
     assert "\n" not in str(refusal.value)
     with pytest.raises(ParameterError, match=r"^mine\.ipynb has no cell tagged 'parameters'"):
         declared(_notebook(tmp_path, source, tags=[]))
-
-
-def test_planning_gives_each_notebook_what_it_declares_in_the_series_order():
-    planned = execution.plan(["02_train", "01_data"], {"seed": 3, "activation": "tanh"})
-    assert planned == {"01_data": {"seed": 3}, "02_train": {"seed": 3, "activation": "tanh"}}
-    assert list(planned) == ["01_data", "02_train"]

@@ -22,7 +22,7 @@ VARIABLES = declared(PROJECT / "notebooks" / "02_train.ipynb") | {
 BRIEF = Recipe(epochs=1, batch_size=256, learning_rate=1e-3)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def run(monkeypatch, tmp_path):
     monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
     return Run("02_train", VARIABLES)
@@ -97,8 +97,7 @@ def test_a_claim_is_shown_beside_the_recorded_runs_with_its_parameters(run, monk
     assert [*run.recorded("2.1", "by layer")] == ["fc1"]
 
 
-def test_a_recipe_takes_the_runs_seed_and_precision_and_what_the_parameter_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
+def test_a_recipe_takes_the_runs_seed_and_precision_and_what_the_parameter_says(run):
     run = Run("02_train", VARIABLES | {"recipes": {"small": {"epochs": 2}}})
     recipe = run.recipe("small", seed=9)
     assert (run.recipe("small").seed, recipe.seed, recipe.precision) == (3, 9, "float32")
@@ -141,8 +140,7 @@ def test_impossible_parameters_are_refused_before_anything_else():
         Run("02_train", VARIABLES | {"seed": -1})
 
 
-def test_the_reader_is_told_what_stands_in_for_mnist(monkeypatch, tmp_path, shell):
-    monkeypatch.setenv("LOWRANK_RUN_DIR", str(tmp_path))
+def test_the_reader_is_told_what_stands_in_for_mnist(monkeypatch, shell):
     monkeypatch.setenv("LOWRANK_AUTO_DATASET", "digits")
     for dataset, told in (("auto", True), ("digits", False)):
         with capture_output() as shown:
