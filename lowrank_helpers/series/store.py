@@ -10,7 +10,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,12 +26,16 @@ from torch.nn import functional as F
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.hashing import checksum
 from lowrank_helpers.series import digest
-from lowrank_helpers.series.digest import UnknownError
 from lowrank_helpers.training import History, Recipe, fit, products_in
 
 FORMAT = 2  # of the files
 PROBED = 8  # images to which a network answers for its key
+KNOWN = ("torch", "lowrank_helpers")  # whose layers have the code that their versions say
 TEMPORARY = ".tmp"  # ending of files being written; a killed process leaves them behind
+
+
+class UnknownError(Exception):
+    """Something that decides a training cannot be known; the message names it."""
 
 
 def trained(
@@ -48,8 +51,7 @@ def trained(
     """Train a network in place as :func:`fit` does, or load what that training gave if a folder has it.
 
     A training that another process or thread is at is not done twice: this one waits for it. A network is trained and
-    not kept, with a warning, where something that decides its training cannot be known, such as an attribute that
-    cannot be pickled, or where training changes more of it than its ``state_dict``.
+    not kept, with a warning, where something that decides its training cannot be known.
 
     Returns
     -------
@@ -58,47 +60,41 @@ def trained(
     """
     train = partial(fit, model, data, recipe, others=others, label=label, stop=stop)
     try:
-        decided = determinants(model, data, recipe, others or {})
+        key = digest.of_json(determinants(model, data, recipe, others or {}))[:32]
     except UnknownError as error:
         warnings.warn(f"{label}: the network is trained and not kept, as {error}", stacklevel=2)
         return train()
-    key = digest.of_json(decided)[:32]
     file, lock = folder / f"{key}.safetensors", folder / f".{key}.lock{TEMPORARY}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         history = _load(file, model)
         if not history:
             history = train()
-            if _is_still(model, decided["network"]):
-                _save(file, model, history)
-            else:
-                changed = "training changed more of it than its state_dict"
-                warnings.warn(f"{label}: the network is not kept, as {changed}", stacklevel=2)
+            _save(file, model, history)
         lock.unlink(missing_ok=True)  # who waited for it finds the network, and may have removed it
     return history
 
 
 def determinants(model: nn.Module, data: Dataset, recipe: Recipe, others: Mapping[str, Dataset]) -> dict[str, Any]:
-    """Return all that decides a training, by name, in digests: two trainings are the same if these are.
+    """Return all that decides a training, by name: two trainings are the same if these are.
 
-    Of the network they are its weights, its attributes, hooks and code wherever that is defined, and its first answers.
+    A network is known by its layers, all of PyTorch's or of this package, by its weights, and by its first answers.
 
     Raises
     ------
     UnknownError
         The training depends on something that cannot be known.
     """
-    answers = _first_answers(model, data, recipe)
-    if answers != _first_answers(model, data, recipe):
-        raise UnknownError("it answers differently each time")
+    modules = {type(layer).__module__ for layer in model.modules()}
     return {
-        "answers": answers,
-        "network": _apart_from_state(model),  # after its answers, as these may import something
-        "state": digest.of_objects(model.state_dict()),
+        "layers": _layers(model),
+        "answers": _first_answers(model, data, recipe),
+        "weights": checksum({**dict(model.named_parameters()), **dict(model.named_buffers())}),
+        "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
         "data": data.fingerprint(),
         "others": {name: other.fingerprint() for name, other in others.items()},
         "recipe": asdict(recipe),
-        "code": digest.of_objects(fit),
+        "code": digest.of_modules({fit.__module__, *(modules & digest.SOURCES.keys())}),
         "torch": torch.__version__,
         "numbers": str(torch.get_default_dtype()),
         "device": data.train_images.device.type,
@@ -106,19 +102,21 @@ def determinants(model: nn.Module, data: Dataset, recipe: Recipe, others: Mappin
     }
 
 
-def _apart_from_state(model: nn.Module) -> str:
-    """Return a digest of all that a network is, but for the numbers that the store keeps of it."""
-    state = model.state_dict(keep_vars=True)
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise UnknownError(f"{name} in its state_dict is no tensor")
-    return digest.of_objects(model, apart_from=state.values())
-
-
-def _is_still(model: nn.Module, network: str) -> bool:
-    with suppress(UnknownError):
-        return _apart_from_state(model) == network
-    return False
+def _layers(model: nn.Module) -> list[str]:
+    """Return the name, class and settings of each layer; refuse code that may change while all versions stay."""
+    described = []
+    for name, layer in model.named_modules():
+        parts = [layer, *filter(None, [vars(layer).get("forward")])]
+        parts += [hook for attribute, of in vars(layer).items() if attribute.endswith("_hooks") for hook in of.values()]
+        for parameter in layer.parameters(recurse=False):
+            hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+            parts += [hook for of in hooks for hook in (of or {}).values()]
+        for part in parts:
+            if type(part).__module__.partition(".")[0] not in KNOWN:
+                code = getattr(part, "__qualname__", type(part).__qualname__)
+                raise UnknownError(f"the code of {code} is neither PyTorch's nor this package's")
+        described.append(f"{name}: {type(layer).__module__}.{type(layer).__qualname__}({layer.extra_repr()})")
+    return described
 
 
 def _first_answers(model: nn.Module, data: Dataset, recipe: Recipe) -> str:
