@@ -55,17 +55,13 @@ class Layer:
         return self.uses * np.append(steps, n * m - steps.sum())
 
 
-def layers_of(
-    weights: Mapping[str, Decomposition],
-    outputs: Mapping[str, Decomposition] | None = None,
-    uses: Mapping[str, float] | None = None,
-) -> dict[str, Layer]:
-    """Return what to choose among, from ``decompose(model)``, ``decompose(model, moments, …)`` and uses by layer."""
+def layers_of(weights: Mapping[str, Decomposition], outputs: Mapping[str, Decomposition]) -> dict[str, Layer]:
+    """Return what to choose among, from ``decompose(model)`` and ``decompose(model, moments, …)``."""
     layers = {}
     for name, svd in weights.items():
         B, C, _ = svd.factors(1)
-        s, of_outputs = (svds[name].s.double().cpu().numpy() for svds in (weights, outputs or weights))
-        layers[name] = Layer((len(B), C.shape[1]), s, of_outputs, uses[name] if uses else 1)
+        s, of_outputs = (svds[name].s.double().cpu().numpy() for svds in (weights, outputs))
+        layers[name] = Layer((len(B), C.shape[1]), s, of_outputs)
     return layers
 
 

@@ -29,21 +29,11 @@ LAYER_WEIGHTS = re.compile(r"weight|in_proj_weight|[qkv]_proj_weight|weight_(ih|
 
 
 class Unfolded(NamedTuple):
-    """A matrix of a network.
-
-    Attributes
-    ----------
-    matrix : Tensor, shape (n, m)
-        A view of the tensor that it is part of.
-    shape : str
-        How the axes of that tensor became rows and columns: ``64×3·7·7`` of a convolution with 64 filters.
-    remark : str
-        What else was done to it; empty for most.
-    """
+    """A matrix (n, m) of a network, a view of the tensor that it is part of."""
 
     matrix: Tensor
-    shape: str
-    remark: str = ""
+    shape: str  # how the axes of that tensor became rows and columns: 64×3·7·7 of a convolution with 64 filters
+    remark: str = ""  # what else was done to it
 
 
 def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[str, Unfolded]:

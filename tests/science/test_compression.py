@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from lowrank_helpers import batches, compression
+from lowrank_helpers import calibration, compression
 from lowrank_helpers.calibration import without_mean
 from lowrank_helpers.compression import Change, Report, compress
 from lowrank_helpers.data import Dataset
@@ -98,9 +98,9 @@ def test_large_images_go_through_a_model_few_at_a_time(digits_held_out, monkeypa
     sizes, model = [], mlp([784, 32, 10], seed=0)
     model.register_forward_hook(lambda layer, arguments, output: sizes.append(len(output)))
     for limit in (10**9, 20 * 784):
-        monkeypatch.setattr(batches, "LARGE_BATCH", limit)
+        monkeypatch.setattr(calibration, "LARGE_BATCH", limit)
         compress(model, digits_held_out, 0.01, metric="accuracy")
-        assert max(sizes) == min(batches.BATCH, limit // 784)
+        assert max(sizes) == min(calibration.BATCH, limit // 784)
         sizes.clear()
 
 
@@ -171,7 +171,7 @@ def test_a_loader_and_a_list_give_what_they_hold_and_no_more_is_read_than_is_use
     assert (by_loader.ranks, by_loader.measured_error) == (by_list.ranks, by_list.measured_error)
     endless = (torch.ones(500, 784) * i for i in count())
     compress(model, endless, 0.5)
-    assert next(endless)[0, 0] == round(1.2 * batches.CALIBRATION) // 500
+    assert next(endless)[0, 0] == round(1.2 * calibration.CALIBRATION) // 500
 
 
 def test_named_layers_and_those_of_a_pattern_stay_dense(data):
