@@ -93,7 +93,7 @@ def analyze(source: str) -> Analysis:
     ----------
     source : str
         A file of safetensors or of PyTorch's (``.pt``, ``.pth``, ``.bin``: a ``state_dict``, or tensors in nested
-        mappings and lists); or ``package.module:callable``, which is imported, called and returns a ``nn.Module``.
+        mappings and lists); or ``package.module:name``, as of :func:`imported`, of a ``nn.Module`` or what returns one.
 
     Raises
     ------
@@ -344,7 +344,7 @@ def _compose(weights: dict[str, Weight], parts: list[str], whole: Weight) -> Non
 
 
 def imported(source: str) -> Any:
-    """Import ``package.module:name``, and return what it is, or what it returns where it is called to make a model."""
+    """Import ``package.module:name``, and return what it is, or what it returns if it is a function or class."""
     found = pkgutil.resolve_name(source)
     return found() if callable(found) and not isinstance(found, nn.Module) else found
 

@@ -127,18 +127,12 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
     for name, layer in named_layers(model).items():
-        if isinstance(layer, LAYERS):
-            for part, weight in _weights(layer).items():
-                if id(weight) not in seen:
-                    seen[id(weight)] = weight
-                    parts = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
-                    found |= {key: unfolded.matrix for key, unfolded in parts.items()}
+        stored, computed = dict(layer.named_parameters(recurse=False)), getattr(layer, "parametrizations", {})
+        parts = ["weight", *stored, *computed] if isinstance(layer, LAYERS) else []
+        for part in filter(LAYER_WEIGHTS.fullmatch, dict.fromkeys(parts)):
+            weight = getattr(layer, part, None)
+            if weight is not None and id(weight) not in seen:
+                seen[id(weight)] = weight
+                matrices = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
+                found |= {key: unfolded.matrix for key, unfolded in matrices.items()}
     return found
-
-
-def _weights(layer: nn.Module) -> dict[str, Tensor]:
-    """Return a layer's weights by attribute, as they come out of weight_norm and other parametrizations."""
-    stored = dict(layer.named_parameters(recurse=False))
-    computed = getattr(layer, "parametrizations", {})
-    names = filter(LAYER_WEIGHTS.fullmatch, dict.fromkeys(["weight", *stored, *computed]))
-    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
