@@ -26,7 +26,7 @@ class Layer:
     shape : (int, int)
         n and m of its matrix: a rank costs n + m numbers, the dense matrix n·m.
     weight_singular_values : array of shape (min(n, m),)
-        Of the matrix, largest first; only the strategies ``BY_WEIGHTS`` use them.
+        Of the matrix, largest first; only the strategies ``energy`` and ``gavish-donoho`` use them.
     output_singular_values : array of shape (min(n, m),)
         The root mean square of its outputs along their principal directions, as of
         ``factorization.ActivationAwareSVD``, or of what they do to the model's outputs where that is Fisher-weighted;
@@ -118,7 +118,6 @@ STRATEGIES: dict[str, Callable[[Layer], Array]] = {
     "activation-aware": by_output_error,
     "fisher-weighted": by_fisher,
 }  # the priorities to take directions by
-BY_WEIGHTS = ("energy", "gavish-donoho")  # the strategies that use ``Layer.weight_singular_values``
 
 
 def allocate(layers: Mapping[str, Layer], budget: float, strategy: str = "fisher-weighted") -> dict[str, int]:

@@ -118,11 +118,9 @@ def format_shape(shape: tuple[int, ...]) -> str:
 
 
 def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight matrices of a model's layers by dotted names, unfolded as :func:`unfold` says.
+    """Return the weight matrices of a model's ``LAYERS`` by dotted names, unfolded as :func:`unfold` says.
 
-    Layers are ``nn.Linear``, ``LowRankLayer`` (its product), convolutions, ``nn.Embedding``, ``nn.EmbeddingBag``,
-    ``nn.Bilinear``, ``nn.MultiheadAttention`` and recurrent ones. Of a weight that several layers share, only the first
-    is returned.
+    A low-rank layer has the product of its factors. Of a weight that several layers share, only the first is returned.
     """
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
