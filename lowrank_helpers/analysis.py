@@ -4,8 +4,8 @@ Files are mapped and measured a tensor at a time, so that a file may be larger t
 executed: safetensors hold none, and of PyTorch's files only tensors and plain containers are unpickled.
 """
 
-import importlib
 import math
+import pkgutil
 import re
 import sys
 import warnings
@@ -37,28 +37,14 @@ class AnalysisError(ValueError):
 
 
 class Weight(NamedTuple):
-    """A tensor of a network.
-
-    Attributes
-    ----------
-    name : str
-    read : callable
-        Returns the tensor; a file is read, and a product computed, only then.
-    shape : tuple of int
-    layer : nn.Module, optional
-        The layer that the tensor belongs to, if known.
-    unwanted : str
-        Why the tensor is not measured; empty if it is.
-    n_stored : int
-        Size of the parameters that a computed tensor is made of, such as two factors; 0 if the tensor itself is stored.
-    """
+    """A tensor of a network."""
 
     name: str
-    read: Callable[[], Tensor]
+    read: Callable[[], Tensor]  # a file is read, and a product computed, only then
     shape: tuple[int, ...]
-    layer: nn.Module | None = None
-    unwanted: str = ""
-    n_stored: int = 0
+    layer: nn.Module | None = None  # that the tensor belongs to, if known
+    unwanted: str = ""  # why the tensor is not measured
+    n_stored: int = 0  # numbers in the parameters that it is computed from; 0 if the tensor itself is stored
 
     @property
     def is_free(self) -> bool:
@@ -107,7 +93,7 @@ def analyze(source: str) -> Analysis:
     ----------
     source : str
         A file of safetensors or of PyTorch's (``.pt``, ``.pth``, ``.bin``: a ``state_dict``, or tensors in nested
-        mappings and lists); or ``package.module:callable``, which is imported, called and returns a ``nn.Module``.
+        mappings and lists); or ``package.module:name``, as of :func:`imported`, of a ``nn.Module`` or what returns one.
 
     Raises
     ------
@@ -357,14 +343,19 @@ def _compose(weights: dict[str, Weight], parts: list[str], whole: Weight) -> Non
         weights[name] = weights[name]._replace(unwanted=f"a part of {whole.name}")
 
 
+def imported(source: str) -> Any:
+    """Import ``package.module:name``, and return what it is, or what it returns if it is a function or class."""
+    found = pkgutil.resolve_name(source)
+    return found() if callable(found) and not isinstance(found, nn.Module) else found
+
+
 def _called(source: str) -> dict[str, Weight]:
     """Import ``package.module:callable`` as Python started in this folder would, and list what it returns."""
-    module, _, name = source.partition(":")
     sys.path.insert(0, "")
     try:
-        model = getattr(importlib.import_module(module), name)()
+        model = imported(source)
         if not isinstance(model, nn.Module):
-            raise TypeError(f"it returns {type(model).__name__}, not a torch.nn.Module")
+            raise TypeError(f"it gives {type(model).__name__}, not a torch.nn.Module")
         return of_model(model)
     except (Exception, SystemExit) as error:  # the code is the user's own: it may raise anything
         raise AnalysisError(f"{source} cannot be analysed: {_one_line(error)}") from error

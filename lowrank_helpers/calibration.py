@@ -1,26 +1,38 @@
-"""What a network does with data: second moments of what its layers put out, and its derivatives there.
+"""What a network does with data: its outputs, second moments of what its layers put out, and its derivatives there.
 
-This is the one place that hooks layers.
+This is the one place that hooks layers, and the one that makes batches of data of any kind.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import column_basis, precise
 from lowrank_helpers.layers import plain_layers, replaceable_layers
 from lowrank_helpers.timing import spending
 from lowrank_helpers.training import progress
+from lowrank_helpers.unfold import format_shape
 
-BATCH = 2048  # inputs of one tensor at a time: large enough for full speed
+CALIBRATION = 2048  # inputs at most for which outputs are measured: more change the factors little
+BATCH = 64  # inputs at a time, of images with labels
+LARGE_BATCH = 16 * 3 * 224**2  # numbers at a time: a backward pass over large images of large networks must fit, too
+FULL_SPEED = 2048  # inputs at a time, of a tensor: large enough for full speed
+HELD_OUT_PART = 6  # without validation images, one input or batch in so many fits nothing: as Dataset.hold_out
 TASKS = (None, "classification")
 
 Forward = Callable[[nn.Module, Any], Any]
 Hook = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
+Pair = tuple[Tensor, Tensor]
 
 
 def check_task(task: str | None) -> None:
@@ -43,17 +55,6 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-@contextmanager
-def _hooked(layers: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
-    """Call ``hook(name, layer, arguments, output)`` after each call of a layer."""
-    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _SecondMoments:
     """Sums of y·yᵀ, float64, over the rows y of what named layers put out, or of gradients for it.
 
@@ -65,10 +66,17 @@ class _SecondMoments:
         self.layers = plain_layers(replaceable_layers(model), names)
         if not len(inputs):
             raise ValueError("second moments need at least one input")
-        self.batches = inputs.split(BATCH) if isinstance(inputs, Tensor) else inputs
+        self.batches = inputs.split(FULL_SPEED) if isinstance(inputs, Tensor) else inputs
         self.bases = {name: column_basis(layer.weight.flatten(1)) for name, layer in self.layers.items()}
         self.sums: dict[str, Tensor] = {}
         self.n_rows = dict.fromkeys(self.layers, 0)
+
+    def hooked(self, hook: Hook) -> ExitStack:
+        """Call ``hook(name, layer, arguments, output)`` after each call of a layer, until the context is left."""
+        hooks = ExitStack()
+        for name, layer in self.layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(hook, name)))
+        return hooks
 
     def add(self, name: str, values: Tensor, bias: Tensor | None = None) -> None:
         """Add a layer's values, (…, n) or of a convolution (…, n, height, width), less its bias."""
@@ -128,7 +136,7 @@ def output_moments(
     def add(name: str, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         moments.add(name, output, moments.layers[name].bias)
 
-    with _hooked(moments.layers, add):
+    with moments.hooked(add):
         for batch in progress(moments.batches, "measuring layers"):
             forward(model, batch)
     return moments.divided_by(moments.n_rows)
@@ -151,17 +159,13 @@ def output_fisher(
 
     Parameters
     ----------
-    model : nn.Module
-        In the mode that it is in.
-    inputs : Tensor, shape (N, …), or sequence of batches
-        All that the model computes for a batch is kept meanwhile.
-    names : collection of str
-        Linear layers and 2-D convolutions, by dotted name.
+    model, inputs, names
+        As of :func:`output_moments`. All that the model computes for a batch is kept meanwhile.
     task : {None, "classification"}
         For ``"classification"`` the outputs are logits, as of :func:`without_mean`, and what all classes share does
         not count.
     forward : callable
-        ``forward(model, batch)`` returns the outputs for a batch, a tensor (n_inputs, …); :func:`call` by default.
+        Returns the outputs for a batch, a tensor (n_inputs, …); :func:`call` by default.
 
     Returns
     -------
@@ -172,8 +176,8 @@ def output_fisher(
     Raises
     ------
     ValueError
-        There are no inputs, a name is no such layer of the model or one that is never called, the task is unknown, or
-        PyTorch cannot compute the derivative, or not a finite one.
+        As of :func:`output_moments`; or the task is unknown, or PyTorch cannot compute the derivative, or not a finite
+        one.
 
     Examples
     --------
@@ -194,7 +198,7 @@ def output_fisher(
         return output.clone()  # the model may change it in place
 
     generator, n_inputs = torch.Generator().manual_seed(0), 0
-    with _hooked(moments.layers, watch):
+    with moments.hooked(watch):
         for batch in progress(moments.batches, "measuring derivatives"):
             seen.clear()
             try:
@@ -221,3 +225,133 @@ def _gradients(
     if not (layer_outputs and total.requires_grad):
         return tuple(torch.zeros_like(output) for output in layer_outputs)
     return torch.autograd.grad(total, layer_outputs, materialize_grads=True)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches to measure a model on, batches that fit nothing, and how a model maps one."""
+
+    fitted: Sequence[Any]  # batches are whatever forward takes
+    held_out: Sequence[Any]
+    forward: Forward  # forward(model, batch) moves the batch to the device and returns outputs (n_inputs, …)
+    device: torch.device  # the model's
+    task: str | None  # for "classification" what all classes share does not count
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Any, forward: Forward, task: str | None) -> "Batches":
+        """Make batches of what :func:`~lowrank_helpers.compression.compress` is given; ``forward`` need move none.
+
+        Raises ``ValueError`` unless the model gives one finite tensor for the first batch.
+        """
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+        def run(model: nn.Module, batch: Any) -> Any:
+            return forward(model, tree_map(lambda part: part.to(device) if hasattr(part, "to") else part, batch))
+
+        fitted, held_out = _split(data, lambda batch: len(_checked_outputs(model, run, batch)))
+        _checked_outputs(model, run, fitted[0])
+        return cls(fitted, held_out, run, device, task)
+
+    def labels(self, model: nn.Module) -> Tensor:
+        """Return the labels of the held-out batches; raise ``ValueError`` unless they name classes of the logits."""
+        labels = torch.cat([_labels_in(batch) for batch in self.held_out]).to(self.device)
+        logits = _checked_outputs(model, self.forward, self.held_out[0])
+        if logits.dim() != 2:
+            raise ValueError(f"accuracy needs logits (n, n_classes); the model gives {format_shape(logits.shape)}")
+        n_classes = logits.shape[1]
+        if labels.dim() != 1 or (labels != labels.long()).any() or not 0 <= labels.min() <= labels.max() < n_classes:
+            raise ValueError(
+                f"labels must be whole numbers (n,) from 0 to {n_classes - 1}; "
+                f"given: {format_shape(labels.shape)}, {labels.min():g} to {labels.max():g}"
+            )
+        return labels
+
+    def counted(self, outputs: Tensor) -> Tensor:
+        """Return that part of outputs whose change counts, in float32 at least."""
+        outputs = outputs.to(precise(outputs))
+        return without_mean(outputs) if self.task else outputs
+
+    @torch.no_grad()
+    def outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
+        """Return what counts of outputs in one dimension, each time with the same draws where a model draws."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return torch.cat([self.counted(self.forward(model, batch)).flatten() for batch in batches])
+
+    def flops(self, model: nn.Module) -> dict[str, float]:
+        """Count the operations for one input, by the dotted name of a module, and of the whole model by ``""``.
+
+        With gradients, as PyTorch's fused attention, which is not seen, runs without.
+        """
+        model = deepcopy(model).requires_grad_()
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            n_inputs = len(self.forward(model, self.fitted[0]))
+        counts = {name.partition(".")[2]: sum(of.values()) / n_inputs for name, of in counter.get_flop_counts().items()}
+        return counts | {"": round(counter.get_total_flops() / n_inputs)}
+
+
+def _split(data: Any, n_inputs: Callable[[Any], int]) -> tuple[list[Any], list[Any]]:
+    """Return batches to measure layers on, and held-out ones."""
+    if isinstance(data, Dataset):
+        return _split_pair((data.train_images, data.train_labels), data.splits().get("validation"))
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return _split_pair(data)
+    if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
+        raise TypeError(
+            "data must be a Dataset, two tensors (images, labels), or an iterable of batches such as a DataLoader; "
+            f"given: {data!r:.100}"
+        )
+    batches = iter(data)
+    first = list(islice(batches, 1))
+    most = round(CALIBRATION * HELD_OUT_PART / (HELD_OUT_PART - 1)) // max([1, *map(n_inputs, first)])
+    numbers = progress(range(max(2, most)), "reading batches")
+    read = [batch for _, batch in zip(numbers, chain(first, batches), strict=False)]
+    if len(read) < 2:
+        raise ValueError(f"at least two batches are needed, as one is held out; given: {len(read)}")
+    return [batch for i, batch in enumerate(read) if i % HELD_OUT_PART], read[::HELD_OUT_PART]
+
+
+def _split_pair(pair: Pair, held_out: Pair | None = None) -> tuple[list[Pair], list[Pair]]:
+    """Return batches of images with their labels, some of them held out where no others are given for that."""
+    n, n_labels = map(len, pair)
+    if n != n_labels or n < 2:
+        raise ValueError(f"at least two images are needed, with a label each; given: {n}, {n_labels}")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    if held_out:
+        return _in_batches(pair, order[:CALIBRATION]), _in_batches(held_out, torch.arange(len(held_out[0])))
+    held, order = order.tensor_split([max(1, n // HELD_OUT_PART)])
+    return _in_batches(pair, order[:CALIBRATION]), _in_batches(pair, held)
+
+
+def _in_batches(pair: Pair, order: Tensor) -> list[Pair]:
+    images, labels = pair
+    size = max(1, min(BATCH, LARGE_BATCH // images[0].numel()))
+    return [(images[index.to(images.device)], labels[index.to(labels.device)]) for index in order.split(size)]
+
+
+@torch.no_grad()
+def _checked_outputs(model: nn.Module, forward: Forward, batch: Any) -> Tensor:
+    """Return a model's outputs for a batch; raise ``ValueError`` unless they are one finite tensor (n_inputs, …)."""
+    kind = type(model).__name__
+    try:
+        outputs = forward(model, batch)
+    except Exception as error:  # whatever the model's own code raises for inputs that it does not take
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{kind} does not run on a {type(batch).__name__} ({said}); say how by forward=") from error
+    if not isinstance(outputs, Tensor):
+        gave = f"a {type(outputs).__name__}"
+    elif not (outputs.is_floating_point() and outputs.dim()):
+        gave = f"{outputs.dtype} of shape {tuple(outputs.shape)}"
+    elif not outputs.isfinite().all():
+        gave = "NaN or infinity"
+    else:
+        return outputs
+    raise ValueError(f"{kind} gave {gave}; one finite tensor of floats (n_inputs, …) is needed: choose it by forward=")
+
+
+def _labels_in(batch: Any) -> Tensor:
+    if isinstance(batch, Mapping) and isinstance(labels := batch.get("labels"), Tensor):
+        return labels
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(labels := batch[1], Tensor):
+        return labels
+    raise ValueError(f"accuracy needs labels: (inputs, labels), or a dictionary with 'labels'; given: {batch!r:.100}")

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowrank_helpers.batches import LARGE_BATCH, Batches
-from lowrank_helpers.calibration import Forward, call, check_task, output_fisher, output_moments
+from lowrank_helpers.calibration import LARGE_BATCH, Batches, Forward, call, check_task, output_fisher, output_moments
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
 from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, substitute_, with_factors
@@ -181,7 +180,10 @@ def compress(
     model_in_use = deepcopy(model).eval()
     batches = Batches.of(model_in_use, data, forward, task)
     labels = batches.labels(model_in_use) if metric == "accuracy" else torch.empty(0)
-    factors, report = _search(model_in_use, batches, labels, ignore).compressed(budget, metric)
+    layers, left_alone = _layers_to_replace(model_in_use, batches, ignore)
+    svds, fallbacks = _decomposed(model_in_use, batches, layers)
+    search = _Search(model_in_use, batches, labels, budget, metric, svds, fallbacks, left_alone)
+    factors, report = search.compressed()
     return with_factors(model, factors), report
 
 
@@ -194,64 +196,56 @@ METRICS = (*SIZES, "accuracy", "latency")
 
 @dataclass(frozen=True)
 class _Search:
-    """What can be replaced in a model in evaluation mode, and data to choose by.
-
-    Attributes
-    ----------
-    svds : dict of str to ActivationAwareSVD
-        By the dotted name of a layer. ``s`` is a share of the model's outputs, where they are Fisher-weighted, and else
-        of the layer's.
-    left_alone : dict of str to str
-        The other matrices, with the reason why.
-    fallbacks : dict of str to str
-        What factors fit of layers by which the model's outputs have no derivative, where one was asked for.
-    """
+    """What can be replaced in a model in evaluation mode, within which budget, and data to choose by."""
 
     model: nn.Module
-    svds: dict[str, ActivationAwareSVD]
-    left_alone: dict[str, str]
-    fallbacks: dict[str, str]
     batches: Batches
     labels: Tensor
+    budget: float
+    metric: str
+    svds: dict[str, ActivationAwareSVD]  # s is a share of the model's outputs, or of the layer's where that falls back
+    fallbacks: dict[str, str]  # what factors fit of layers by which the model's outputs have no derivative
+    left_alone: dict[str, str]  # the other matrices, with the reason why
 
-    def compressed(self, budget: float, metric: str) -> tuple[dict[str, Factors], Report]:
-        """Return factors within a budget and what was done, as :func:`compress` does."""
-        ranks = self.ranks(budget, metric)
+    def compressed(self) -> tuple[dict[str, Factors], Report]:
+        """Return factors within the budget and what was done, as :func:`compress` does."""
+        ranks = self.ranks()
         # To first order, the squared changes by independent layers add.
         predicted = sum(self.svds[n].s[rank:].square().sum().item() for n, rank in ranks.items()) ** 0.5
+        far = np.inf if self.metric == "accuracy" else FAR * max(predicted, SMALL)
         factors, fallbacks = _cut(ranks, self.svds), {n: fit for n, fit in self.fallbacks.items() if n in ranks}
-        error = self.change(factors)
-        far = metric != "accuracy" and _far(error, predicted)
-        if far:
+        if (error := self.change(factors)) > far:
             factors, refitted = self.refitted(ranks)
             error, fallbacks = self.change(factors), fallbacks | refitted
         small = with_factors(self.model, factors)
-        sizes = {
+        changes = {
             name: Change(size(self.model, self.batches), size(small, self.batches)) for name, size in SIZES.items()
         }
-        report = Report(ranks, self.left_alone, fallbacks, predicted, error, seconds=self.seconds(small), **sizes)
-        if metric == "accuracy":
-            report = replace(report, accuracy=Change(self.accuracy({}), self.accuracy(ranks)))
-        if far and _far(error, predicted):
-            return self.with_one_left_alone(factors, report, budget, metric)
-        return factors, report
+        if self.metric == "accuracy":
+            changes["accuracy"] = Change(self.accuracy(self.model), self.accuracy(small))
+        seconds = self.seconds(small)
+        report = Report(ranks, self.left_alone, fallbacks, predicted, error, seconds=seconds, **changes)
+        return (factors, report) if error <= far else self.with_one_left_alone(factors, report)
 
     def layers(self, metric: str) -> dict[str, Layer]:
         """Return what to choose among where a step costs ``parameters`` or ``flops``."""
-        flops = self.batches.flops(self.model) if metric == "flops" else {}
-        uses = {name: flops[name] / svd.A.numel() for name, svd in self.svds.items() if flops}
-        return layers_of(self.svds, uses=uses)
+        layers = layers_of(self.svds, self.svds)
+        if metric == "parameters":
+            return layers
+        flops = self.batches.flops(self.model)
+        return {name: replace(layer, uses=flops[name] / math.prod(layer.shape)) for name, layer in layers.items()}
 
-    def ranks(self, budget: float, metric: str) -> dict[str, int]:
-        """Choose ranks within a budget."""
+    def ranks(self) -> dict[str, int]:
+        """Choose ranks within the budget."""
+        budget, metric = self.budget, self.metric
         if metric == "accuracy":
-            if (whole := self.accuracy({})) < budget:
+            if (whole := self.accuracy(self.model)) < budget:
                 raise ValueError(f"an accuracy of {budget:.2%} is impossible: the model itself has {whole:.2%}")
-            return self.bisected("parameters", lambda ranks: self.accuracy(ranks) >= budget)[1]
+            return self.bisected("parameters", lambda small: self.accuracy(small) >= budget)[1]
         if metric == "latency":
-            if (fastest := self.latency(dict.fromkeys(self.svds, 1))) > budget:
+            if (fastest := self.seconds(self.cut(dict.fromkeys(self.svds, 1))).share) > budget:
                 raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
-            return self.bisected("flops", lambda ranks: self.latency(ranks) > budget)[0]
+            return self.bisected("flops", lambda small: self.seconds(small).share > budget)[0]
         layers, total = self.layers(metric), SIZES[metric](self.model, self.batches)
         limit = budget if isinstance(budget, Integral) else budget * total
         fixed = total - total_cost(layers, {})
@@ -263,10 +257,8 @@ class _Search:
             )
         return allocate(layers, limit - fixed)
 
-    def bisected(
-        self, metric: str, is_large: Callable[[Mapping[str, int]], bool]
-    ) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the ranks of the largest budget that is not large, rank 1 at least, and of the smallest that is.
+    def bisected(self, metric: str, is_large: Callable[[nn.Module], bool]) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the ranks of the largest budget whose model is not large, rank 1 at least, and of the smallest other.
 
         The two budgets are 1 % apart. What is measured should rise with the budget, but for noise.
         """
@@ -277,7 +269,7 @@ class _Search:
         for _ in progress(range(halvings), "trying budgets"):
             middle = (low * high) ** 0.5
             ranks = allocate(layers, middle)
-            if is_large(ranks):
+            if is_large(self.cut(ranks)):
                 above, high = ranks, middle
             else:
                 below, low = ranks, middle
@@ -295,38 +287,36 @@ class _Search:
             OWN_WEIGHT: _cut(ranks, {name: SVD.of(self.svds[name].A) for name in ranks}),
         }
 
-        def factors(choice: Sequence[str]) -> dict[str, Factors]:
-            return {name: fits[fit][name] for name, fit in zip(ranks, choice, strict=True)}
+        def factors(chosen: Mapping[str, str]) -> dict[str, Factors]:
+            return {name: fits[fit][name] for name, fit in chosen.items()}
 
-        def least(choices: Iterable[list[str]]) -> list[str]:
-            return min(choices, key=lambda choice: self.change(factors(choice)))
+        def least(choices: Iterable[dict[str, str]]) -> dict[str, str]:
+            return min(choices, key=lambda chosen: self.change(factors(chosen)))
 
-        chosen = least([fit] * len(ranks) for fit in fits)
-        for i in progress(range(len(ranks)), "trying factors"):
-            chosen = least([*chosen[:i], fit, *chosen[i + 1 :]] for fit in fits)
-        return factors(chosen), {name: fit for name, fit in zip(ranks, chosen, strict=True) if fit}
+        chosen = least(dict.fromkeys(ranks, fit) for fit in fits)
+        for name in progress(list(ranks), "trying factors"):
+            chosen = least(chosen | {name: fit} for fit in fits)
+        return factors(chosen), {name: fit for name, fit in chosen.items() if fit}
 
-    def with_one_left_alone(
-        self, factors: dict[str, Factors], report: Report, budget: float, metric: str
-    ) -> tuple[dict[str, Factors], Report]:
+    def with_one_left_alone(self, factors: dict[str, Factors], report: Report) -> tuple[dict[str, Factors], Report]:
         """Leave that layer dense without whose cut the outputs change least, if it halves the change in the budget."""
         worst = min(factors, key=lambda name: self.change({n: pair for n, pair in factors.items() if n != name}))
         reason = f"with it cut, the outputs changed by {report.measured_error:.3g}, predicted {report.error:.3g}"
         svds = {name: svd for name, svd in self.svds.items() if name != worst}
         try:
-            other = replace(self, svds=svds, left_alone=self.left_alone | {worst: reason}).compressed(budget, metric)
+            other = replace(self, svds=svds, left_alone=self.left_alone | {worst: reason}).compressed()
         except ValueError:  # the budget is too small without it
             return factors, report
         return other if other[1].measured_error < report.measured_error / 2 else (factors, report)
 
-    def latency(self, ranks: Mapping[str, int]) -> float:
-        """Return the time of a batch with these ranks as a share of the whole model's."""
-        return self.seconds(factorize(self.model, ranks, self.svds)).share
+    def cut(self, ranks: Mapping[str, int]) -> nn.Module:
+        """Return the model with these ranks."""
+        return factorize(self.model, ranks, self.svds)
 
-    def accuracy(self, ranks: Mapping[str, int]) -> float:
-        """Return the accuracy on the held-out inputs with these ranks."""
-        logits = self.batches.outputs(factorize(self.model, ranks, self.svds), self.batches.held_out)
-        return (logits.view(len(self.labels), -1).argmax(dim=1) == self.labels).double().mean().item()
+    def accuracy(self, model: nn.Module) -> float:
+        """Return a model's accuracy on the held-out inputs."""
+        logits = self.batches.outputs(model, self.batches.held_out).view(len(self.labels), -1)
+        return (logits.argmax(dim=1) == self.labels).double().mean().item()
 
     @cached_property
     def measured_on(self) -> tuple[Sequence[Any], Tensor]:
@@ -356,23 +346,19 @@ def _seconds(model: nn.Module, batches: Batches) -> float:
     return median_seconds(lambda: batches.forward(model, batches.fitted[0]), batches.device, at_least=0.02)
 
 
-def _far(measured: float, predicted: float) -> bool:
-    return measured > FAR * max(predicted, SMALL)
-
-
 @torch.no_grad()
-def _search(model: nn.Module, batches: Batches, labels: Tensor, ignore: Collection[str]) -> _Search:
-    """Find the layers of a model that can be replaced, and measure their outputs, or what these do to the model's."""
-    layers, left_alone = _layers_to_replace(model, batches, ignore)
-    squares, n_inputs = 0.0, 0
+def _decomposed(
+    model: nn.Module, batches: Batches, layers: Mapping[str, Replaceable]
+) -> tuple[dict[str, ActivationAwareSVD], dict[str, str]]:
+    """Decompose what layers do to a model's outputs, or what they put out; return by layer what such factors fit."""
+    measured: list[tuple[float, int]] = []  # the sum of squares and the number of a batch's outputs
 
-    def measured(model: nn.Module, batch: Any) -> None:
-        nonlocal squares, n_inputs
+    def run(model: nn.Module, batch: Any) -> None:
         outputs = batches.forward(model, batch)
-        squares += batches.counted(outputs).square().sum().item()
-        n_inputs += len(outputs)
+        measured.append((batches.counted(outputs).square().sum().item(), len(outputs)))
 
-    moments = output_moments(model, batches.fitted, layers, forward=measured)
+    moments = output_moments(model, batches.fitted, layers, forward=run)
+    squares, n_inputs = map(sum, zip(*measured, strict=True))
     fisher: dict[str, Tensor] = {}
     with suppress(ValueError):  # without a derivative, all factors fit their layers' outputs
         found = output_fisher(model, batches.fitted, layers, task=batches.task, forward=batches.forward)
@@ -382,8 +368,7 @@ def _search(model: nn.Module, batches: Batches, labels: Tensor, ignore: Collecti
         A = layers[name].weight.flatten(1)
         svd = ActivationAwareSVD.of(A.to(precise(A)), moments[name], fisher.get(name))
         svds[name] = svd if name in fisher else svd.relative()
-    flat = [name for name in layers if name not in fisher]
-    return _Search(model, svds, left_alone, dict.fromkeys(flat, OWN_OUTPUTS), batches, labels)
+    return svds, dict.fromkeys((name for name in layers if name not in fisher), OWN_OUTPUTS)
 
 
 def _layers_to_replace(
@@ -418,14 +403,14 @@ def _layers_to_replace(
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
     """Return the layers that may be replaced, and of every other matrix of the model why it may not."""
     layers, own, left_alone = replaceable_layers(model), {}, {}
-    matrices = {
-        (name, kind): parameter
+    matrices = [
+        (name, kind, parameter)
         for name, module in named_layers(model).items()
         for kind, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
-    }
-    for (name, kind), weight in matrices.items():
-        shared = [other for (other, _), w in matrices.items() if w.data_ptr() == weight.data_ptr() and other != name]
+    ]
+    for name, kind, weight in matrices:
+        shared = [other for other, _, w in matrices if w.data_ptr() == weight.data_ptr() and other != name]
         if name not in layers or kind != "weight":
             left_alone[f"{name}.{kind}".strip(".").removesuffix(".weight")] = (
                 f"of {type(model.get_submodule(name)).__name__}: only plain weights of linear layers and of 2-D "

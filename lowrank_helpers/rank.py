@@ -65,15 +65,7 @@ def _triangle(matrix: Tensor) -> Tensor:
 
 
 def _spectrum(s: Numbers) -> Array:
-    """Return singular values as an array; refuse what cannot be any, such as a matrix.
-
-    Raises
-    ------
-    TypeError
-        The argument holds something other than numbers.
-    ValueError
-        It is no vector, is empty, or is not finite, at least 0 and sorted with the largest first.
-    """
+    """Return singular values as an array; raise ``ValueError`` for what cannot be any, such as a matrix."""
     array: Array = _tensor(s).double().numpy()
     if array.ndim != 1 or not len(array):
         raise ValueError(f"singular values are a vector, not an array of shape {array.shape}: see singular_values")

@@ -26,7 +26,7 @@ class Layer:
     shape : (int, int)
         n and m of its matrix: a rank costs n + m numbers, the dense matrix n·m.
     weight_singular_values : array of shape (min(n, m),)
-        Of the matrix, largest first; only the strategies ``BY_WEIGHTS`` use them.
+        Of the matrix, largest first; only the strategies ``energy`` and ``gavish-donoho`` use them.
     output_singular_values : array of shape (min(n, m),)
         The root mean square of its outputs along their principal directions, as of
         ``factorization.ActivationAwareSVD``, or of what they do to the model's outputs where that is Fisher-weighted;
@@ -55,17 +55,13 @@ class Layer:
         return self.uses * np.append(steps, n * m - steps.sum())
 
 
-def layers_of(
-    weights: Mapping[str, Decomposition],
-    outputs: Mapping[str, Decomposition] | None = None,
-    uses: Mapping[str, float] | None = None,
-) -> dict[str, Layer]:
-    """Return what to choose among, from ``decompose(model)``, ``decompose(model, moments, …)`` and uses by layer."""
+def layers_of(weights: Mapping[str, Decomposition], outputs: Mapping[str, Decomposition]) -> dict[str, Layer]:
+    """Return what to choose among, from ``decompose(model)`` and ``decompose(model, moments, …)``."""
     layers = {}
     for name, svd in weights.items():
         B, C, _ = svd.factors(1)
-        s, of_outputs = (svds[name].s.double().cpu().numpy() for svds in (weights, outputs or weights))
-        layers[name] = Layer((len(B), C.shape[1]), s, of_outputs, uses[name] if uses else 1)
+        s, of_outputs = (svds[name].s.double().cpu().numpy() for svds in (weights, outputs))
+        layers[name] = Layer((len(B), C.shape[1]), s, of_outputs)
     return layers
 
 
@@ -122,7 +118,6 @@ STRATEGIES: dict[str, Callable[[Layer], Array]] = {
     "activation-aware": by_output_error,
     "fisher-weighted": by_fisher,
 }  # the priorities to take directions by
-BY_WEIGHTS = ("energy", "gavish-donoho")  # the strategies that use ``Layer.weight_singular_values``
 
 
 def allocate(layers: Mapping[str, Layer], budget: float, strategy: str = "fisher-weighted") -> dict[str, int]:

@@ -29,21 +29,11 @@ LAYER_WEIGHTS = re.compile(r"weight|in_proj_weight|[qkv]_proj_weight|weight_(ih|
 
 
 class Unfolded(NamedTuple):
-    """A matrix of a network.
-
-    Attributes
-    ----------
-    matrix : Tensor, shape (n, m)
-        A view of the tensor that it is part of.
-    shape : str
-        How the axes of that tensor became rows and columns: ``64×3·7·7`` of a convolution with 64 filters.
-    remark : str
-        What else was done to it; empty for most.
-    """
+    """A matrix (n, m) of a network, a view of the tensor that it is part of."""
 
     matrix: Tensor
-    shape: str
-    remark: str = ""
+    shape: str  # how the axes of that tensor became rows and columns: 64×3·7·7 of a convolution with 64 filters
+    remark: str = ""  # what else was done to it
 
 
 def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[str, Unfolded]:
@@ -128,27 +118,19 @@ def format_shape(shape: tuple[int, ...]) -> str:
 
 
 def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight matrices of a model's layers by dotted names, unfolded as :func:`unfold` says.
+    """Return the weight matrices of a model's ``LAYERS`` by dotted names, unfolded as :func:`unfold` says.
 
-    Layers are ``nn.Linear``, ``LowRankLayer`` (its product), convolutions, ``nn.Embedding``, ``nn.EmbeddingBag``,
-    ``nn.Bilinear``, ``nn.MultiheadAttention`` and recurrent ones. Of a weight that several layers share, only the first
-    is returned.
+    A low-rank layer has the product of its factors. Of a weight that several layers share, only the first is returned.
     """
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
     for name, layer in named_layers(model).items():
-        if isinstance(layer, LAYERS):
-            for part, weight in _weights(layer).items():
-                if id(weight) not in seen:
-                    seen[id(weight)] = weight
-                    parts = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
-                    found |= {key: unfolded.matrix for key, unfolded in parts.items()}
+        stored, computed = dict(layer.named_parameters(recurse=False)), getattr(layer, "parametrizations", {})
+        parts = ["weight", *stored, *computed] if isinstance(layer, LAYERS) else []
+        for part in filter(LAYER_WEIGHTS.fullmatch, dict.fromkeys(parts)):
+            weight = getattr(layer, part, None)
+            if weight is not None and id(weight) not in seen:
+                seen[id(weight)] = weight
+                matrices = unfold(f"{name}.{part}".removeprefix("."), weight.detach(), layer)
+                found |= {key: unfolded.matrix for key, unfolded in matrices.items()}
     return found
-
-
-def _weights(layer: nn.Module) -> dict[str, Tensor]:
-    """Return a layer's weights by attribute, as they come out of weight_norm and other parametrizations."""
-    stored = dict(layer.named_parameters(recurse=False))
-    computed = getattr(layer, "parametrizations", {})
-    names = filter(LAYER_WEIGHTS.fullmatch, dict.fromkeys(["weight", *stored, *computed]))
-    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}

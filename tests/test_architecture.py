@@ -34,7 +34,7 @@ SCIENCE = [
     {"models", "subspace"},
     {"layers", "training", "unfold"},
     {"calibration", "rank"},
-    {"analysis", "batches", "lora", "costs", "plots", "selection"},
+    {"analysis", "lora", "costs", "plots", "selection"},
     {"compression"},
 ]
 

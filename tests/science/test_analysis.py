@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from networks import Network
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -40,11 +41,11 @@ def _written(folder, tensors, name="net.safetensors"):
 
 @pytest.fixture
 def analyzed(monkeypatch):
-    """Return a function that analyses a model as what a callable returns."""
+    """Return a function that analyses a model as what a module holds."""
 
     def analyzed(model):
-        monkeypatch.setitem(sys.modules, "stranger", SimpleNamespace(build=lambda: model))
-        return analyze("stranger:build")
+        monkeypatch.setitem(sys.modules, "stranger", SimpleNamespace(model=model))
+        return analyze("stranger:model")
 
     return analyzed
 
@@ -147,29 +148,6 @@ FILES = {  # what a file holds: the shape of each matrix that is measured, and w
         {"a.weight_v": "4×3", "a.weight_g": "4×4", "c.weight_orig": "4×4", "b.B": "4×3", "b.C": "4×3"},
         {},
     ),
-    "an adapter of PEFT's": (
-        {"fc.lora_A.weight": torch.randn(4, 32), "fc.lora_B.weight": torch.randn(48, 4)},
-        {"fc.lora": "48×32"},
-        {"fc.lora_A.weight": "a part of fc.lora"},
-    ),
-    "stacks and convolutions": (
-        {
-            "experts.gate_up_proj": torch.randn(4, 32, 16),
-            "mlp.weight": torch.randn(3, 16, 8),
-            "mlp.bias": torch.randn(3, 16),
-            "grid": torch.randn(1, 2, 8, 8),
-            "position": torch.randn(1, 1, 9, 8),
-            "conv1.weight": torch.randn(16, 3, 5),
-            "conv3.weight": torch.randn(3, 4, 5, 6, 7),
-        },
-        {
-            **{f"experts.gate_up_proj.{i}": "32×16" for i in range(4)},
-            **{f"mlp.{i}": "16×8" for i in range(3)},
-            **{"grid.0": "8×8", "grid.1": "8×8", "position": "9×8"},
-            **{"conv1": "16×3·5", "conv3": "3×4·5·6·7"},
-        },
-        {"mlp.bias": "a bias, by its name"},
-    ),
     "normalisations": (
         {f"norm{n}.{name}": torch.randn(n, 264) for n in (1, 6) for name in ("weight", "bias")}
         | {"head.weight": torch.randn(2, 8), "head.bias": torch.randn(2)},
@@ -191,10 +169,14 @@ def test_what_a_file_holds_is_measured_or_skipped_with_its_reason(tmp_path, hold
 
 
 def test_a_product_and_a_stack_are_measured_as_such(tmp_path):
-    tensors = {"fc.lora_A.weight": torch.randn(4, 32), "fc.lora_B.weight": torch.randn(48, 4)}
-    table = analyze(_written(tmp_path, tensors | {"mlp.weight": torch.randn(3, 16, 8)})).table
-    assert table.loc["fc.lora", ["numerical rank", "parameters"]].tolist() == [4, 320]
-    assert table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
+    adapter = {"fc.lora_A.weight": torch.randn(4, 32), "fc.lora_B.weight": torch.randn(48, 4)}  # PEFT's
+    stacks = {"mlp.weight": torch.randn(3, 16, 8), "mlp.bias": torch.randn(3, 16), "position": torch.randn(1, 1, 9, 8)}
+    found = analyze(_written(tmp_path, adapter | stacks, "net.pt"))
+    shapes = {"fc.lora": "48×32", **{f"mlp.{i}": "16×8" for i in range(3)}, "position": "9×8"}
+    assert dict(found.table["unfolded"]) == shapes
+    assert found.skipped == {"fc.lora_A.weight": "a part of fc.lora", "mlp.bias": "a bias, by its name"}
+    assert found.table.loc["fc.lora", ["numerical rank", "parameters"]].tolist() == [4, 320]
+    assert found.table.loc["mlp.2", ["parameters", "remark"]].tolist() == [128, "of a stack of 3"]
 
 
 @pytest.mark.parametrize("place", ["last_optimizer_state", "g_optim", "a.b"])
@@ -288,16 +270,11 @@ def test_what_a_layer_computes_is_measured_once_and_in_place_of_its_parts(tmp_pa
 
 
 def test_a_weight_that_a_model_only_hands_on_does_not_hide_its_layers(analyzed):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4)
+    class Tied(Network):
+        weight = property(lambda net: net.embedding.weight)
 
-        @property
-        def weight(self):
-            return self.embedding.weight
-
-    assert list(analyzed(Tied()).table.index) == ["embedding", "fc"]
+    tied = Tied(None, embedding=nn.Embedding(9, 4), fc=nn.Linear(4, 4))
+    assert list(analyzed(tied).table.index) == ["embedding", "fc"]
 
 
 def test_a_models_layers_tell_what_its_file_does_not(analyzed):
@@ -385,7 +362,7 @@ def test_truncated_and_altered_files_are_refused(tmp_path, name):
         (__file__, r"of no known format; give a file \(\.safetensors, \.pt, \.pth, \.bin\)"),
         ("nowhere:build", "ModuleNotFoundError"),
         ("torchvision.models:resnet", "resnet"),
-        ("os:getcwd", "returns str"),
+        ("os:getcwd", "gives str"),
         ("torch.nn:Linear", "TypeError"),
         ("sys:exit", "SystemExit"),
         ("torch.nn:ReLU", "no matrix"),

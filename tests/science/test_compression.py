@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import Network
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from lowrank_helpers import batches, compression
+from lowrank_helpers import calibration, compression
 from lowrank_helpers.calibration import without_mean
 from lowrank_helpers.compression import Change, Report, compress
 from lowrank_helpers.data import Dataset
@@ -25,10 +26,8 @@ from lowrank_helpers.timing import median_seconds
 from lowrank_helpers.training import Recipe, evaluate, fit
 
 
-class _Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
+def _function(function):
+    return Network(lambda _, x: function(x))
 
 
 def _draw(*shape, seed=0):
@@ -98,9 +97,9 @@ def test_large_images_go_through_a_model_few_at_a_time(digits_held_out, monkeypa
     sizes, model = [], mlp([784, 32, 10], seed=0)
     model.register_forward_hook(lambda layer, arguments, output: sizes.append(len(output)))
     for limit in (10**9, 20 * 784):
-        monkeypatch.setattr(batches, "LARGE_BATCH", limit)
+        monkeypatch.setattr(calibration, "LARGE_BATCH", limit)
         compress(model, digits_held_out, 0.01, metric="accuracy")
-        assert max(sizes) == min(batches.BATCH, limit // 784)
+        assert max(sizes) == min(calibration.BATCH, limit // 784)
         sizes.clear()
 
 
@@ -126,21 +125,13 @@ def test_the_verdict_says_whether_it_was_worth_it(seconds, word):
     )
 
 
-class _Dictionaries(nn.Module):
-    """Takes two inputs by name and gives two outputs in a dictionary."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right, self.head = nn.Linear(40, 30), nn.Linear(20, 30), nn.Linear(30, 10)
-
-    def forward(self, left, right):
-        hidden = (self.left(left) + self.right(right)).relu()
-        return {"hidden": hidden, "logits": self.head(hidden)}
+def _of_dictionaries(net, batch):
+    hidden = (net.left(batch["left"]) + net.right(batch["right"])).relu()
+    return {"hidden": hidden, "logits": net.head(hidden)}
 
 
 def _logits(model, batch):
-    return model(batch["left"], batch["right"])["logits"]
+    return model(batch)["logits"]
 
 
 def _dictionaries(n_batches):
@@ -150,7 +141,9 @@ def _dictionaries(n_batches):
 
 
 def test_batches_of_any_kind_fit_a_model_of_any_kind():
-    model, read = _Dictionaries(), list(_dictionaries(12))
+    torch.manual_seed(0)
+    layers = {"left": nn.Linear(40, 30), "right": nn.Linear(20, 30), "head": nn.Linear(30, 10)}
+    model, read = Network(_of_dictionaries, **layers), list(_dictionaries(12))
     small, report = compress(model, _dictionaries(12), 0.5, forward=_logits)  # a generator: read once
     held_out = [read[0], read[6]]
     wanted, ours = (torch.cat([_logits(m, batch) for batch in held_out]) for m in (model, small))
@@ -171,7 +164,7 @@ def test_a_loader_and_a_list_give_what_they_hold_and_no_more_is_read_than_is_use
     assert (by_loader.ranks, by_loader.measured_error) == (by_list.ranks, by_list.measured_error)
     endless = (torch.ones(500, 784) * i for i in count())
     compress(model, endless, 0.5)
-    assert next(endless)[0, 0] == round(1.2 * batches.CALIBRATION) // 500
+    assert next(endless)[0, 0] == round(1.2 * calibration.CALIBRATION) // 500
 
 
 def test_named_layers_and_those_of_a_pattern_stay_dense(data):
@@ -208,13 +201,13 @@ def _steps(x):
 
 
 ACTIVATIONS = {
-    "steps": _Function(_steps),
+    "steps": _function(_steps),
     "relu": nn.ReLU(),
     "tanh": nn.Tanh(),
-    "round": _Function(torch.round),
-    "sign": _Function(torch.sign),
-    "detach": _Function(torch.Tensor.detach),
-    "without gradient": _Function(torch.no_grad()(lambda x: x.clone())),
+    "round": _function(torch.round),
+    "sign": _function(torch.sign),
+    "detach": _function(torch.Tensor.detach),
+    "without gradient": _function(torch.no_grad()(lambda x: x.clone())),
 }
 
 
@@ -258,24 +251,18 @@ def test_no_layer_is_lost_and_no_change_is_much_larger_than_that_of_the_plain_sv
 
 
 def test_a_layer_may_be_called_without_a_batch(data):
-    class Conditioned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.query = nn.Parameter(_draw(32))
-            self.condition, self.out = nn.Linear(32, 784), nn.Linear(784, 10)
-
-        def forward(self, x):
-            return self.out((x + self.condition(self.query)).relu())
-
-    _, report = compress(Conditioned(), data, 0.3)
+    layers = {"condition": nn.Linear(32, 784), "out": nn.Linear(784, 10)}
+    conditioned = Network(lambda net, x: net.out((x + net.condition(net.query)).relu()), **layers)
+    conditioned.query = nn.Parameter(_draw(32))
+    _, report = compress(conditioned, data, 0.3)
     assert report.ranks["condition"] == 1 and report.measured_error < 0.5
 
 
 def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_refused(data):
-    dropout = _Answers(lambda x: F.dropout(x, training=True))
+    dropout = _answers(lambda x: F.dropout(x, training=True))
     assert compress(dropout, data, 0.5)[1].ranks.keys() == {"fc"}
-    with pytest.raises(ValueError, match="_Answers gives other outputs for the same inputs each time"):
-        compress(_Answers(lambda x: x * np.random.default_rng().random()), data, 0.5)
+    with pytest.raises(ValueError, match="Network gives other outputs for the same inputs each time"):
+        compress(_answers(lambda x: x * np.random.default_rng().random()), data, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +283,7 @@ def test_labels_that_name_no_class_or_are_missing_are_refused(data, change, name
 
 def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(60, 40), _Function(_steps)), _draw(600, 60) * torch.logspace(-1, 1, 60)
+    model, x = nn.Sequential(nn.Linear(60, 40), _function(_steps)), _draw(600, 60) * torch.logspace(-1, 1, 60)
     data = x, torch.zeros(600)
     _, report = compress(model, data, 0.5)
     monkeypatch.setattr(compression, "FAR", np.inf)
@@ -308,17 +295,13 @@ def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(m
 
 
 def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_allows():
-    class TwoWays(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.easy, self.hard = nn.Linear(40, 80), nn.Linear(40, 30)
-
-        def forward(self, x):
-            hard = self.hard(x)
-            return torch.cat([self.easy(x) * 1e-2, (1e3 * hard).sin().sign() + 1e-4 * hard], dim=1)
+    def two_ways(net, x):
+        hard = net.hard(x)
+        return torch.cat([net.easy(x) * 1e-2, (1e3 * hard).sin().sign() + 1e-4 * hard], dim=1)
 
     torch.manual_seed(0)
-    _, report = compress(TwoWays(), (_draw(300, 40), torch.zeros(300)), 0.6)
+    model = Network(two_ways, easy=nn.Linear(40, 80), hard=nn.Linear(40, 30))
+    _, report = compress(model, (_draw(300, 40), torch.zeros(300)), 0.6)
     assert "with it cut, the outputs changed by" in report.left_alone["hard"]
     assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
 
@@ -344,13 +327,8 @@ def test_data_that_cannot_be_used_are_refused_with_what_can(change, error, named
         compress(mlp([784, 40, 10], seed=0), change(*data), 0.5)
 
 
-class _Answers(nn.Module):
-    def __init__(self, answer):
-        super().__init__()
-        self.fc, self.answer = nn.Linear(784, 10), answer
-
-    def forward(self, x):
-        return self.answer(self.fc(x))
+def _answers(answer):
+    return Network(lambda net, x: answer(net.fc(x)), fc=nn.Linear(784, 10))
 
 
 def _compiled_in_place():
@@ -373,8 +351,8 @@ def _pruned():
         (lambda: torch.compile(mlp([784, 20, 10], seed=0), backend="eager"), ValueError, "the model is compiled"),
         (_compiled_in_place, ValueError, "the model is compiled"),
         (lambda: nn.Linear(784, 9), ValueError, r"the model itself is the layer.*nn\.Sequential"),
-        (lambda: _Answers(lambda x: {"logits": x}), ValueError, "_Answers gave a dict; one finite tensor"),
-        (lambda: _Answers(lambda x: x.argmax(1)), ValueError, r"gave torch.int64 of shape \(50,\); one finite tensor"),
+        (lambda: _answers(lambda x: {"logits": x}), ValueError, "Network gave a dict; one finite tensor"),
+        (lambda: _answers(lambda x: x.argmax(1)), ValueError, r"gave torch.int64 of shape \(50,\); one finite tensor"),
         (lambda: nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
         (
             lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)),
@@ -405,13 +383,9 @@ def _tied():
     return model
 
 
-class _ReadsSize(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.plain, self.read, self.idle = nn.Linear(784, 30), nn.Linear(30, 30), nn.Linear(20, 20)
-
-    def forward(self, x):
-        return self.read(self.plain(x)) + self.read.in_features
+def _reads_size():
+    layers = {"plain": nn.Linear(784, 30), "read": nn.Linear(30, 30), "idle": nn.Linear(20, 20)}
+    return Network(lambda net, x: net.read(net.plain(x)) + net.read.in_features, **layers)
 
 
 class _Doubled(nn.Linear):
@@ -427,7 +401,7 @@ def _convolutions():
 PLAIN = "only plain weights of linear layers and of 2-D convolutions of one group are replaced"
 LEFT_ALONE = [
     (_tied, {"1": "shares its weight with 2", "2": "shares its weight with 1"}),
-    (_ReadsSize, {"read": "no attribute 'in_features'", "idle": "never calls it"}),
+    (_reads_size, {"read": "no attribute 'in_features'", "idle": "never calls it"}),
     (lambda: nn.Sequential(nn.Linear(784, 30), _Doubled(30, 30)), {"1": "something else than its weight"}),
     (
         lambda: nn.Sequential(nn.Linear(784, 30), nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30))),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from networks import Network
+from torch import nn
 from torch.nn import functional as F
 
 from lowrank_helpers import lora
@@ -122,41 +123,15 @@ def test_wrong_layers_and_ranks_of_a_model_are_refused(make):
         make(model, {"1": 6})
 
 
-class Residual(nn.Module):
-    """Registers its head first, has a layer in two places, and adds what it skipped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(4, 3)
-        self.body = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), act=nn.ReLU()))
-        self.again = self.body.first
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.log_softmax(self.head(x + self.again(self.body(x))), -1)
+def _residual():
+    """Register the head first, have a layer in two places, and add what it skipped."""
+    body = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), act=nn.ReLU()))
+    layers = {"head": nn.Linear(4, 3), "body": body, "again": body.first}
+    return Network(lambda net, x: torch.log_softmax(net.head(x + net.again(net.body(x))), -1), **layers)
 
 
-class TwoHeads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.trunk, self.right = nn.Linear(4, 1), nn.Linear(4, 4), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.trunk(x).relu()
-        return self.left(x), self.right(x)
-
-
-class Wandering(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x) if x.sum() > 0 else x
-
-
-class Sum(TwoHeads):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.left(x) + self.right(self.trunk(x))
+def _two_heads(run):
+    return Network(run, left=nn.Linear(4, 1), trunk=nn.Linear(4, 4), right=nn.Linear(4, 2))
 
 
 def _shared():
@@ -171,9 +146,9 @@ def _shared():
         (lambda: mlp([784, 8, 8, 10], seed=0), ["fc1", "fc2"]),
         (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc2": 4}), ["fc1"]),
         (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc3": 4}), ["fc1", "fc2"]),
-        (Residual, ["body.first"]),
-        (TwoHeads, ["trunk"]),
-        (Sum, ["trunk"]),
+        (_residual, ["body.first"]),
+        (lambda: _two_heads(lambda net, x: (net.left(net.trunk(x).relu()), net.right(net.trunk(x).relu()))), ["trunk"]),
+        (lambda: _two_heads(lambda net, x: net.left(x) + net.right(net.trunk(x))), ["trunk"]),
         (_shared, ["2"]),
     ],
 )
@@ -182,12 +157,12 @@ def test_hidden_layers_are_those_whose_result_reaches_the_output_through_another
 
 
 def test_a_model_that_cannot_be_traced_is_refused_with_its_layers():
-    with pytest.raises(ValueError, match=r"cannot trace this Wandering .*name the layers yourself, out of fc"):
-        hidden_layers(Wandering())
+    with pytest.raises(ValueError, match=r"cannot trace this Network .*name the layers yourself, out of fc"):
+        hidden_layers(Network(lambda net, x: net.fc(x) if x.sum() > 0 else x, fc=nn.Linear(4, 4)))
 
 
 def test_a_layer_in_two_places_is_factorised_adapted_and_merged_in_both():
-    model, x = Residual(), _draw(5, 4)
+    model, x = _residual(), _draw(5, 4)
     small = factorize(model, {"body.first": 2})
     assert small.again is small.body.first and small.again.rank == 2
     torch.testing.assert_close(factorize(model, {"body.first": 4})(x), model(x))

@@ -42,50 +42,42 @@ def test_a_transposed_convolutions_row_makes_its_output_channel():
     np.testing.assert_allclose(answers.detach().transpose(0, 1).flatten(1).norm(dim=1), matrix.norm(dim=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "parts", "remark"),
-    [
-        # Stored as (in, out), as GPT-2's.
-        ("attn.c_attn.weight", (4, 12), ["attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v"], "columns"),
-        ("attn.qkv.weight", (12, 4), ["attn.qkv.q", "attn.qkv.k", "attn.qkv.v"], "rows"),
-        ("in_proj_weight", (12, 4), ["q", "k", "v"], "rows"),
-        ("qkv_proj.weight", (8, 4), ["qkv_proj"], ""),  # grouped queries: not three equal parts
-        ("query_key_value.weight", (12, 4), ["query_key_value"], ""),  # q, k and v alternate head by head
-    ],
-)
-def test_packed_projections_are_split_where_their_parts_are_known(name, shape, parts, remark):
-    unfolded = unfold(name, torch.randn(shape))
-    assert list(unfolded) == parts
-    assert {part.remark for part in unfolded.values()} == {f"packed q, k, v, split by {remark}" if remark else ""}
-    assert all(part.matrix.shape == (4, 4) for part in unfolded.values()) or len(parts) == 1
+PACKED = "packed q, k, v, split by"
 
 
 @pytest.mark.parametrize(
-    ("shape", "layer", "told", "remark"),
+    ("name", "shape", "layer", "parts", "told", "remark"),
     [
-        ((3, 4), None, "3×4", ""),
-        ((1, 5, 4), None, "5×4", "axes of size 1 dropped"),
-        ((1, 5, 4), nn.Conv1d(5, 1, 4), "1×5·4", ""),
-        ((6, 5, 4), None, "6×5·4", ""),
-        ((8, 3, 3, 3), nn.Conv2d(6, 8, 3, groups=2), "8×3·3·3", "2 groups, below each other"),
-        ((6, 4, 3), nn.ConvTranspose1d(6, 4, 3), "4×6·3", "transposed"),
+        ("attn.c_attn.weight", (4, 12), None, "attn.c_attn.{q,k,v}", "4×4", f"{PACKED} columns"),  # as GPT-2's
+        ("attn.qkv.weight", (12, 4), None, "attn.qkv.{q,k,v}", "4×4", f"{PACKED} rows"),
+        ("in_proj_weight", (12, 4), None, "{q,k,v}", "4×4", f"{PACKED} rows"),
+        ("qkv_proj.weight", (8, 4), None, "qkv_proj", "8×4", ""),  # grouped queries: not three equal parts
+        ("query_key_value.weight", (12, 4), None, "query_key_value", "12×4", ""),  # they alternate head by head
+        ("it.weight", (3, 4), None, "it", "3×4", ""),
+        ("it.weight", (1, 5, 4), None, "it", "5×4", "axes of size 1 dropped"),
+        ("it.weight", (1, 5, 4), nn.Conv1d(5, 1, 4), "it", "1×5·4", ""),
+        ("it.weight", (6, 5, 4), None, "it", "6×5·4", ""),
+        ("it.weight", (3, 4, 5, 6, 7), None, "it", "3×4·5·6·7", ""),
+        ("it.weight", (8, 3, 3, 3), nn.Conv2d(6, 8, 3, groups=2), "it", "8×3·3·3", "2 groups, below each other"),
+        ("it.weight", (6, 4, 3), nn.ConvTranspose1d(6, 4, 3), "it", "4×6·3", "transposed"),
+        ("mlp.weight", (3, 16, 8), None, "mlp.{0,1,2}", "16×8", "of a stack of 3"),  # no convolution: too few filters
+        ("experts", (4, 3, 2), None, "experts.{0,1,2,3}", "3×2", "of a stack of 4"),
+        ("grid", (1, 2, 8, 8), None, "grid.{0,1}", "8×8", "of a stack of 2"),
+        ("stacks", (2, 2, 5, 4), None, "stacks.{0.0,0.1,1.0,1.1}", "5×4", "of a stack of 2×2"),
     ],
 )
-def test_how_a_tensor_became_a_matrix_is_told(shape, layer, told, remark):
-    weight = torch.randn(shape)
-    ((name, unfolded),) = unfold("it.weight", weight, layer).items()
-    assert (name, unfolded.shape, unfolded.remark) == ("it", told, remark)
+def test_how_a_tensor_became_matrices_is_told(name, shape, layer, parts, told, remark):
+    weight = torch.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    unfolded = unfold(name, weight, layer)
+    stem, _, ends = parts.partition("{")
+    assert list(unfolded) == [stem + end for end in ends.rstrip("}").split(",")]
+    assert {(part.shape, part.remark) for part in unfolded.values()} == {(told, remark)}
     rows, *columns = (int(n) for n in told.replace("·", "×").split("×"))
-    assert unfolded.matrix.shape == (rows, np.prod(columns))
-    np.testing.assert_allclose(unfolded.matrix.norm(), weight.norm(), rtol=1e-6)
-
-
-def test_a_stack_of_stacks_has_a_matrix_for_each_index():
-    stack = torch.randn(2, 3, 5, 4)
-    unfolded = unfold("experts", stack)
-    assert list(unfolded) == [f"experts.{i}.{j}" for i in range(2) for j in range(3)]
-    assert torch.equal(unfolded["experts.1.2"].matrix, stack[1, 2])
-    assert unfolded["experts.1.2"].remark == "of a stack of 2×3"
+    assert {part.matrix.shape for part in unfolded.values()} == {(rows, np.prod(columns))}
+    entries = torch.cat([part.matrix.flatten() for part in unfolded.values()])
+    assert torch.equal(entries.sort().values, weight.flatten()), "each entry has one place"
+    if "stack" in remark:
+        assert torch.equal(entries, weight.flatten()), "in the stack's order"
 
 
 def test_shared_weights_appear_once_and_computed_ones_each_time():
