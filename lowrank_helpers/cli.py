@@ -274,18 +274,13 @@ def compress(model: str, data: str, forward: str | None, budget: float, output: 
     Example:
       lowrank compress mine.networks:trained --data mine.data:loader --budget 0.3 -o small
     """  # noqa: D301
-    from torch import nn
-
     from lowrank_helpers import calibration, compression, layers
-
-    def made(source: str) -> Any:
-        found = pkgutil.resolve_name(source)
-        return found() if callable(found) and not isinstance(found, nn.Module) else found
+    from lowrank_helpers.analysis import imported
 
     sys.path.insert(0, "")  # as Python started in this folder imports
     try:
         run = pkgutil.resolve_name(forward) if forward else calibration.call
-        network, batches = made(model), made(data)
+        network, batches = imported(model), imported(data)
         output.mkdir(parents=True, exist_ok=True)
         small, report = compression.compress(network, batches, budget, forward=run)
         layers.save(small, output)
