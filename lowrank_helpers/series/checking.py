@@ -62,7 +62,7 @@ def check(planned: Planned, *, workers: int | None = None) -> Iterator[tuple[Out
 
 def _recorded(name: str) -> NotebookNode:
     """Read a recorded notebook, before time is spent on its execution."""
-    notebook = nbformat.read(execution.notebook_path(name), as_version=4)
+    notebook: NotebookNode = nbformat.read(execution.notebook_path(name), as_version=4)
     if notebook.metadata.get("lowrank", {}).get("outputs") != execution.outputs_checksum(notebook):
         raise RunError(f"{name}: outputs are not as `make record` wrote them; record them anew")
     for cell in notebook.cells:

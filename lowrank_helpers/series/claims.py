@@ -120,7 +120,8 @@ def _average(claim: Claim, recorded: Recorded) -> Verdict:
     )
     n = min(difference.n for _, difference in found)
     word = "Settled" if settled else "**Not settled**"
-    text = f"{word} by the mean of {n} recorded runs. {said[0].upper()}{said[1:]}."
+    how = f"{word} by the mean of {n} recorded runs and its 95 % interval, as shares of the mean of both numbers"
+    text = f"{how}. {said[0].upper()}{said[1:]}."
     return Verdict(settled, text, f"{'settled' if settled else 'not settled'} by the mean of {n} runs")
 
 
