@@ -47,7 +47,7 @@ def show(model: nn.Sequential, data: Dataset) -> None:
     text = html.escape(json.dumps(measured(model, data), separators=(",", ":")))
     style, script = ((TEMPLATES / f"explorer.{kind}").read_text() for kind in ("css", "js"))
     page = f'<style>{style}</style><div class="explorer" data-measured="{text}"></div><script>{script}</script>'
-    display(HTML(page), metadata={"lowrank": {"explorer": True}})
+    display(HTML(page), metadata={"lowrank": {"explorer": True, "unchecked": True}})
 
 
 @torch.no_grad()

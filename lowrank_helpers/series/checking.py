@@ -1,12 +1,8 @@
 """Executes recorded notebooks again. Their words must be the same on every machine and from every seed.
 
-Numbers in free text may differ; those of claims are held against the evidence. Images must agree in kind and pixel
-size, widgets in being there. A cell's metadata may say otherwise, under ``lowrank``, by one key and a reason in words:
-
-``"exact": "why"``
-    Numbers must agree too: no machine and no seed changes them.
-``"unchecked": "why"``
-    The outputs are not compared: they describe this machine.
+Numbers in free text may differ, but for cells with the tag ``exact``; those of claims are held against the evidence.
+Images must agree in kind and pixel size, widgets in being there. What the package shows of this machine or of other
+runs is not compared: such an output's metadata has ``unchecked`` under ``lowrank``.
 """
 
 import base64
@@ -28,7 +24,6 @@ from lowrank_helpers.series.execution import Planned, RunError
 from lowrank_helpers.series.results import Outcome, failures, read_claims
 
 NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:[eE][-+]?\d+)?")  # not of fc1 or v2.1
-KEYS = ("exact", "unchecked")
 QUOTED = 12  # words of two outputs that differ, from a little before where they part
 
 
@@ -43,7 +38,7 @@ def check(planned: Planned, *, workers: int | None = None) -> Iterator[tuple[Out
     Raises
     ------
     RunError
-        A notebook's outputs are not as they were recorded, or a cell's metadata is not in the vocabulary.
+        A notebook's outputs are not as they were recorded.
     """
     recorded = {name: _recorded(name) for name in planned}
     with tempfile.TemporaryDirectory(prefix="lowrank-check-") as made, execution.run_folder(Path(made)) as folder:
@@ -55,8 +50,6 @@ def check(planned: Planned, *, workers: int | None = None) -> Iterator[tuple[Out
                 faults = list(_differences(cells, {cell.id: cell.outputs for cell in new.cells if "outputs" in cell}))
                 unlike, remarks = _held_against_evidence(outcome.notebook, folder, planned.keys())
                 faults += unlike
-                treated = ((cell.id, *treatment(cell)) for cell in cells)
-                remarks += [f"cell {id} is not compared: {why}" for id, key, why in treated if key == "unchecked"]
             yield outcome, faults, remarks
 
 
@@ -65,17 +58,15 @@ def _recorded(name: str) -> NotebookNode:
     notebook: NotebookNode = nbformat.read(execution.notebook_path(name), as_version=4)
     if notebook.metadata.get("lowrank", {}).get("outputs") != execution.outputs_checksum(notebook):
         raise RunError(f"{name}: outputs are not as `make record` wrote them; record them anew")
-    for cell in notebook.cells:
-        treatment(cell)
     return notebook
 
 
 def _differences(cells: list[NotebookNode], new: Mapping[str, list[NotebookNode]]) -> Iterator[str]:
     """Quote recorded outputs and new ones, which are by their cell's id, where they part."""
     for cell in cells:
-        key, _ = treatment(cell)
-        if cell.cell_type == "code" and key != "unchecked":
-            before, now = (essence(outputs, exact=key == "exact") for outputs in (cell.outputs, new[cell.id]))
+        if cell.cell_type == "code":
+            exact = "exact" in cell.metadata.get("tags", [])
+            before, now = (essence(outputs, exact=exact) for outputs in (cell.outputs, new[cell.id]))
             for kind in before | now:
                 was, has = _parting(before.get(kind, ""), now.get(kind, ""))
                 if was != has:
@@ -104,32 +95,19 @@ def _held_against_evidence(name: str, folder: Path, names: Collection[str]) -> t
     return unlike, [f"old evidence: {said}; `python scripts/evidence.py {name}` makes it anew"] if changed else []
 
 
-def treatment(cell: NotebookNode) -> tuple[str, str]:
-    """Return which of the keys a cell's metadata has, and the reason; empty where it has none.
-
-    Raises
-    ------
-    RunError
-        The metadata is not in the vocabulary.
-    """
-    stated = cell.metadata.get("lowrank", {})
-    if len(stated) > 1 or not stated.keys() <= {*KEYS} or not all(str(reason).strip() for reason in stated.values()):
-        allowed = f"allowed: {' or '.join(KEYS)}, and a reason"
-        raise RunError(f"cell {cell.id}: lowrank metadata {dict(stated)} is not allowed; {allowed}")
-    return next(iter(stated.items()), ("", ""))
-
-
 def essence(outputs: list[NotebookNode], *, exact: bool = False) -> dict[str, str]:
     """Return what must be the same of a cell's outputs, by kind: MIME type, stream, or the outputs' metadata."""
     found: dict[str, str] = {}
     for stream in ("stdout", "stderr"):  # which arrives in pieces, cut anywhere
         if text := "".join(output.text for output in outputs if output.get("name") == stream):
             found[stream] = text if exact else words(text)
-    for output in (each for each in outputs if "data" in each):
-        shown = output.data
+    for output in outputs:
+        shown, marks = output.get("data", {}), output.get("metadata", {}).get("lowrank", {})
+        if not shown or "unchecked" in marks:
+            continue
         if "text/html" in shown:  # as plain text a table breaks its lines where numbers have more digits
             shown = {kind: data for kind, data in shown.items() if kind != "text/plain"}
-        of_text = of_claim if "claim" in output.metadata.get("lowrank", {}) else str if exact else words
+        of_text = of_claim if "claim" in marks else str if exact else words
         essences = {kind: OF_KIND.get(kind, of_text)(data) for kind, data in shown.items()}
         essences["description"] = json.dumps(output.metadata, sort_keys=True, ensure_ascii=False)
         for kind, text in essences.items():

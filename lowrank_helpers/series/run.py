@@ -25,6 +25,7 @@ from lowrank_helpers.timing import spent
 from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
 CLAIM_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
+UNCHECKED = {"lowrank": {"unchecked": True}}  # of an output that names this machine, or what other notebooks filed
 FULL_SIZE = 10_000  # training images from which on recipes are taken as they are
 STAND_IN = """⚠ **MNIST could not be had: everything below is measured on `digits`,** \
 scikit-learn's bundled 8×8 digits resampled to 28×28.
@@ -95,7 +96,7 @@ class Run:
         header = f"Dataset **{self.data.name}** ({images}) · seed **{self.parameters['seed']}** · "
         header += f"device **{self.device.type}** · matrix products in **{self.precision}**, weights in float32"
         stands_in = self.parameters["dataset"] == "auto" and self.data.name != "mnist"
-        display(Markdown(STAND_IN + header if stands_in else header))
+        display(Markdown(STAND_IN + header if stands_in else header), metadata=UNCHECKED)
 
     def recipe(self, kind: str, **options: Any) -> Recipe:
         """Return how a kind of network is trained, with this run's seed and precision.
@@ -249,7 +250,7 @@ class Run:
                     if "/" not in id:
                         verdict = claims.verdict(claim, *recorded.of(id))
                         lines.append(f"- **{id}** {claim.sentence} *{verdict.short}*")
-        display(Markdown("\n".join(lines)))
+        display(Markdown("\n".join(lines)), metadata=UNCHECKED if of_all else None)
 
     def _file_claims(self) -> None:
         known = {"starting": self._seconds_to_start} | spent  # processor seconds of this process, by kind of work
