@@ -92,8 +92,9 @@ def analyze(source: str) -> Analysis:
     Parameters
     ----------
     source : str
-        A file of safetensors or of PyTorch's (``.pt``, ``.pth``, ``.bin``: a ``state_dict``, or tensors in nested
-        mappings and lists); or ``package.module:name``, as of :func:`imported`, of a ``nn.Module`` or what returns one.
+        A file of safetensors or of PyTorch's (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pth.tar``) with tensors in
+        nested mappings and lists, such as a ``state_dict``; or ``package.module:name``, as of :func:`imported`, of a
+        ``nn.Module`` or what returns one.
 
     Raises
     ------
@@ -227,7 +228,7 @@ def _read_pytorch(file: Path) -> Any:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     ".safetensors": _read_safetensors,
-    **dict.fromkeys((".pt", ".pth", ".bin"), _read_pytorch),
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar"), _read_pytorch),
 }
 
 

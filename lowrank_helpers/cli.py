@@ -229,7 +229,7 @@ def check(notebooks: Names, pairs: Pairs, workers: int | None) -> None:
 def analyze(source: str, output: Path | None) -> None:
     """Measure the rank of every matrix of your own network: a file of weights, or a model.
 
-    A file is .safetensors, or PyTorch's .pt, .pth or .bin with a state_dict; none of its code is ever executed.
+    A file is .safetensors, or PyTorch's .pt, .pth, .bin, .ckpt or .pth.tar; none of its code is ever executed.
     package.module:callable is imported and called, and so does execute code: yours. It returns a torch.nn.Module.
 
     \b

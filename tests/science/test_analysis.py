@@ -50,7 +50,7 @@ def analyzed(monkeypatch):
     return analyzed
 
 
-@pytest.mark.parametrize("name", ["net.safetensors", "net.pt", "net.pth", "net.bin"])
+@pytest.mark.parametrize("name", ["net.safetensors", "net.pt", "net.pth", "net.bin", "net.ckpt", "net.pth.tar"])
 def test_ranks_of_a_file_are_numpys(tmp_path, name):
     tensors = {
         "b.10.weight": _of_rank(3).float(),
@@ -359,7 +359,7 @@ def test_truncated_and_altered_files_are_refused(tmp_path, name):
     [
         ("nowhere.pt", "no file"),
         (".", "a folder"),
-        (__file__, r"of no known format; give a file \(\.safetensors, \.pt, \.pth, \.bin\)"),
+        (__file__, r"of no known format; give a file \(\.safetensors, \.pt, \.pth, \.bin, \.ckpt, \.tar\)"),
         ("nowhere:build", "ModuleNotFoundError"),
         ("torchvision.models:resnet", "resnet"),
         ("os:getcwd", "gives str"),
