@@ -73,7 +73,7 @@ def main() -> None:
 main.command_class = Command
 
 
-def parameters_from(pairs: Pairs, file: IO | None = None) -> dict[str, Any]:
+def parameters_from(pairs: Pairs, file: IO[bytes] | None = None) -> dict[str, Any]:
     """Read parameters from a file and from the command line, which goes over the file."""
     given: dict[str, Any] = parameters.parse(file.read(), file.name) if file else {}
     if file and not isinstance(given, dict):
@@ -98,7 +98,9 @@ def _choices() -> str:
 @OUTPUT(default=PROJECT / "reports" / "latest", help="The run's folder; reports/latest if not given.")
 @WORKERS
 @RESUME
-def run(notebooks: Names, pairs: Pairs, file: IO | None, output: Path, workers: int | None, resume: bool) -> None:
+def run(
+    notebooks: Names, pairs: Pairs, file: IO[bytes] | None, output: Path, workers: int | None, resume: bool
+) -> None:
     """Execute NOTEBOOKS (all, if none is named) side by side, then render pages, index.html and results.json.
 
     \b
@@ -140,7 +142,7 @@ def run(notebooks: Names, pairs: Pairs, file: IO | None, output: Path, workers: 
 @RESUME
 @WORKERS
 @SCHEDULER
-def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: IO | None, output: Path, **how: Any) -> None:
+def sweep(notebooks: Names, axes: Names, pairs: Pairs, file: IO[bytes] | None, output: Path, **how: Any) -> None:
     """Run NOTEBOOKS (all, if none is named) at every point of a grid of parameters, several points at a time.
 
     \b
