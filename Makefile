@@ -60,6 +60,7 @@ lab: $(VENV)/ready
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 record: $(VENV)/ready
+	$(BIN)/lowrank run
 	$(BIN)/python scripts/record.py
 
 evidence: $(VENV)/ready

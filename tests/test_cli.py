@@ -1,5 +1,6 @@
 """The command line: what it refuses before a kernel starts, and one run from end to end."""
 
+import json
 import re
 import runpy
 
@@ -7,11 +8,11 @@ import pytest
 import torch
 from commands import lowrank
 
-from lowrank_helpers import PROJECT, cli, data, layers
-from lowrank_helpers.data import DatasetMissingError
+from lowrank_helpers import PROJECT, cli, layers
 from lowrank_helpers.models import mlp
 from lowrank_helpers.series import execution
-from lowrank_helpers.series.parameters import parse
+from lowrank_helpers.series.execution import notebook_names, notebook_path
+from lowrank_helpers.series.parameters import declared, parse
 
 MISSING = next(device for device in ("mps", "cuda") if not getattr(torch, device).is_available())
 
@@ -44,15 +45,15 @@ def test_bad_parameter_files_are_refused_by_name(content, named, tmp_path):
     assert named in lowrank("run", "02_train", "-f", tmp_path / "mine.yaml", "-o", tmp_path / "out", code=2)
 
 
-def test_without_mnist_nothing_is_recorded(monkeypatch):
-    """A run would take digits in its place."""
-
-    def missing(name, data_dir):
-        raise DatasetMissingError(f"dataset {name!r} is not on this machine")
-
-    monkeypatch.setattr(data, "_provide", missing)
-    monkeypatch.setattr(cli, "main", lambda *_: pytest.fail("the series was run"))
-    with pytest.raises(SystemExit, match="dataset 'mnist' is not on this machine"):
+@pytest.mark.parametrize("other", [{"environment": {"dataset": "digits"}}, {"parameters": {"seed": 1}}])
+def test_only_a_run_on_mnist_with_the_defaults_is_recorded(other, tmp_path, monkeypatch):
+    notebooks = {name: declared(notebook_path(name)) for name in notebook_names()}
+    runs = {name: {"environment": {"dataset": "mnist"}, "parameters": given} for name, given in notebooks.items()}
+    runs["03_rank"] |= other
+    (tmp_path / "reports" / "latest").mkdir(parents=True)
+    (tmp_path / "reports" / "latest" / "results.json").write_text(json.dumps({"notebooks": runs}))
+    monkeypatch.setattr("lowrank_helpers.PROJECT", tmp_path)
+    with pytest.raises(SystemExit, match="03_rank in reports/latest did not run on MNIST with its defaults"):
         runpy.run_path(str(PROJECT / "scripts" / "record.py"), run_name="__main__")
 
 
