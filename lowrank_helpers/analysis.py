@@ -193,7 +193,7 @@ def _weights(source: str) -> dict[str, Weight]:
         return _called(source)
     if not file.is_file() or file.suffix not in READERS:
         kind = "a folder" if file.is_dir() else "of no known format" if file.is_file() else "no file"
-        raise AnalysisError(f"{source} is {kind}; give a file ({', '.join(READERS)}) or package.module:callable")
+        raise AnalysisError(f"{source} is {kind}; give a file ({', '.join(READERS)}) or package.module:name")
     try:
         return _joined(_listed(READERS[file.suffix](file)))
     except Exception as error:  # a damaged file can raise nearly anything
@@ -351,7 +351,7 @@ def imported(source: str) -> Any:
 
 
 def _called(source: str) -> dict[str, Weight]:
-    """Import ``package.module:callable`` as Python started in this folder would, and list what it returns."""
+    """Import ``package.module:name`` as Python started in this folder would, and list what it returns."""
     sys.path.insert(0, "")
     try:
         model = imported(source)

@@ -232,7 +232,7 @@ def analyze(source: str, output: Path | None) -> None:
     """Measure the rank of every matrix of your own network: a file of weights, or a model.
 
     A file is .safetensors, or PyTorch's .pt, .pth, .bin, .ckpt or .pth.tar; none of its code is ever executed.
-    package.module:callable is imported and called, and so does execute code: yours. It returns a torch.nn.Module.
+    package.module:name is imported, and so executes code: yours. It is a torch.nn.Module, or what returns one.
 
     \b
     Examples:

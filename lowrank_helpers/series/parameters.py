@@ -137,7 +137,8 @@ def check(parameters: Mapping[str, Any]) -> None:
             raise ParameterError(f"parameter {where}{kind!r} is unknown; allowed: {', '.join(recipes())}")
         _check_each(recipe, RECIPE_RULES, f"{where}{kind}.")
     if "big_widths" in parameters:
-        _check_each(parameters, RULES | _of_big_network(list(pairwise(parameters["big_widths"]))))
+        limits = _of_big_network(list(pairwise(parameters["big_widths"])))
+        _check_each({name: value for name, value in parameters.items() if name in limits}, limits)
     if {"widths", "rank", "layers"} <= parameters.keys():
         adapted = choose_layers(list(pairwise(parameters["widths"])), parameters["layers"])
         if parameters["rank"] > (most := min(map(min, adapted))):

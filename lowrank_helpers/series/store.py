@@ -79,6 +79,7 @@ def determinants(model: nn.Module, data: Dataset, recipe: Recipe, others: Mappin
     """Return all that decides a training, by name: two trainings are the same if these are.
 
     A network is known by its layers, all of PyTorch's or of this package, by its weights, and by its first answers.
+    What a notebook replaces in PyTorch or in this package is seen only where it changes these answers or gradients.
 
     Raises
     ------

@@ -125,13 +125,21 @@ def test_the_verdict_says_whether_it_was_worth_it(seconds, word):
     )
 
 
-def _of_dictionaries(net, batch):
-    hidden = (net.left(batch["left"]) + net.right(batch["right"])).relu()
-    return {"hidden": hidden, "logits": net.head(hidden)}
+class _Dictionaries(nn.Module):
+    """Takes two inputs by name and gives two outputs in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.head = nn.Linear(40, 30), nn.Linear(20, 30), nn.Linear(30, 10)
+
+    def forward(self, left, right):
+        hidden = (self.left(left) + self.right(right)).relu()
+        return {"hidden": hidden, "logits": self.head(hidden)}
 
 
 def _logits(model, batch):
-    return model(batch)["logits"]
+    return model(batch["left"], batch["right"])["logits"]
 
 
 def _dictionaries(n_batches):
@@ -141,9 +149,7 @@ def _dictionaries(n_batches):
 
 
 def test_batches_of_any_kind_fit_a_model_of_any_kind():
-    torch.manual_seed(0)
-    layers = {"left": nn.Linear(40, 30), "right": nn.Linear(20, 30), "head": nn.Linear(30, 10)}
-    model, read = Network(_of_dictionaries, **layers), list(_dictionaries(12))
+    model, read = _Dictionaries(), list(_dictionaries(12))
     small, report = compress(model, _dictionaries(12), 0.5, forward=_logits)  # a generator: read once
     held_out = [read[0], read[6]]
     wanted, ours = (torch.cat([_logits(m, batch) for batch in held_out]) for m in (model, small))

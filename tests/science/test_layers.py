@@ -134,6 +134,11 @@ def _two_heads(run):
     return Network(run, left=nn.Linear(4, 1), trunk=nn.Linear(4, 4), right=nn.Linear(4, 2))
 
 
+def _both_of_trunk(net, x):
+    x = net.trunk(x).relu()
+    return net.left(x), net.right(x)
+
+
 def _shared():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[0].weight = model[4].weight
@@ -147,7 +152,7 @@ def _shared():
         (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc2": 4}), ["fc1"]),
         (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc3": 4}), ["fc1", "fc2"]),
         (_residual, ["body.first"]),
-        (lambda: _two_heads(lambda net, x: (net.left(net.trunk(x).relu()), net.right(net.trunk(x).relu()))), ["trunk"]),
+        (lambda: _two_heads(_both_of_trunk), ["trunk"]),
         (lambda: _two_heads(lambda net, x: net.left(x) + net.right(net.trunk(x))), ["trunk"]),
         (_shared, ["2"]),
     ],
