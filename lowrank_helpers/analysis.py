@@ -181,7 +181,7 @@ def _row(part: Unfolded, n_parameters: int) -> dict[str, Any]:
         "parameters": n_parameters,
         **ranks,
         # Equal entries have no spread, and an edge of 0: what is beyond it then is rounding.
-        BEYOND: min(int(ranks["numerical rank"]), rank.rank_beyond_edge(s, shape, std)),
+        BEYOND: min(int(ranks["numerical rank"]), int((s > rank.marchenko_pastur_edges(shape, std)[1]).sum())),
         "saved": max(0, n_parameters - cost),
     }
 
@@ -344,15 +344,16 @@ def _compose(weights: dict[str, Weight], parts: list[str], whole: Weight) -> Non
         weights[name] = weights[name]._replace(unwanted=f"a part of {whole.name}")
 
 
-def imported(source: str) -> Any:
-    """Import ``package.module:name``, and return what it is, or what it returns if it is a function or class."""
+def imported(source: str, *, called: bool = True) -> Any:
+    """Import ``package.module:name`` as Python started in this folder would; of a function return what it returns."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     found = pkgutil.resolve_name(source)
-    return found() if callable(found) and not isinstance(found, nn.Module) else found
+    return found() if called and callable(found) and not isinstance(found, nn.Module) else found
 
 
 def _called(source: str) -> dict[str, Weight]:
-    """Import ``package.module:name`` as Python started in this folder would, and list what it returns."""
-    sys.path.insert(0, "")
+    """Import ``package.module:name`` and list what it returns."""
     try:
         model = imported(source)
         if not isinstance(model, nn.Module):
@@ -360,8 +361,6 @@ def _called(source: str) -> dict[str, Weight]:
         return of_model(model)
     except (Exception, SystemExit) as error:  # the code is the user's own: it may raise anything
         raise AnalysisError(f"{source} cannot be analysed: {_one_line(error)}") from error
-    finally:
-        sys.path.remove("")
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """The command line: ``lowrank run``, ``sweep``, ``check``, ``analyze`` and ``compress``."""
 
 import os
-import pkgutil
 import signal
 import sys
 import time
@@ -116,7 +115,7 @@ def run(
     dataset = execution.settle_dataset(planned)
     _warn_of_digits([dataset])
     outcomes: list[Outcome] = []
-    with execution.run_folder(output, replace(Settings.of_command(), auto_dataset=dataset)) as folder:
+    with execution.run_folder(output, replace(Settings.inherited(Path.cwd()), auto_dataset=dataset)) as folder:
         try:
             for outcome in execution.execute(planned, folder, workers=workers, resume=resume):
                 tqdm.write(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s")
@@ -245,16 +244,16 @@ def analyze(source: str, output: Path | None) -> None:
 
     try:
         if output:
-            analysis_page.check(output)
+            output.mkdir(parents=True, exist_ok=True)  # before time is spent
         found = analysis.analyze(source)
+        click.echo(analysis_page.text(found))
+        if output:
+            analysis_page.write(output, found)
     except analysis.AnalysisError as error:
         fail(str(error))
-    click.echo(analysis_page.text(found))
+    except OSError as error:
+        fail(f"{output} cannot be written to: {error.strerror}")
     if output:
-        try:
-            analysis_page.write(output, found)
-        except OSError as error:
-            fail(f"{output} cannot be written to: {error.strerror}", code=1)
         click.echo(f"\nOpen {os.path.relpath(output / 'index.html')}")
 
 
@@ -279,9 +278,8 @@ def compress(model: str, data: str, forward: str | None, budget: float, output: 
     from lowrank_helpers import calibration, compression, layers
     from lowrank_helpers.analysis import imported
 
-    sys.path.insert(0, "")  # as Python started in this folder imports
     try:
-        run = pkgutil.resolve_name(forward) if forward else calibration.call
+        run = imported(forward, called=False) if forward else calibration.call
         network, batches = imported(model), imported(data)
         output.mkdir(parents=True, exist_ok=True)
         small, report = compression.compress(network, batches, budget, forward=run)
@@ -289,8 +287,6 @@ def compress(model: str, data: str, forward: str | None, budget: float, output: 
         (output / "report.txt").write_text(f"{report}\n")
     except Exception as error:  # the code is the user's own: it may raise anything
         fail(f"{model} was not compressed; {type(error).__name__}: {error}")
-    finally:
-        sys.path.remove("")
     click.echo(report)
 
 

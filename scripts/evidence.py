@@ -89,7 +89,7 @@ def _joined(claims: Sequence[Claim]) -> dict[str, dict[str, list[float | None]]]
 @cli.SCHEDULER
 def main(notebooks: cli.Names, pairs: cli.Pairs, seeds: str, **where: Any) -> None:
     """Record evidence of NOTEBOOKS, or of all."""
-    points = points_of(notebooks, sweep.grid_values(seeds), cli.parameters_from(pairs))
+    points = points_of(notebooks, sweep.grid_axis(f"seed={seeds}")[1], cli.parameters_from(pairs))
     planned = next(iter(points.values()))
     dataset = execution.settle_dataset(planned)
 

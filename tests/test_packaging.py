@@ -10,12 +10,12 @@ from importlib.metadata import packages_distributions
 
 import nbformat
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lowrank_helpers import PROJECT
 from lowrank_helpers.series import execution
+from lowrank_helpers.series.parameters import parse
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
 SCIENCE, SERIES, TEST = (
@@ -61,7 +61,7 @@ def test_every_direct_dependency_is_pinned_to_a_version_that_it_allows():
 
 
 def test_conda_users_get_the_same_packages():
-    python, _, pip = yaml.safe_load((PROJECT / "environment.yml").read_text())["dependencies"]
+    python, _, pip = parse((PROJECT / "environment.yml").read_bytes(), "environment.yml")["dependencies"]
     assert python.removeprefix("python=") in Requirement(f"python{PYPROJECT['requires-python']}").specifier
     assert pip["pip"] == ["-c constraints.txt", "-e .[series,test]"]
 

@@ -1,14 +1,13 @@
 """What the matrices of somebody's own network measure: a table for the terminal, and a page with ``results.json``."""
 
 import json
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from lowrank_helpers.analysis import BEYOND, Analysis, AnalysisError
+from lowrank_helpers.analysis import BEYOND, Analysis
 from lowrank_helpers.series.store import write_atomically
 
 FORMAT = 1
@@ -128,22 +127,6 @@ def _full(table: pd.DataFrame) -> pd.Series:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def check(folder: Path) -> None:
-    """See, before there is anything to write, that a folder can be made and holds nothing else's results.
-
-    Raises
-    ------
-    AnalysisError
-        It cannot be written to, or holds the results of something else.
-    """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise AnalysisError(f"{folder} cannot be written to")
-    file = folder / "results.json"
-    if file.exists() and '"matrices"' not in file.read_text(errors="replace"):
-        raise AnalysisError(f"{folder} holds the results of something else; give another folder")
 
 
 def write(folder: Path, analysis: Analysis) -> None:

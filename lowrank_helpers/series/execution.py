@@ -152,7 +152,7 @@ def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = F
     """
     with locked(folder, wait=wait) as folder, unchanged_environment(), kernels.forked():
         remove_leftovers(folder)
-        replace(settings or Settings.of_command(), run_dir=folder).apply()
+        replace(settings or Settings.inherited(Path.cwd()), run_dir=folder).apply()
         os.environ["TQDM_DISABLE"] = "1"  # bars would stay in recorded outputs as debris
         yield folder
 

@@ -6,7 +6,6 @@ A name means the same in every notebook, so one table serves the command line an
 import ast
 import math
 import operator
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from lowrank_helpers.data import DATASETS, IMAGE_SIDE, N_CLASSES, N_PIXELS
 from lowrank_helpers.models import ACTIVATIONS
@@ -30,7 +30,7 @@ class ParameterError(ValueError):
 @cache
 def recipes() -> dict[str, dict[str, Any]]:
     """Return the series' recipes by kind of network, from ``recipes.yaml``."""
-    by_kind: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
+    by_kind: dict[str, dict[str, Any]] = parse((Path(__file__).parent / "recipes.yaml").read_bytes(), "recipes.yaml")
     return by_kind
 
 
@@ -216,34 +216,10 @@ def declared(notebook: Path) -> dict[str, Any]:
     return values
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are decimal and whose other words are text, as in version 1.2's JSON schema.
-
-    PyYAML's own version 1.1 reads ``010`` as 8, ``1:30`` as 90, ``off`` as false and ``1e-3`` as text.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that stands twice, of which PyYAML takes the last."""
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = [key.value for key, _ in node.value]
-            raise yaml.MarkedYAMLError(problem=f"{max(keys, key=keys.count)} stands twice")
-        return mapping
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _kind, _form in {
-    "null": r"~|null|",
-    "bool": r"true|false",
-    "int": r"[-+]?[0-9]+",
-    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
-}.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_form})\Z"), None)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
 def parse(text: str | bytes, source: str) -> Any:
-    """Read a value from the command line or a file as YAML: ``3``, ``1e-3``, ``relu``, ``[784, 64, 10]``.
+    """Read a value from the command line or a file as YAML 1.2: ``3``, ``1e-3``, ``relu``, ``[784, 64, 10]``.
+
+    PyYAML knows version 1.1 alone, which reads ``1e-3`` as text and ``off`` as false.
 
     Raises
     ------
@@ -251,6 +227,6 @@ def parse(text: str | bytes, source: str) -> Any:
         The text is not YAML; the message names its source.
     """
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
         raise ParameterError(f"{source} is not YAML: {' '.join(str(error).split())}") from error

@@ -40,17 +40,9 @@ class Settings:
     auto_dataset: str = ""
 
     @classmethod
-    def inherited(cls) -> "Settings":
-        """Return what this process, a notebook's kernel, was told."""
-        return cls._read(Path(os.environ.get("LOWRANK_STARTED_IN") or PROJECT))
-
-    @classmethod
-    def of_command(cls) -> "Settings":
-        """Return what this process, a command or a worker, was told; it starts in the current folder."""
-        return cls._read(Path.cwd())
-
-    @classmethod
-    def _read(cls, started_in: Path) -> "Settings":
+    def inherited(cls, started_in: Path | None = None) -> "Settings":
+        """Return what this process was told; a command or a worker says itself where it was started."""
+        started_in = started_in or Path(os.environ.get("LOWRANK_STARTED_IN") or PROJECT)
         said = {field.name: os.environ.get(_variable(field.name), "") for field in fields(cls)}
         folders = {name: started_in / said[name] for name in said if name.endswith("_dir") and said[name]}
         return cls(**folders, started_in=started_in, auto_dataset=said["auto_dataset"])

@@ -51,32 +51,20 @@ def as_text(value: Any) -> str:
 
 
 def grid_axis(text: str) -> tuple[str, Sequence[Any]]:
-    """Read an axis of the grid from the command line: ``seed=0..9``.
+    """Read an axis of the grid: ``seed=0..9`` (both included), ``activation=relu,tanh``, or a YAML list of values.
 
     Raises
     ------
     ParameterError
-        The text is not of the form NAME=VALUES.
+        The text is not of the form NAME=VALUES, or the values are not YAML.
     """
     name, _, values = text.partition("=")
     if not name or not values:
         raise ParameterError(f"grid {text!r} is not NAME=VALUES, such as seed=0..9 or activation=relu,tanh")
-    return name, grid_values(values)
-
-
-def grid_values(text: str) -> Sequence[Any]:
-    """Read an axis's values: ``0..9`` (both included), ``relu,tanh``, or a YAML list, ``[[64, 64], [8, 8]]``.
-
-    Raises
-    ------
-    ParameterError
-        A value is not YAML.
-    """
-    if match := WHOLE_RANGE.fullmatch(text):
-        return range(int(match[1]), int(match[2]) + 1)
-    parts = [text] if text.startswith("[") else text.split(",")
-    values = [parameters.parse(part, f"grid value {part!r}") for part in parts]
-    return list(values[0]) if text.startswith("[") else values
+    if match := WHOLE_RANGE.fullmatch(values):
+        return name, range(int(match[1]), int(match[2]) + 1)
+    given = parameters.parse(f"[{values}]", f"grid {name}")
+    return name, given[0] if len(given) == 1 and isinstance(given[0], list) else given
 
 
 def points(sweep: Sweep) -> dict[str, Planned]:
@@ -135,7 +123,7 @@ def run(
         left cannot be removed.
     """
     needed = shared(folder)
-    settings = replace(Settings.of_command(), networks_dir=folder / "networks")
+    settings = replace(Settings.inherited(Path.cwd()), networks_dir=folder / "networks")
     try:
         client.run(check_shared, needed, folder)
         if not resume:
@@ -212,7 +200,7 @@ def run_point(point: str, planned: Planned, sweep_folder: Path, needed: Mapping[
         A notebook failed; the others still ran.
     """
     check_shared(needed, sweep_folder)
-    settings = replace(settings, data_dir=Settings.of_command().data_dir)
+    settings = replace(settings, data_dir=Settings.inherited(Path.cwd()).data_dir)
     # A sweep that was stopped may have left the point to a worker that is still at it.
     with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), settings, wait=True) as folder:
         failed = failures(list(execution.execute(planned, folder, workers=1, resume=True)))

@@ -36,7 +36,7 @@ def test_relative_folders_are_relative_to_where_the_command_runs_else_to_the_pro
     monkeypatch.chdir(tmp_path)
     assert Settings.inherited().data_dir == PROJECT / "images"
     assert Settings.inherited().path("a/b") == str(PROJECT / "a" / "b")
-    command = Settings.of_command()
+    command = Settings.inherited(Path.cwd())
     assert command.data_dir == tmp_path / "images"
     assert (command.path("a/b"), command.path("/a/b"), command.path("")) == (str(tmp_path / "a" / "b"), "/a/b", "")
     command.apply()

@@ -23,10 +23,12 @@ from lowrank_helpers.series.sweep import Sweep
         ("1e-3,2.5", [0.001, 2.5]),
         ("[relu, tanh]", ["relu", "tanh"]),
         ("[[150, 80], [64, 32]]", [[150, 80], [64, 32]]),
+        ("[150, 80], [64, 32]", [[150, 80], [64, 32]]),
     ],
 )
 def test_grid_values(text, values):
-    assert list(sweep.grid_values(text)) == values
+    name, read = sweep.grid_axis(f"ranks={text}")
+    assert name == "ranks" and list(read) == values
 
 
 def test_points_are_all_combinations_and_each_notebook_gets_what_it_declares_in_the_series_order():
