@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import column_basis, precise
 from lowrank_helpers.layers import plain_layers, replaceable_layers
-from lowrank_helpers.timing import spending
 from lowrank_helpers.training import progress
 from lowrank_helpers.unfold import format_shape
 
@@ -94,7 +93,6 @@ class _SecondMoments:
         return {name: self.sums[name] / n[name] for name in self.layers}
 
 
-@spending("factorising")
 @torch.no_grad()
 def output_moments(
     model: nn.Module, inputs: Tensor | Sequence[Any], names: Collection[str], *, forward: Forward = call
@@ -142,7 +140,6 @@ def output_moments(
     return moments.divided_by(moments.n_rows)
 
 
-@spending("factorising")
 def output_fisher(
     model: nn.Module,
     inputs: Tensor | Sequence[Any],

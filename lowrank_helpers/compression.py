@@ -402,25 +402,21 @@ def _layers_to_replace(
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
     """Return the layers that may be replaced, and of every other matrix of the model why it may not."""
-    layers, own, left_alone = replaceable_layers(model), {}, {}
-    matrices = [
-        (name, kind, parameter)
+    layers, left_alone = replaceable_layers(model), {}
+    matrices = {
+        f"{name}.{kind}".removesuffix(".weight"): parameter
         for name, module in named_layers(model).items()
         for kind, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
-    ]
-    for name, kind, weight in matrices:
-        shared = [other for other, _, w in matrices if w.data_ptr() == weight.data_ptr() and other != name]
-        if name not in layers or kind != "weight":
-            left_alone[f"{name}.{kind}".strip(".").removesuffix(".weight")] = (
-                f"of {type(model.get_submodule(name)).__name__}: only plain weights of linear layers and of 2-D "
-                "convolutions of one group are replaced"
-            )
+    }
+    for name, weight in matrices.items():
+        shared = [other for other, w in matrices.items() if w.data_ptr() == weight.data_ptr() and other != name]
+        if name not in layers:
+            reason = "only plain weights of linear layers and of 2-D convolutions of one group are replaced"
+            left_alone[name.removeprefix(".")] = reason
         elif shared:
             left_alone[name] = f"shares its weight with {', '.join(shared)}"
-        else:
-            own[name] = layers[name]
-    return own, left_alone
+    return {name: layer for name, layer in layers.items() if name in matrices.keys() - left_alone.keys()}, left_alone
 
 
 def _objection(model: nn.Module, name: str, layer: Replaceable, batches: Batches, wanted: Tensor) -> str:

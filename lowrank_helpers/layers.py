@@ -10,11 +10,10 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, check_rank
-from lowrank_helpers.models import LowRankLayer, draw_, linear_layers, named_layers
-from lowrank_helpers.timing import spending
+from lowrank_helpers.models import LowRankLayer, draw_, named_layers
 
 Replaceable = nn.Linear | nn.Conv2d
 Kind = TypeVar("Kind", bound=Replaceable)
@@ -53,7 +52,6 @@ def plain_layers(layers: Mapping[str, Kind], names: Collection[str]) -> dict[str
     return found
 
 
-@spending("factorising")
 def decompose(
     model: nn.Module, moments: Mapping[str, Tensor] | None = None, fisher: Mapping[str, Tensor] | None = None
 ) -> dict[str, Decomposition]:
@@ -89,7 +87,6 @@ def decompose(
     }
 
 
-@spending("factorising")
 def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Decomposition] | None = None) -> nn.Module:
     """Return a copy of a model with the named layers replaced by their best factors.
 
@@ -249,46 +246,3 @@ def _use_no_fused_code(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0  # one of the conditions of the fused code
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-
-
-def hidden_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every ``nn.Linear`` of a model but those that give its output, such as the logits, by dotted name.
-
-    A module with parameters gives the output if its result reaches what the model returns through no other such
-    module: activations or sums may lie between, and with several heads each gives one. Every layer in it, and every
-    layer that shares a weight with it, is an output layer. ``torch.fx`` traces the tensors; the order of
-    registration does not count. A layer under several names has the first of them, as in ``linear_layers``.
-
-    Raises
-    ------
-    ValueError
-        ``torch.fx`` cannot trace the model: what it computes depends on its inputs' values.
-
-    Examples
-    --------
-    >>> list(hidden_layers(nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))))
-    ['0']
-    """
-    try:
-        graph = _LayerTracer().trace(model)
-    except Exception as error:  # whatever a model's own code raises when it meets a stand-in for a tensor
-        raise ValueError(
-            f"torch.fx cannot trace this {type(model).__name__} ({error}): name the layers yourself, out of "
-            f"{', '.join(linear_layers(model))}"
-        ) from error
-    given: set[nn.Parameter] = set()
-    reached: set[fx.Node] = set()
-    for node in reversed(graph.nodes):  # each after all that use it
-        if node.op == "output" or node in reached:
-            weights = set(model.get_submodule(str(node.target)).parameters()) if node.op == "call_module" else set()
-            given |= weights
-            reached |= set() if weights else set(node.all_input_nodes)
-    return {name: layer for name, layer in linear_layers(model).items() if layer.weight not in given}
-
-
-class _LayerTracer(fx.Tracer):
-    """Looks into no module that has parameters of its own, nor into a low-rank layer: these are the layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        has_own = any(True for _ in m.parameters(recurse=False))
-        return has_own or isinstance(m, LowRankLayer) or super().is_leaf_module(m, module_qualified_name)

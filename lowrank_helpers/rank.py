@@ -86,27 +86,21 @@ def numerical_rank(s: Numbers, tolerance: float) -> int:
     return int((s > tolerance * s[0]).sum())
 
 
-def default_tolerance(shape: Shape, dtype: torch.dtype = torch.float32) -> float:
-    """Return max(n, m)·ε, relative to σ₁: NumPy's and MATLAB's tolerance, for entries stored in ``dtype``.
-
-    Examples
-    --------
-    >>> default_tolerance((784, 512)) == 784 * 2**-23
-    True
-    """
-    return max(shape) * torch.finfo(dtype).eps
-
-
 def tolerance(s: Numbers, shape: Shape, dtype: torch.dtype) -> float:
     """Return the tolerance, relative to σ₁, for the singular values of a matrix by the type that it is stored in.
 
-    It is :func:`default_tolerance`; integers are exact, so that of float64 is theirs. In half precision max(n, m)·ε
+    It is max(n, m)·ε, as NumPy's and MATLAB's; integers are exact, so that of float64 is theirs. In half precision this
     passes 1, and would leave a rank of 0: there it is ε/2·‖A‖_F / σ₁. Rounding is a matrix E with |Eᵢⱼ| ≤ ε/2·|Aᵢⱼ|, so
     ‖E‖₂ ≤ ‖E‖_F ≤ ε/2·‖A‖_F, and no singular value moves by more (Weyl; Golub & Van Loan, corollary 8.6.2).
+
+    Examples
+    --------
+    >>> tolerance([2.0, 1.0], (784, 512), torch.float32) == 784 * 2**-23
+    True
     """
     if dtype in (torch.float16, torch.bfloat16):
         return float(torch.finfo(dtype).eps / 2 * stable_rank(s) ** 0.5)
-    return default_tolerance(shape, dtype if dtype.is_floating_point or dtype.is_complex else torch.float64)
+    return max(shape) * torch.finfo(dtype if dtype.is_floating_point or dtype.is_complex else torch.float64).eps
 
 
 def stable_rank(s: Numbers) -> float:
@@ -151,17 +145,6 @@ def energy_rank(s: Numbers, share: float) -> int:
     energy = np.cumsum((s / s[0]) ** 2)
     # Relative slack: the sum of shares may fall short of 1 by rounding.
     return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
-
-
-def gavish_donoho_rank(s: Numbers, shape: Shape) -> int:
-    """Count singular values above the optimal hard threshold for unknown noise (Gavish & Donoho 2014).
-
-    Examples
-    --------
-    >>> gavish_donoho_rank(np.array([9.0, 1.0, 1.0, 1.0]), (4, 4))  # the median is the noise
-    1
-    """
-    return int((_spectrum(s) > gavish_donoho_threshold(s, shape)).sum())
 
 
 def gavish_donoho_threshold(s: Numbers, shape: Shape) -> float:
@@ -213,14 +196,6 @@ def marchenko_pastur_edges(shape: Shape, std: float) -> tuple[float, float]:
     return std * (large**0.5 - small**0.5), std * (large**0.5 + small**0.5)
 
 
-def rank_beyond_edge(s: Numbers, shape: Shape, std: float) -> int:
-    """Count singular values beyond the Marchenko–Pastur edge of a random matrix with entries of this ``std``.
-
-    A large random matrix has none or one beyond it: its largest singular value scatters about the edge.
-    """
-    return int((_spectrum(s) > marchenko_pastur_edges(shape, std)[1]).sum())
-
-
 MEASURES: dict[str, Callable[[Array, Shape, torch.dtype], float]] = {
     "numerical rank": lambda s, shape, dtype: numerical_rank(s, tolerance(s, shape, dtype)),
     "effective rank": lambda s, shape, dtype: effective_rank(s),
@@ -228,7 +203,7 @@ MEASURES: dict[str, Callable[[Array, Shape, torch.dtype], float]] = {
     "energy rank 90 %": lambda s, shape, dtype: energy_rank(s, 0.90),
     "energy rank 95 %": lambda s, shape, dtype: energy_rank(s, 0.95),
     "energy rank 99 %": lambda s, shape, dtype: energy_rank(s, 0.99),
-    "Gavish–Donoho rank": lambda s, shape, dtype: gavish_donoho_rank(s, shape),
+    "Gavish–Donoho rank": lambda s, shape, dtype: int((s > gavish_donoho_threshold(s, shape)).sum()),
 }
 
 

@@ -1,4 +1,4 @@
-"""Clocks, and exclusive timing: while one process times something, the trainings of all others pause.
+"""Exclusive timing: while one process times something, the trainings of all others pause.
 
 Notebooks run side by side. Whoever times a piece of work holds one lock of the machine exclusively; whoever trains or
 evaluates looks at it between two steps, which takes a microsecond. A process that dies gives the lock back. Where there
@@ -9,7 +9,6 @@ import os
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,25 +23,10 @@ try:
 except ModuleNotFoundError:
     fcntl = None  # type: ignore[assignment]
 
-spent: Counter[str] = Counter()  # processor seconds of this process by kind of work
-
 SETTLING = 0.02  # seconds in which those at work come to the end of their step
 
-_spent_lock = threading.Lock()
 _this_thread = threading.local()
 _timing = ContextVar("_timing", default=False)  # in the context that times, and in threads that run in a copy of it
-
-
-@contextmanager
-def spending(kind: str) -> Iterator[None]:
-    """Count the processor seconds that this thread takes meanwhile as ``spent`` on a kind of work."""
-    start = time.thread_time()
-    try:
-        yield
-    finally:
-        seconds = time.thread_time() - start
-        with _spent_lock:
-            spent[kind] += seconds  # type: ignore[assignment]  # counts of a Counter may be fractions
 
 
 def synchronise(device: torch.device) -> None:
@@ -93,7 +77,7 @@ def median_seconds(work: Callable[[], object], device: torch.device, *, at_least
     True
     """
     times: list[float] = []
-    with exclusive_timing(), spending("timing"):
+    with exclusive_timing():
         work()
         synchronise(device)
         while len(times) < 3 or sum(times) < at_least:

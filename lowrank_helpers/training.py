@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lowrank_helpers.cuda_graphs import GraphSteps
 from lowrank_helpers.data import Dataset, batches
 from lowrank_helpers.models import squared_norm
-from lowrank_helpers.timing import median_seconds, spending, synchronise, wait_for_timing
+from lowrank_helpers.timing import median_seconds, synchronise, wait_for_timing
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -225,8 +225,7 @@ def fit(
                 if stop and stop.is_set():
                     raise CancelledError
                 wait_for_timing()
-                with spending("training"):
-                    take_step(index, recipe.learning_rate * (1 - step / n_steps))
+                take_step(index, recipe.learning_rate * (1 - step / n_steps))
                 step += 1
                 bar.update()
             synchronise(device)
@@ -258,7 +257,7 @@ def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Ten
     The network answers in evaluation mode, and is left in the mode that it was given in.
     """
     answers = []
-    with spending("evaluating"), products_in(precision, images.device), in_mode(model, training=False):
+    with products_in(precision, images.device), in_mode(model, training=False):
         for batch in images.split(EVALUATION_BATCH if images.device.type == "cpu" else EVALUATION_BATCH_GPU):
             wait_for_timing()
             answers.append(model(batch).float())

@@ -99,7 +99,7 @@ def apart_from_time(results: dict) -> dict:
     """Drop dates, durations, and what a resumed run says of notebooks that it kept."""
     results["seconds"] = None
     for run in results["notebooks"].values():
-        run |= {"status": run["status"].replace("kept", "done"), "seconds": None, "seconds_by_kind": None}
+        run |= {"status": run["status"].replace("kept", "done"), "seconds": None}
         run.get("environment", {}).pop("started", None)
     for claim in results["claims"].values():
         claim["timings"] = None

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 from nbformat import NotebookNode
 
 from lowrank_helpers.series import evidence
 from lowrank_helpers.series.claims import Claim, table, verdict
 from lowrank_helpers.series.execution import marked
+from lowrank_helpers.series.parameters import parse
 from lowrank_helpers.series.store import write_atomically
 
 ASSIGNMENT = Path(__file__).parent / "assignment.yaml"
@@ -55,13 +55,12 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         for item, output in marked(notebook, "figure")
     }
     explorers = [found for notebook in notebooks.values() for found in marked(notebook, "explorer")]
-    assignment = yaml.safe_load(ASSIGNMENT.read_text())
+    assignment = parse(ASSIGNMENT.read_bytes(), ASSIGNMENT.name)
     items, beyond = (
         [item | _answer(item, claims, runs) | {"figure": figures.get(item["id"])} for item in assignment[part]]
         for part in ("items", "beyond")
     )
     filing = [run for run in runs.values() if "environment" in run]  # a claim; only these say what they ran on
-    kinds = {kind: None for run in runs.values() for kind in run.get("seconds_by_kind", {})}
     ran_on = conditions(filing) | {"The run took": f"{results['seconds']:.0f} s"}
     return {
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
@@ -74,7 +73,6 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         "conditions": ran_on,
         "names": list(notebooks),
         "notebooks": runs,
-        "kinds": sorted(kinds, key=lambda kind: kind == "rest"),  # what is left over comes last
         "failed": {name: run["error"] for name, run in runs.items() if run["status"] == "failed"},
         "stand_in": stand_in(filing),
     }

@@ -44,7 +44,7 @@ def claims_file(folder: Path, notebook: str) -> Path:
 
 
 def file_claims(folder: Path, content: Mapping[str, Any]) -> None:
-    """File a notebook's name, ``parameters``, ``environment``, ``seconds_by_kind`` and ``claims`` by id."""
+    """File a notebook's name, ``parameters``, ``environment`` and ``claims`` by id."""
     plain = {**content, "claims": {id: asdict(claim) for id, claim in content["claims"].items()}}
     text = json.dumps({"format": FORMAT, "checksum": digest.of_json(plain), **plain}, indent=1, ensure_ascii=False)
     write_atomically(claims_file(folder, content["notebook"]), text.encode())
@@ -78,8 +78,8 @@ def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float) -> dict[st
     -------
     dict
         ``seconds``: on the clock, as given. ``notebooks``: by name, how it ended, in how many seconds, and its
-        ``parameters``, ``environment`` and ``seconds_by_kind``. ``claims``: by id, the notebook and the fields of
-        its :class:`lowrank_helpers.series.claims.Claim`.
+        ``parameters`` and ``environment``. ``claims``: by id, the notebook and the fields of its
+        :class:`lowrank_helpers.series.claims.Claim`.
     """
     notebooks: dict[str, Any] = {
         outcome.notebook: {"status": outcome.status, "seconds": outcome.seconds, "error": outcome.error}
@@ -87,7 +87,7 @@ def gather(folder: Path, outcomes: Sequence[Outcome], seconds: float) -> dict[st
     }
     claims: dict[str, Any] = {}
     for name, filed in read_claims(folder).items():
-        of_run = {part: filed[part] for part in ("parameters", "environment", "seconds_by_kind")}
+        of_run = {part: filed[part] for part in ("parameters", "environment")}
         notebooks.setdefault(name, {"status": "earlier"}).update(of_run)
         claims |= {id: {"notebook": name} | asdict(claim) for id, claim in filed["claims"].items()}
     results = {

@@ -1,7 +1,6 @@
 """What a notebook works with: its checked parameters, the device, the data, trained networks, and its claims."""
 
 import re
-import time
 from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +20,6 @@ from lowrank_helpers.series.claims import Claim, Comparison
 from lowrank_helpers.series.parameters import recipes
 from lowrank_helpers.series.results import file_claims, read_claims, software
 from lowrank_helpers.series.settings import Settings
-from lowrank_helpers.timing import spent
 from lowrank_helpers.training import History, Recipe, pick_device, pick_precision
 
 CLAIM_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
@@ -71,7 +69,6 @@ class Run:
     """
 
     def __init__(self, notebook: str, variables: Mapping[str, Any]) -> None:
-        self._seconds_to_start = time.process_time()
         declared = parameters.declared(evidence.source_of(notebook))
         self.parameters = {name: variables[name] for name in declared if name in variables}
         parameters.check(self.parameters)
@@ -253,7 +250,6 @@ class Run:
         display(Markdown("\n".join(lines)), metadata=UNCHECKED if of_all else None)
 
     def _file_claims(self) -> None:
-        known = {"starting": self._seconds_to_start} | spent  # processor seconds of this process, by kind of work
         filed = {
             "notebook": self.notebook,
             "parameters": self.parameters,
@@ -266,7 +262,6 @@ class Run:
             }
             | self._code
             | software(),
-            "seconds_by_kind": known | {"rest": max(0.0, time.process_time() - sum(known.values()))},
             "claims": self._claims,
         }
         file_claims(self.folder, filed)

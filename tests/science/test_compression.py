@@ -363,9 +363,9 @@ def _pruned():
         (
             lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)),
             ValueError,
-            "1': 'of Conv1d: only plain",
+            "1': 'only plain",
         ),
-        (_pruned, ValueError, "0.weight_orig': 'of Linear: only plain"),
+        (_pruned, ValueError, "0.weight_orig': 'only plain"),
     ],
 )
 def test_models_that_cannot_be_compressed_are_refused_with_what_to_do(make, error, named, data):
@@ -413,7 +413,7 @@ LEFT_ALONE = [
         lambda: nn.Sequential(nn.Linear(784, 30), nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30))),
         {"1.parametrizations.weight.original": PLAIN},
     ),
-    (_convolutions, {"2": f"of Conv2d: {PLAIN}", "3": f"of ConvTranspose2d: {PLAIN}"}),
+    (_convolutions, {"2": PLAIN, "3": PLAIN}),
 ]
 
 
@@ -440,7 +440,7 @@ def test_pytorchs_transformer_is_compressed_and_its_attention_left_alone(data):
     small, report = compress(model, data, 0.6)
     assert {"1.layers.0.linear1", "1.layers.1.linear2"} <= report.ranks.keys()
     assert "never calls it" in report.left_alone["1.layers.0.self_attn.out_proj"]
-    assert "MultiheadAttention" in report.left_alone["1.layers.0.self_attn.in_proj_weight"]
+    assert report.left_alone["1.layers.0.self_attn.in_proj_weight"] == PLAIN
     assert report.flops.before == compress(_encoder().eval(), data, 0.6)[1].flops.before
     with torch.no_grad():  # where PyTorch would run fused code on the weights that are gone
         assert small(data[0]).shape == (60, 10)

@@ -18,7 +18,6 @@ from lowrank_helpers.layers import (
     decompose,
     factorize,
     factorize_standard,
-    hidden_layers,
     load,
     replaceable_layers,
     save,
@@ -128,42 +127,6 @@ def _residual():
     body = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), act=nn.ReLU()))
     layers = {"head": nn.Linear(4, 3), "body": body, "again": body.first}
     return Network(lambda net, x: torch.log_softmax(net.head(x + net.again(net.body(x))), -1), **layers)
-
-
-def _two_heads(run):
-    return Network(run, left=nn.Linear(4, 1), trunk=nn.Linear(4, 4), right=nn.Linear(4, 2))
-
-
-def _both_of_trunk(net, x):
-    x = net.trunk(x).relu()
-    return net.left(x), net.right(x)
-
-
-def _shared():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    model[0].weight = model[4].weight
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "hidden"),
-    [
-        (lambda: mlp([784, 8, 8, 10], seed=0), ["fc1", "fc2"]),
-        (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc2": 4}), ["fc1"]),
-        (lambda: factorize(mlp([784, 8, 8, 10], seed=0), {"fc3": 4}), ["fc1", "fc2"]),
-        (_residual, ["body.first"]),
-        (lambda: _two_heads(_both_of_trunk), ["trunk"]),
-        (lambda: _two_heads(lambda net, x: net.left(x) + net.right(net.trunk(x))), ["trunk"]),
-        (_shared, ["2"]),
-    ],
-)
-def test_hidden_layers_are_those_whose_result_reaches_the_output_through_another_alone(make, hidden):
-    assert list(hidden_layers(make())) == hidden
-
-
-def test_a_model_that_cannot_be_traced_is_refused_with_its_layers():
-    with pytest.raises(ValueError, match=r"cannot trace this Network .*name the layers yourself, out of fc"):
-        hidden_layers(Network(lambda net, x: net.fc(x) if x.sum() > 0 else x, fc=nn.Linear(4, 4)))
 
 
 def test_a_layer_in_two_places_is_factorised_adapted_and_merged_in_both():

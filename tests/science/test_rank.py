@@ -78,8 +78,7 @@ OF_SPECTRA = {
     "stable": rank.stable_rank,
     "effective": rank.effective_rank,
     "energy": lambda s: rank.energy_rank(s, 0.9),
-    "hard threshold": lambda s: rank.gavish_donoho_rank(s, (3, 4)),
-    "edge": lambda s: rank.rank_beyond_edge(s, (3, 4), 0.1),
+    "hard threshold": lambda s: rank.gavish_donoho_threshold(s, (3, 4)),
 }
 
 
@@ -116,9 +115,10 @@ def test_the_numerical_rank_goes_by_the_type_that_the_matrix_is_stored_in(dtype,
 @given(n=st.integers(1, 8), m=st.integers(1, 8), k=st.integers(0, 8))
 def test_numerical_rank_is_numpys(n, m, k):
     matrix = _random((n, k)) @ _random((k, m), seed=1)
-    tolerance = rank.default_tolerance((n, m), torch.float64)
+    s = rank.singular_values(matrix)
+    tolerance = rank.tolerance(s, (n, m), torch.float64)
     assert tolerance == max(n, m) * np.finfo(np.float64).eps
-    assert rank.numerical_rank(rank.singular_values(matrix), tolerance) == np.linalg.matrix_rank(matrix) == min(n, m, k)
+    assert rank.numerical_rank(s, tolerance) == np.linalg.matrix_rank(matrix) == min(n, m, k)
 
 
 @given(seed=st.integers(0, 999), k=st.integers(1, 5), dtype=st.sampled_from([torch.float16, torch.bfloat16]))
@@ -133,10 +133,10 @@ def test_rounding_moves_no_singular_value_past_its_tolerance(seed, k, dtype):
 
 def test_directions_beyond_the_edge_are_those_added_to_noise():
     noise = 0.1 * _random((300, 200))
-    assert rank.rank_beyond_edge(rank.singular_values(noise), (300, 200), noise.std()) <= 1
+    _, edge = rank.marchenko_pastur_edges((300, 200), noise.std())
+    assert (rank.singular_values(noise) > edge).sum() <= 1
     signal = _random((300, 4)) @ _random((4, 200), seed=1)
-    both = signal + noise
-    assert rank.rank_beyond_edge(rank.singular_values(both), (300, 200), noise.std()) in (4, 5)
+    assert (rank.singular_values(signal + noise) > edge).sum() in (4, 5)
 
 
 def test_measures_of_known_spectra():
@@ -201,9 +201,10 @@ def test_the_hard_threshold_is_the_published_one(beta):
     exact = optimal / median
     if beta == 1:
         assert exact == pytest.approx(2.858, abs=1e-3)  # table IV of the paper
-    # A spectrum with median 1 and a value just beside the threshold; the polynomial is within 0.02 of the exact one.
-    for value, counted in ((exact + 0.02, 1), (exact - 0.02, 0)):
-        assert rank.gavish_donoho_rank(np.array([value, 1.0, 0.5]), shape) == counted
+    spectrum = np.array([3.0, 1.0, 0.5])  # with median 1
+    assert rank.gavish_donoho_threshold(spectrum, shape) == pytest.approx(exact, abs=0.02)
+    table = rank.rank_table({"it": np.diag([3.0, *[1.0] * 5])})
+    assert table.loc["it", "Gavish–Donoho rank"] == 1, "3 is above 2.86 times the median"
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (200, 700), (700, 200)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lowrank_helpers.calibration import output_moments
 from lowrank_helpers.layers import decompose, factorize
 from lowrank_helpers.models import linear_layers, mlp, n_parameters
-from lowrank_helpers.rank import energy_rank, gavish_donoho_rank
+from lowrank_helpers.rank import energy_rank, gavish_donoho_threshold
 from lowrank_helpers.selection import (
     STRATEGIES,
     Layer,
@@ -99,7 +99,7 @@ def test_noise_meets_gavish_and_donoho_at_their_threshold():
     for name, n, m, rank in (("fc1", 60, 40, 3), ("fc2", 50, 60, 7)):
         A = torch.randn(n, rank, generator=generator) @ torch.randn(rank, m, generator=generator)
         s = torch.linalg.svdvals((A + 0.1 * torch.randn(n, m, generator=generator)).double()).numpy()
-        layers[name], wanted[name] = Layer((n, m), s, s), gavish_donoho_rank(s, (n, m))
+        layers[name], wanted[name] = Layer((n, m), s, s), int((s > gavish_donoho_threshold(s, (n, m))).sum())
     assert wanted == {"fc1": 3, "fc2": 7}
     assert allocate(layers, total_cost(layers, wanted), "gavish-donoho") == wanted
 

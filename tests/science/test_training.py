@@ -226,12 +226,11 @@ def test_time_spent_scoring_is_no_time_spent_training(digits, monkeypatch):
         return predict(*given)
 
     monkeypatch.setattr(training, "predict", slowly)
-    before = timing.spent["training"]
     few = digits.select(train=torch.arange(100))
     start = time.thread_time()
     history = fit(_model(), few, Recipe(10, 10, 1e-3))
     assert time.thread_time() - start > 2
-    assert history.seconds[-1] < 1 and timing.spent["training"] - before < 1
+    assert history.seconds[-1] < 1
 
 
 @pytest.mark.parametrize(
