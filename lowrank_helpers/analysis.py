@@ -1,15 +1,17 @@
 """The ranks of somebody else's network: every matrix of a file of weights, or of a model, by every measure.
 
 Files are mapped and measured a tensor at a time, so that a file may be larger than memory. No code of a file is ever
-executed: safetensors hold none, and of PyTorch's files only tensors and plain containers are unpickled.
+executed: safetensors hold none, and in PyTorch's files an empty object stands for each that is no tensor.
 """
 
+import json
 import math
 import pkgutil
 import re
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +30,7 @@ from lowrank_helpers.unfold import Unfolded, unfold
 
 OPTIMISER = "an optimiser's state, no weight"
 MOMENTS = re.compile(r"\b(exp_avg|exp_avg_sq|momentum_buffer)\b")  # PyTorch's names, where its mapping is taken apart
+OF_MODULES = ("_parameters", "_buffers", "_modules")  # attributes of a pickled model, not in the names of its tensors
 ROUNDING = 1e-9  # by which five equal directions may measure as more than five
 BEYOND = "beyond Marchenko–Pastur"  # the column of directions beyond the edge
 
@@ -75,16 +78,6 @@ class Analysis:
     table: pd.DataFrame
     skipped: dict[str, str]
 
-    @property
-    def n_parameters(self) -> int:
-        """How many numbers the measured matrices are stored as."""
-        return int(self.table["parameters"].sum())
-
-    @property
-    def n_saved(self) -> int:
-        """How many of them factors at the effective ranks would save."""
-        return int(self.table["saved"].sum())
-
 
 def analyze(source: str) -> Analysis:
     """Measure every matrix of a network.
@@ -92,14 +85,15 @@ def analyze(source: str) -> Analysis:
     Parameters
     ----------
     source : str
-        A file of safetensors or of PyTorch's (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pth.tar``) with tensors in
-        nested mappings and lists, such as a ``state_dict``; or ``package.module:name``, as of :func:`imported`, of a
-        ``nn.Module`` or what returns one.
+        - A file of safetensors or of PyTorch's (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pth.tar``): a
+          ``state_dict``, a checkpoint or a whole model.
+        - The ``index.json`` of a network in several such files, or their folder.
+        - ``package.module:name``, as of :func:`imported`, of a ``nn.Module`` or what returns one.
 
     Raises
     ------
     AnalysisError
-        The source does not exist, is damaged, is of another kind, holds more than tensors, or has no matrix.
+        The source does not exist, is damaged, is of another kind, or has no matrix.
 
     Examples
     --------
@@ -189,20 +183,15 @@ def _row(part: Unfolded, n_parameters: int) -> dict[str, Any]:
 def _weights(source: str) -> dict[str, Weight]:
     """Return the tensors of a file or of a model by name."""
     file = Path(source)
-    if not file.exists() and ":" in source:
-        return _called(source)
-    if not file.is_file() or file.suffix not in READERS:
-        kind = "a folder" if file.is_dir() else "of no known format" if file.is_file() else "no file"
+    file = next(file.glob("*.index.json"), file)
+    is_code = ":" in source and not file.exists()
+    if not is_code and (not file.is_file() or file.suffix not in READERS):
+        kind = "a folder without index" if file.is_dir() else "of no known format" if file.is_file() else "no file"
         raise AnalysisError(f"{source} is {kind}; give a file ({', '.join(READERS)}) or package.module:name")
     try:
-        return _joined(_listed(READERS[file.suffix](file)))
-    except Exception as error:  # a damaged file can raise nearly anything
-        if asked_for := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise AnalysisError(
-                f"{file} holds more than tensors ({asked_for[1]}), which is not loaded, as that could run code; "
-                "save the model's state_dict() instead"
-            ) from error
-        raise AnalysisError(f"{file} is damaged, or cannot be read as {file.suffix}: {_one_line(error)}") from error
+        return of_model(imported(source)) if is_code else _joined(_listed(READERS[file.suffix](file)))
+    except (Exception, SystemExit) as error:  # a damaged file, or the user's own code, can raise nearly anything
+        raise AnalysisError(f"{source} cannot be analysed: {_one_line(error)}") from error
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -215,20 +204,47 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         return {name: stored.get_tensor(name) for name in sorted(stored.keys(), key=natural)}
 
 
+class _Attributes:
+    """Stands for a class that is not loaded: each of its objects is a mapping, whose ``vars`` are its attributes."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return OrderedDict()  # the one type that PyTorch lets a file fill as a mapping and as an object
+
+
+class _Anything:
+    """Stands for a class of NumPy's, whose objects are filled in ways of their own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def _read_pytorch(file: Path) -> Any:
-    """Load the tensors and containers of a file; tensors are mapped where its format allows."""
-    zipped = zipfile.is_zipfile(file)
-    if zipped:
+    """Load the tensors of a file and what holds them; tensors are mapped where its format allows."""
+    stand_ins: list[Any] = []
+    if zipped := zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():  # PyTorch would load it unseen
                 raise ValueError(f"{damaged} in it does not match its checksum")
-    with warnings.catch_warnings(action="ignore"):  # about old formats: nothing that the user can act on
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        stand_ins = [(_Anything if name.startswith("numpy") else _Attributes, name) for name in unknown]
+    # Warnings are about old formats: nothing that the user can act on.
+    with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(stand_ins):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    """Read all files of a network whose tensors lie in several, as Hugging Face names them in an index."""
+    parts = {file.parent / name for name in json.loads(file.read_text())["weight_map"].values()}
+    return {name: tensor for part in sorted(parts) for name, tensor in READERS[part.suffix](part).items()}
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
     ".safetensors": _read_safetensors,
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar"), _read_pytorch),
+    ".json": _read_index,
 }
 
 
@@ -270,10 +286,12 @@ def _tensors_in(value: Any, name: str = "", unwanted: str = "") -> Iterator[tupl
         yield name or "tensor", value.detach(), unwanted
     elif isinstance(value, (Mapping, list, tuple)):
         items = value if isinstance(value, Mapping) else dict(enumerate(value))
+        items = {**items, **getattr(value, "__dict__", {})}
         if {"state", "param_groups"} <= items.keys():  # PyTorch's, whatever it is called here
             unwanted = OPTIMISER
         for key, item in items.items():
-            yield from _tensors_in(item, f"{name}.{key}".removeprefix("."), unwanted)
+            inner = name if key in OF_MODULES else f"{name}.{key}".removeprefix(".")
+            yield from _tensors_in(item, inner, unwanted)
 
 
 def of_model(model: nn.Module) -> dict[str, Weight]:
@@ -282,6 +300,8 @@ def of_model(model: nn.Module) -> dict[str, Weight]:
     A layer of factors has their product, an adapted one W + ΔW, and a pruned or parametrized one, as by ``weight_norm``
     or ``spectral_norm``, the weight that it works with.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"it gives {type(model).__name__}, not a torch.nn.Module")
     layers = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = _listed(model.state_dict())
@@ -350,17 +370,6 @@ def imported(source: str, *, called: bool = True) -> Any:
         sys.path.insert(0, "")
     found = pkgutil.resolve_name(source)
     return found() if called and callable(found) and not isinstance(found, nn.Module) else found
-
-
-def _called(source: str) -> dict[str, Weight]:
-    """Import ``package.module:name`` and list what it returns."""
-    try:
-        model = imported(source)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"it gives {type(model).__name__}, not a torch.nn.Module")
-        return of_model(model)
-    except (Exception, SystemExit) as error:  # the code is the user's own: it may raise anything
-        raise AnalysisError(f"{source} cannot be analysed: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

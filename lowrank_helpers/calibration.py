@@ -27,17 +27,10 @@ BATCH = 64  # inputs at a time, of images with labels
 LARGE_BATCH = 16 * 3 * 224**2  # numbers at a time: a backward pass over large images of large networks must fit, too
 FULL_SPEED = 2048  # inputs at a time, of a tensor: large enough for full speed
 HELD_OUT_PART = 6  # without validation images, one input or batch in so many fits nothing: as Dataset.hold_out
-TASKS = (None, "classification")
 
 Forward = Callable[[nn.Module, Any], Any]
 Hook = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 Pair = tuple[Tensor, Tensor]
-
-
-def check_task(task: str | None) -> None:
-    """Raise ``ValueError`` for an unknown task."""
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is unknown; allowed: {', '.join(map(repr, TASKS))}")
 
 
 def without_mean(logits: Tensor) -> Tensor:
@@ -145,7 +138,7 @@ def output_fisher(
     inputs: Tensor | Sequence[Any],
     names: Collection[str],
     *,
-    task: str | None = None,
+    logits: bool = False,
     forward: Forward = call,
 ) -> dict[str, Tensor]:
     """Return how a model's outputs depend on what each named layer puts out: E[Jᵀ·J], J being their derivative.
@@ -158,9 +151,8 @@ def output_fisher(
     ----------
     model, inputs, names
         As of :func:`output_moments`. All that the model computes for a batch is kept meanwhile.
-    task : {None, "classification"}
-        For ``"classification"`` the outputs are logits, as of :func:`without_mean`, and what all classes share does
-        not count.
+    logits : bool
+        The outputs are logits, as of :func:`without_mean`: what all classes share does not count.
     forward : callable
         Returns the outputs for a batch, a tensor (n_inputs, …); :func:`call` by default.
 
@@ -173,8 +165,7 @@ def output_fisher(
     Raises
     ------
     ValueError
-        As of :func:`output_moments`; or the task is unknown, or PyTorch cannot compute the derivative, or not a finite
-        one.
+        As of :func:`output_moments`; or PyTorch cannot compute the derivative, or not a finite one.
 
     Examples
     --------
@@ -184,7 +175,6 @@ def output_fisher(
     >>> output_fisher(model, torch.ones(1000, 2), ["0"])["0"].round(decimals=1).tolist()
     [[1.0, 0.0], [0.0, 0.0]]
     """
-    check_task(task)
     moments = _SecondMoments(model, inputs, names)
     seen: list[tuple[str, Tensor]] = []
 
@@ -201,7 +191,7 @@ def output_fisher(
             try:
                 with torch.enable_grad():
                     outputs = forward(model, batch)
-                    gradients = _gradients(outputs, [output for _, output in seen], task, generator)
+                    gradients = _gradients(outputs, [output for _, output in seen], logits, generator)
             except RuntimeError as error:
                 raise ValueError(f"the outputs of {type(model).__name__} have no derivative: {error}") from error
             for (name, _), gradient in zip(seen, gradients, strict=True):
@@ -214,11 +204,11 @@ def output_fisher(
 
 
 def _gradients(
-    outputs: Tensor, layer_outputs: list[Tensor], task: str | None, generator: torch.Generator
+    outputs: Tensor, layer_outputs: list[Tensor], logits: bool, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
     """Return the gradient of randomly weighted outputs for what layers put out."""
     draw = torch.randn(outputs.shape, generator=generator).to(outputs)
-    total = (outputs * (without_mean(draw) if task else draw)).sum()
+    total = (outputs * (without_mean(draw) if logits else draw)).sum()
     if not (layer_outputs and total.requires_grad):
         return tuple(torch.zeros_like(output) for output in layer_outputs)
     return torch.autograd.grad(total, layer_outputs, materialize_grads=True)
@@ -232,10 +222,10 @@ class Batches:
     held_out: Sequence[Any]
     forward: Forward  # forward(model, batch) moves the batch to the device and returns outputs (n_inputs, …)
     device: torch.device  # the model's
-    task: str | None  # for "classification" what all classes share does not count
+    logits: bool  # what all classes share does not count
 
     @classmethod
-    def of(cls, model: nn.Module, data: Any, forward: Forward, task: str | None) -> "Batches":
+    def of(cls, model: nn.Module, data: Any, forward: Forward, logits: bool) -> "Batches":
         """Make batches of what :func:`~lowrank_helpers.compression.compress` is given; ``forward`` need move none.
 
         Raises ``ValueError`` unless the model gives one finite tensor for the first batch.
@@ -247,7 +237,7 @@ class Batches:
 
         fitted, held_out = _split(data, lambda batch: len(_checked_outputs(model, run, batch)))
         _checked_outputs(model, run, fitted[0])
-        return cls(fitted, held_out, run, device, task)
+        return cls(fitted, held_out, run, device, logits)
 
     def labels(self, model: nn.Module) -> Tensor:
         """Return the labels of the held-out batches; raise ``ValueError`` unless they name classes of the logits."""
@@ -266,7 +256,7 @@ class Batches:
     def counted(self, outputs: Tensor) -> Tensor:
         """Return that part of outputs whose change counts, in float32 at least."""
         outputs = outputs.to(precise(outputs))
-        return without_mean(outputs) if self.task else outputs
+        return without_mean(outputs) if self.logits else outputs
 
     @torch.no_grad()
     def outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowrank_helpers.calibration import LARGE_BATCH, Batches, Forward, call, check_task, output_fisher, output_moments
+from lowrank_helpers.calibration import LARGE_BATCH, Batches, Forward, call, output_fisher, output_moments
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
 from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, substitute_, with_factors
@@ -70,8 +70,8 @@ class Report:
         The relative change of the outputs that was predicted to first order: √(E‖change‖² / E‖outputs‖²). Layers that
         are fitted to their own outputs count with the relative change of those.
     measured_error : float
-        The same of the model that is returned, measured on inputs that fitted nothing. For ``task="classification"``
-        outputs are logits less their mean over the classes.
+        The same of the model that is returned, measured on inputs that fitted nothing. With ``logits=True``
+        each output counts less the mean over the classes.
     parameters : Change
     flops : Change
         For one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``, which sees no
@@ -121,7 +121,7 @@ def compress(
     *,
     forward: Forward = call,
     metric: str = "parameters",
-    task: str | None = None,
+    logits: bool = False,
     ignore: Collection[str] = (),
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model and what was done.
@@ -157,9 +157,8 @@ def compress(
         model that takes and gives dictionaries it may be ``lambda model, batch: model(**batch)["logits"]``.
     metric : {"parameters", "flops", "accuracy", "latency"}
         What the budget is of. Latency is measured, here and now, on the first batch.
-    task : {None, "classification"}
-        For ``"classification"`` outputs are logits: a change that all classes share is free, since it changes no
-        probability. Otherwise all outputs count as they are.
+    logits : bool
+        The outputs are logits: a change that all classes share is free, since it changes no probability.
     ignore : collection of str
         Layers that stay dense, by dotted name or shell pattern: ``["head", "encoder.*"]``.
 
@@ -175,10 +174,10 @@ def compress(
         The budget is impossible (the message says what is possible), no layer can be replaced, the model gives no
         finite tensor, or an option is unknown.
     """
-    _check_options(budget, metric, task)
+    _check_options(budget, metric)
     _check_model(model)
     model_in_use = deepcopy(model).eval()
-    batches = Batches.of(model_in_use, data, forward, task)
+    batches = Batches.of(model_in_use, data, forward, logits)
     labels = batches.labels(model_in_use) if metric == "accuracy" else torch.empty(0)
     layers, left_alone = _layers_to_replace(model_in_use, batches, ignore)
     svds, fallbacks = _decomposed(model_in_use, batches, layers)
@@ -361,7 +360,7 @@ def _decomposed(
     squares, n_inputs = map(sum, zip(*measured, strict=True))
     fisher: dict[str, Tensor] = {}
     with suppress(ValueError):  # without a derivative, all factors fit their layers' outputs
-        found = output_fisher(model, batches.fitted, layers, task=batches.task, forward=batches.forward)
+        found = output_fisher(model, batches.fitted, layers, logits=batches.logits, forward=batches.forward)
         fisher = {name: G / (squares / n_inputs) for name, G in found.items() if G.any() and squares > 0}
     svds = {}
     for name in progress(list(layers), "decomposing layers"):
@@ -447,8 +446,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model is compiled: compress it as it was before, and compile the result")
 
 
-def _check_options(budget: float, metric: str, task: str | None) -> None:
-    check_task(task)
+def _check_options(budget: float, metric: str) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
     whole, counts = isinstance(budget, Integral), metric in SIZES

@@ -98,15 +98,3 @@ def step_costs(model: nn.Module, images: Tensor, labels: Tensor, precision: str 
         operations=counter.get_total_flops(),
         seconds=median_seconds(step, images.device),
     )
-
-
-def inference_seconds(model: nn.Module, images: Tensor, precision: str = "float32") -> float:
-    """Return the median time in which a model answers a batch of images (n, n_inputs)."""
-
-    @torch.inference_mode()
-    def infer() -> Tensor:
-        with products_in(precision, images.device):
-            logits: Tensor = model(images)
-            return logits
-
-    return median_seconds(infer, images.device)

@@ -14,17 +14,8 @@ PACKED = ("in_proj_weight", "qkv.weight", "qkv_proj.weight", "Wqkv.weight", "c_a
 # Recurrent layers' gates by their number, in PyTorch's order: input, forget, cell and output gate of an LSTM; reset,
 # update and new gate of a GRU.
 GATES = {4: "ifgo", 3: "rzn"}
-LAYERS = (
-    nn.Linear,
-    LowRankLayer,
-    _ConvNd,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+LAYERS = (nn.Linear, LowRankLayer, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.MultiheadAttention)
 LAYER_WEIGHTS = re.compile(r"weight|in_proj_weight|[qkv]_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 
 
@@ -69,7 +60,7 @@ def unfold(name: str, weight: Tensor, layer: nn.Module | None = None) -> dict[st
     if name.endswith(PACKED) and max(weight.shape) == 3 * min(weight.shape):
         axis = weight.shape.index(max(weight.shape))
         return _split(short.removesuffix("in_proj_weight").removesuffix("."), weight, "qkv", axis)
-    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)) and (gates := GATES.get(len(weight) // layer.hidden_size)):
+    if isinstance(layer, RECURRENT) and (gates := GATES.get(len(weight) // layer.hidden_size)):
         return _split(short, weight, gates, kind="gates ")
     return {short: Unfolded(weight, format_shape(weight.shape))}
 
@@ -118,7 +109,7 @@ def format_shape(shape: tuple[int, ...]) -> str:
 
 
 def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weight matrices of a model's ``LAYERS`` by dotted names, unfolded as :func:`unfold` says.
+    """Return the weight matrices of a model's layers by dotted names, unfolded as :func:`unfold` says.
 
     A low-rank layer has the product of its factors. Of a weight that several layers share, only the first is returned.
     """
@@ -126,7 +117,7 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     seen: dict[int, Tensor] = {}  # kept, as the id of one that is computed anew, by weight_norm, would be given again
     for name, layer in named_layers(model).items():
         stored, computed = dict(layer.named_parameters(recurse=False)), getattr(layer, "parametrizations", {})
-        parts = ["weight", *stored, *computed] if isinstance(layer, LAYERS) else []
+        parts = ["weight", *stored, *computed] if isinstance(layer, (*LAYERS, *RECURRENT)) else []
         for part in filter(LAYER_WEIGHTS.fullmatch, dict.fromkeys(parts)):
             weight = getattr(layer, part, None)
             if weight is not None and id(weight) not in seen:

@@ -56,7 +56,7 @@ def measured(model: nn.Sequential, data: Dataset) -> dict[str, Any]:
     samples = {split: sample(*data.splits()[split], N_IMAGES) for split in ("train", "test")}
     layers, (images, _), (digits, labels) = linear_layers(model), *samples.values()
     moments = output_moments(model, images, layers)
-    fisher = output_fisher(model, images, layers, task="classification")
+    fisher = output_fisher(model, images, layers, logits=True)
     cuts = {
         "truncated SVD": decompose(model),
         "activation-aware SVD": decompose(model, moments),

@@ -1,11 +1,15 @@
 """Networks and files that are not ours: what is measured, what is not and why, and that no code of a file runs."""
 
+import json
 import os
 import pickle
 import sys
+from argparse import Namespace
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from networks import Network
@@ -17,7 +21,7 @@ from lowrank_helpers import rank
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
 from lowrank_helpers.layers import factorize
 from lowrank_helpers.lora import adapt
-from lowrank_helpers.models import mlp
+from lowrank_helpers.models import VisionTransformer, mlp
 
 
 def _of_rank(k, shape=(40, 30), seed=0):
@@ -83,7 +87,7 @@ def test_savings_are_counted_at_the_effective_rank_and_never_below_zero(tmp_path
     found = analyze(_written(tmp_path, {"thin": orthogonal[:, :5] @ orthogonal[:5], "full": orthogonal.contiguous()}))
     # Five equal singular values are an effective rank of 5, of factors with 5·(40 + 40) numbers.
     assert dict(found.table["saved"]) == {"full": 0, "thin": 1600 - 400}
-    assert (found.n_saved, found.n_parameters) == (1200, 3200)
+    assert (found.table["saved"].sum(), found.table["parameters"].sum()) == (1200, 3200)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -297,17 +301,18 @@ def test_a_models_layers_tell_what_its_file_does_not(analyzed):
 
 
 class _Command:
-    """Pickled, it is a call of ``os.system``."""
+    """Pickled, it is a call of ``os.system`` or of ``exec``."""
 
-    def __init__(self, file):
-        self.file = file
+    def __init__(self, call, argument):
+        self.call, self.argument = call, argument
 
     def __reduce__(self):
-        return os.system, (f"touch {self.file}",)
+        return self.call, (self.argument,)
 
 
 def test_no_code_of_a_file_is_executed(tmp_path):
-    trace, content = tmp_path / "executed", {"weight": torch.eye(3), "it": _Command(tmp_path / "executed")}
+    trace = tmp_path / "executed"
+    content = {"weight": torch.eye(3), "it": _Command(os.system, f"touch {trace}")}
     torch.save(content, tmp_path / "zip.pt")
     torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     for protocol in range(6):
@@ -319,19 +324,44 @@ def test_no_code_of_a_file_is_executed(tmp_path):
         with pytest.raises(AnalysisError, match=file.name) as refused:
             analyze(str(file))
         assert "\n" not in str(refused.value)
-    with pytest.raises(AnalysisError, match=r"posix\.system.*state_dict"):
-        analyze(str(tmp_path / "zip.pt"))
     assert not trace.exists()
     torch.load(tmp_path / "zip.pt", weights_only=False)
     assert trace.exists()  # the file is as malicious as it is meant to be
 
 
+class _Settings(dict):
+    """Such as the hyperparameters of a checkpoint."""
+
+
+def test_a_whole_model_and_what_checkpoints_hold_beside_tensors_is_read_without_its_code(tmp_path, monkeypatch):
+    model = VisionTransformer(patch=14, width=8, n_blocks=1, n_heads=2, seed=0)
+    model.extra = [Namespace(a=1), tmp_path, np.float64(3), np.int64(3), np.eye(3), _Settings(a=2)]
+    model.extra += [defaultdict(list, a=[3]), _Command(exec, f"open({str(tmp_path / 'executed')!r}, 'w')")]
+    of_model = analyze(_written(tmp_path, model.state_dict(), "state.pt"))
+    monkeypatch.setattr(_Settings, "__setstate__", lambda *_: pytest.fail("its code ran"), raising=False)
+    whole = analyze(_written(tmp_path, {"net": model, "best": np.float32(0.9)}, "whole.ckpt"))
+    assert list(whole.table.index) == [f"net.{name}" for name in of_model.table.index]
+    pd.testing.assert_frame_equal(whole.table.reset_index(drop=True), of_model.table.reset_index(drop=True))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_files_of_one_network_are_read_by_their_index(tmp_path):
+    parts = {"1.safetensors": {"a": torch.eye(3)}, "2.safetensors": {"b": torch.ones(4, 3)}}
+    index = {"weight_map": {name: part for part, tensors in parts.items() for name in tensors}}
+    for part, tensors in parts.items():
+        _written(tmp_path, tensors, part)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert list(analyze(str(source)).table.index) == ["a", "b"]
+    (tmp_path / "2.safetensors").unlink()
+    with pytest.raises(AnalysisError, match=r"2\.safetensors"):
+        analyze(str(tmp_path))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_a_whole_model_is_refused_with_what_to_save_instead(tmp_path):
-    with pytest.raises(AnalysisError, match=r"torch\.nn\.modules\.container\.Sequential.*state_dict"):
-        analyze(_written(tmp_path, mlp([4, 3], seed=0), "model.pt"))
+def test_a_program_is_refused(tmp_path):
     torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3)).save(tmp_path / "program.pt")
-    with pytest.raises(AnalysisError, match="TorchScript"):
+    with pytest.raises(AnalysisError, match="torchscript"):
         analyze(str(tmp_path / "program.pt"))
 
 
@@ -359,7 +389,7 @@ def test_truncated_and_altered_files_are_refused(tmp_path, name):
     [
         ("nowhere.pt", "no file"),
         (".", "a folder"),
-        (__file__, r"of no known format; give a file \(\.safetensors, \.pt, \.pth, \.bin, \.ckpt, \.tar\)"),
+        (__file__, r"of no known format; give a file \(\.safetensors, \.pt, \.pth, \.bin, \.ckpt, \.tar, \.json\)"),
         ("nowhere:build", "ModuleNotFoundError"),
         ("torchvision.models:resnet", "resnet"),
         ("os:getcwd", "gives str"),

@@ -23,19 +23,19 @@ def _convolutional(inplace):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("inplace", "task"), [(False, None), (True, "classification"), (False, "classification")])
-def test_output_fisher_are_the_squared_jacobians_of_logits_without_their_mean_where_asked(inplace, frozen, task):
+@pytest.mark.parametrize(("inplace", "logits"), [(False, False), (True, True), (False, True)])
+def test_output_fisher_are_the_squared_jacobians_of_logits_without_their_mean_where_asked(inplace, frozen, logits):
     model = _convolutional(inplace).requires_grad_(not frozen)
     x = _matrix(3, 16)
     after = {"1": _convolutional(False)[2:], "4": _convolutional(False)[5:], "6": nn.Identity()}
-    found = output_fisher(model, x.repeat(4000, 1).split(700), ["6", "1", "4"], task=task)
+    found = output_fisher(model, x.repeat(4000, 1).split(700), ["6", "1", "4"], logits=logits)
     assert list(found) == ["1", "4", "6"]
     for name, rest in after.items():
         outputs = _convolutional(False)[: int(name) + 1](x).detach()
         expected = 0
         for output in outputs:
             J = torch.func.jacrev(lambda one, rest=rest: rest(one[None])[0])(output)
-            J = (J - J.mean(dim=0) if task else J).reshape(4, len(output), -1)
+            J = (J - J.mean(dim=0) if logits else J).reshape(4, len(output), -1)
             expected = expected + torch.einsum("kip,kjp->ij", J, J) / len(x)
         torch.testing.assert_close(found[name], expected.double(), rtol=0, atol=0.06 * expected.abs().max().item())
     assert not any(layer._forward_hooks for layer in model.modules())
@@ -66,8 +66,6 @@ def test_outputs_without_a_finite_derivative_are_refused():
     model[1].register_forward_hook(lambda layer, arguments, output: output.sqrt())
     with pytest.raises(ValueError, match="0: the derivative of the outputs is NaN or infinite there"):
         output_fisher(model, torch.randn(20, 3), ["0"])
-    with pytest.raises(ValueError, match="task 'regression' is unknown; allowed: None, 'classification'"):
-        output_fisher(model, torch.randn(20, 3), ["0"], task="regression")
 
 
 def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
