@@ -29,6 +29,7 @@ IMPORTED = (
     "ipykernel.zmqshell",
     "lowrank_helpers.plots",
     "lowrank_helpers.series.run",
+    "sklearn.datasets",
     "torch._dynamo",  # which PyTorch imports with the first optimiser
 )
 PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a kernel sets it before it imports
