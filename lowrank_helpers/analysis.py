@@ -264,7 +264,7 @@ def _listed(loaded: Any) -> dict[str, Weight]:
     """List the tensors in nested mappings and lists, each once."""
     weights: dict[str, Weight] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for path, tensor, unwanted in _tensors_in(loaded):
+    for path, tensor, unwanted in _tensors_in(loaded, set()):
         name = _unused(_printable(path), weights)
         if (place := _place(tensor)) and (same := first.setdefault(place, name)) != name:
             unwanted = f"the same tensor as {same}"
@@ -279,19 +279,23 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
 
 
-def _tensors_in(value: Any, name: str = "", unwanted: str = "") -> Iterator[tuple[str, Tensor, str]]:
-    """Yield tensors by dotted name, in order, each with the reason to skip it: it belongs to an optimiser."""
+def _tensors_in(value: Any, seen: set[int], name: str = "", unwanted: str = "") -> Iterator[tuple[str, Tensor, str]]:
+    """Yield tensors by dotted name, in order, each with the reason to skip it: it belongs to an optimiser.
+
+    Each mapping and list is looked into once, as objects may hold each other; ``seen`` has their ids.
+    """
     unwanted = OPTIMISER if MOMENTS.search(name) else unwanted
     if isinstance(value, Tensor):
         yield name or "tensor", value.detach(), unwanted
-    elif isinstance(value, (Mapping, list, tuple)):
+    elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
         items = value if isinstance(value, Mapping) else dict(enumerate(value))
         items = {**items, **getattr(value, "__dict__", {})}
         if {"state", "param_groups"} <= items.keys():  # PyTorch's, whatever it is called here
             unwanted = OPTIMISER
         for key, item in items.items():
             inner = name if key in OF_MODULES else f"{name}.{key}".removeprefix(".")
-            yield from _tensors_in(item, inner, unwanted)
+            yield from _tensors_in(item, seen, inner, unwanted)
 
 
 def of_model(model: nn.Module) -> dict[str, Weight]:

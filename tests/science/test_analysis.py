@@ -336,6 +336,7 @@ class _Settings(dict):
 def test_a_whole_model_and_what_checkpoints_hold_beside_tensors_is_read_without_its_code(tmp_path, monkeypatch):
     model = VisionTransformer(patch=14, width=8, n_blocks=1, n_heads=2, seed=0)
     model.extra = [Namespace(a=1), tmp_path, np.float64(3), np.int64(3), np.eye(3), _Settings(a=2)]
+    model.extra[0].owner = model.extra  # objects that hold each other
     model.extra += [defaultdict(list, a=[3]), _Command(exec, f"open({str(tmp_path / 'executed')!r}, 'w')")]
     of_model = analyze(_written(tmp_path, model.state_dict(), "state.pt"))
     monkeypatch.setattr(_Settings, "__setstate__", lambda *_: pytest.fail("its code ran"), raising=False)
