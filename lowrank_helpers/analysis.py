@@ -182,8 +182,7 @@ def _row(part: Unfolded, n_parameters: int) -> dict[str, Any]:
 
 def _weights(source: str) -> dict[str, Weight]:
     """Return the tensors of a file or of a model by name."""
-    file = Path(source)
-    file = next(file.glob("*.index.json"), file)
+    file = next(Path(source).glob("*.index.json"), Path(source))
     is_code = ":" in source and not file.exists()
     if not is_code and (not file.is_file() or file.suffix not in READERS):
         kind = "a folder without index" if file.is_dir() else "of no known format" if file.is_file() else "no file"

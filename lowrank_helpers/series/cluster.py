@@ -17,12 +17,12 @@ CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
 
 # Dask's scheduler and workers look after themselves many times a second, which suits tasks of milliseconds. Left so,
 # five processes that wait for notebooks take a sixth of a core.
-UNHURRIED = {
+SETTINGS = {
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "5s",
     "distributed.worker.profile.enabled": False,
+    "distributed.worker.daemon": False,  # a daemon, to Python's multiprocessing, has no processes
 }
-WITH_KERNELS = {"distributed.worker.daemon": False}  # a daemon, to Python's multiprocessing, has no processes
 
 
 class EndsQuietly(WorkerPlugin):
@@ -81,7 +81,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
     workers = workers or CPU_COUNT
     n_threads = str(max(1, CPU_COUNT // workers))
     with (
-        dask.config.set(UNHURRIED | WITH_KERNELS),
+        dask.config.set(SETTINGS),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
