@@ -230,9 +230,8 @@ def check(notebooks: Names, pairs: Pairs, workers: int | None) -> None:
 def analyze(source: str, output: Path | None) -> None:
     """Measure the rank of every matrix of your own network: a file of weights, or a model.
 
-    A file is .safetensors, or PyTorch's .pt, .pth, .bin, .ckpt or .pth.tar, or the index.json of several: weights, a
-    checkpoint or a whole model, none of whose code is ever executed.
-    package.module:name is imported, and so executes code: yours. It is a torch.nn.Module, or what returns one.
+    A file is .safetensors, PyTorch's .pt, .pth, .bin, .ckpt or .pth.tar, or the index.json of several; its code never
+    runs. package.module:name is imported, and so runs code: yours. It is a torch.nn.Module, or what returns one.
 
     \b
     Examples:
