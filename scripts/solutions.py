@@ -1,0 +1,121 @@
+"""Do the exercises of the notebooks as solutions/exercises.yaml says, and write solutions/README.md.
+
+The first exercises of all notebooks are one run of the series, the second ones another, and so on, in
+reports/solutions/. What they measure stands beside what the recorded run did.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import nbformat
+from nbformat import NotebookNode
+
+from lowrank_helpers import PROJECT, data
+from lowrank_helpers.series import execution, parameters, results
+from lowrank_helpers.series.claims import Claim
+from lowrank_helpers.series.settings import Settings
+
+FOLDER = PROJECT / "solutions"
+NOTEBOOKS = execution.NOTEBOOK_FOLDER
+QUESTION = re.compile(r"^\d+\. (.*?)(?: \*Hint:.*)?$", re.MULTILINE)
+TITLE = """# Solutions
+
+`python scripts/solutions.py` does the exercises as [exercises.yaml](exercises.yaml) says, and writes this page.
+The tables show what the recorded run measured, and what the same run measures after the change. A small difference may
+be luck.
+"""
+
+
+def exercises() -> dict[str, list[dict[str, Any]]]:
+    """Return how each exercise is done, by notebook."""
+    found: dict[str, list[dict[str, Any]]] = parameters.parse(
+        (FOLDER / "exercises.yaml").read_bytes(), "exercises.yaml"
+    )
+    return found
+
+
+def questions(name: str) -> list[str]:
+    """Return the exercises of a notebook as they are asked, without the hints."""
+    cells = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+    return QUESTION.findall(next(cell.source for cell in cells if cell.id == "exercises"))
+
+
+def edited(notebook: NotebookNode, edits: Mapping[str, tuple[str, str]]) -> NotebookNode:
+    """Change cells of a notebook, by their ids, as an exercise asks; raise ``ValueError`` where an old text is gone."""
+    for cell in notebook.cells:
+        old, new = edits.get(cell.id, ("", ""))
+        if old not in cell.source:
+            raise ValueError(f"the cell {cell.id} has no {old!r}")
+        cell.source = cell.source.replace(old, new) if old else cell.source + new
+    return notebook
+
+
+def run(number: int) -> Path:
+    """Do the exercises of this number, one of each notebook, and return the run's folder."""
+    done = {name: of[number] for name, of in exercises().items() if number < len(of)}
+    planned = {name: each.get("set", {}) for name, each in done.items()}
+    for name, given in planned.items():
+        parameters.check(parameters.declared(NOTEBOOKS / f"{name}.ipynb") | given)
+    output = PROJECT / "reports" / "solutions"
+    settings = Settings.inherited(Path.cwd())
+    settings = replace(settings, networks_dir=output / "networks", auto_dataset=data.resolve("mnist"))
+    with execution.run_folder(output / str(number + 1), settings) as folder:
+        execution.NOTEBOOK_FOLDER = folder / "notebooks"
+        execution.NOTEBOOK_FOLDER.mkdir(exist_ok=True)
+        for name, each in done.items():
+            notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+            nbformat.write(edited(notebook, each.get("edit", {})), execution.notebook_path(name))
+        for outcome in execution.execute(planned, folder, resume=True):
+            click.echo(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s {outcome.error}")
+        execution.NOTEBOOK_FOLDER = NOTEBOOKS
+    return folder
+
+
+def table(show: Mapping[str, Any], before: Mapping[str, Claim], after: Mapping[str, Claim]) -> str:
+    """Return quantities of claims, as recorded and after the exercise, as a Markdown table."""
+    rows = ["| | as recorded | after |", "|---|--:|--:|"]
+    for id, names in show.items():
+        for name in [names] if isinstance(names, str) else names:
+            was, has = ((of[id].measured | of[id].timings)[name] for of in (before, after))
+            for label in dict.fromkeys([*was, *has]):
+                numbers = (f"{x:.4g}" if (x := of.get(label)) is not None else "–" for of in (was, has))
+                rows.append(f"| {': '.join(filter(None, (name, label)))} | {' | '.join(numbers)} |")
+    return "\n".join(rows)
+
+
+def picture(notebook: NotebookNode, cell: str, name: str) -> str:
+    """Write the last figure of a cell beside the page, and return its Markdown."""
+    outputs = next(each.outputs for each in notebook.cells if each.id == cell)
+    output = [output for output in outputs if "image/png" in output.get("data", {})][-1]
+    (FOLDER / f"{name}.png").write_bytes(base64.b64decode(output.data["image/png"]))
+    return f"![{output.metadata['image/png']['alt']}]({name}.png)"
+
+
+@click.command()
+def main() -> None:
+    """Run the exercises and write the page."""
+    folders = [run(number) for number in range(max(map(len, exercises().values())))]
+    filed = json.loads((PROJECT / "reports" / "reference" / "results.json").read_text())["claims"]
+    recorded = {id: Claim.from_json({k: v for k, v in claim.items() if k != "notebook"}) for id, claim in filed.items()}
+    parts = [TITLE]
+    for name, of in exercises().items():
+        parts.append(f"## {name}\n")
+        for number, (each, question) in enumerate(zip(of, questions(name), strict=True)):
+            parts.append(f"**{number + 1}.** {question}\n\n{each['answer']}\n")
+            if "show" in each:
+                after = results.read_claims(folders[number])[name]["claims"]
+                parts.append(f"{table(each['show'], recorded, after)}\n")
+            if "figure" in each:
+                notebook = nbformat.read(folders[number] / f"{name}.ipynb", as_version=4)
+                parts.append(f"{picture(notebook, each['figure'], f'{name}-{number + 1}')}\n")
+    (FOLDER / "README.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
