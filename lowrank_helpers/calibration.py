@@ -20,17 +20,15 @@ from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import column_basis, precise
 from lowrank_helpers.layers import plain_layers, replaceable_layers
 from lowrank_helpers.training import progress
-from lowrank_helpers.unfold import format_shape
 
 CALIBRATION = 2048  # inputs at most for which outputs are measured: more change the factors little
-BATCH = 64  # inputs at a time, of images with labels
+BATCH = 64  # inputs at a time, of a tensor that is split
 LARGE_BATCH = 16 * 3 * 224**2  # numbers at a time: a backward pass over large images of large networks must fit, too
 FULL_SPEED = 2048  # inputs at a time, of a tensor: large enough for full speed
 HELD_OUT_PART = 6  # without validation images, one input or batch in so many fits nothing: as Dataset.hold_out
 
 Forward = Callable[[nn.Module, Any], Any]
 Hook = Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
-Pair = tuple[Tensor, Tensor]
 
 
 def without_mean(logits: Tensor) -> Tensor:
@@ -239,20 +237,6 @@ class Batches:
         _checked_outputs(model, run, fitted[0])
         return cls(fitted, held_out, run, device, logits)
 
-    def labels(self, model: nn.Module) -> Tensor:
-        """Return the labels of the held-out batches; raise ``ValueError`` unless they name classes of the logits."""
-        labels = torch.cat([_labels_in(batch) for batch in self.held_out]).to(self.device)
-        logits = _checked_outputs(model, self.forward, self.held_out[0])
-        if logits.dim() != 2:
-            raise ValueError(f"accuracy needs logits (n, n_classes); the model gives {format_shape(logits.shape)}")
-        n_classes = logits.shape[1]
-        if labels.dim() != 1 or (labels != labels.long()).any() or not 0 <= labels.min() <= labels.max() < n_classes:
-            raise ValueError(
-                f"labels must be whole numbers (n,) from 0 to {n_classes - 1}; "
-                f"given: {format_shape(labels.shape)}, {labels.min():g} to {labels.max():g}"
-            )
-        return labels
-
     def counted(self, outputs: Tensor) -> Tensor:
         """Return that part of outputs whose change counts, in float32 at least."""
         outputs = outputs.to(precise(outputs))
@@ -277,17 +261,15 @@ class Batches:
         return counts | {"": round(counter.get_total_flops() / n_inputs)}
 
 
-def _split(data: Any, n_inputs: Callable[[Any], int]) -> tuple[list[Any], list[Any]]:
+def _split(data: Any, n_inputs: Callable[[Any], int]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Return batches to measure layers on, and held-out ones."""
     if isinstance(data, Dataset):
-        return _split_pair((data.train_images, data.train_labels), data.splits().get("validation"))
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return _split_pair(data)
-    if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
-        raise TypeError(
-            "data must be a Dataset, two tensors (images, labels), or an iterable of batches such as a DataLoader; "
-            f"given: {data!r:.100}"
-        )
+        return _split_inputs(data.train_images, data.validation_images)
+    if isinstance(data, Tensor):
+        return _split_inputs(data, data[:0])
+    if isinstance(data, (tuple, Mapping, str)) or not isinstance(data, Iterable):
+        what = "a Dataset, a tensor of inputs, or an iterable of batches such as a DataLoader"
+        raise TypeError(f"data must be {what}; given: {data!r:.100}")
     batches = iter(data)
     first = list(islice(batches, 1))
     most = round(CALIBRATION * HELD_OUT_PART / (HELD_OUT_PART - 1)) // max([1, *map(n_inputs, first)])
@@ -298,22 +280,16 @@ def _split(data: Any, n_inputs: Callable[[Any], int]) -> tuple[list[Any], list[A
     return [batch for i, batch in enumerate(read) if i % HELD_OUT_PART], read[::HELD_OUT_PART]
 
 
-def _split_pair(pair: Pair, held_out: Pair | None = None) -> tuple[list[Pair], list[Pair]]:
-    """Return batches of images with their labels, some of them held out where no others are given for that."""
-    n, n_labels = map(len, pair)
-    if n != n_labels or n < 2:
-        raise ValueError(f"at least two images are needed, with a label each; given: {n}, {n_labels}")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    if held_out:
-        return _in_batches(pair, order[:CALIBRATION]), _in_batches(held_out, torch.arange(len(held_out[0])))
-    held, order = order.tensor_split([max(1, n // HELD_OUT_PART)])
-    return _in_batches(pair, order[:CALIBRATION]), _in_batches(pair, held)
-
-
-def _in_batches(pair: Pair, order: Tensor) -> list[Pair]:
-    images, labels = pair
-    size = max(1, min(BATCH, LARGE_BATCH // images[0].numel()))
-    return [(images[index.to(images.device)], labels[index.to(labels.device)]) for index in order.split(size)]
+def _split_inputs(inputs: Tensor, held_out: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return batches of inputs, and held-out ones: some of the inputs where no others are given for that."""
+    if len(inputs) < 2:
+        raise ValueError(f"at least two inputs are needed; given: {len(inputs)}")
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)).to(inputs.device)
+    if not len(held_out):
+        held, order = order.tensor_split([max(1, len(inputs) // HELD_OUT_PART)])
+        held_out = inputs[held]
+    size = max(1, min(BATCH, LARGE_BATCH // inputs[0].numel()))
+    return inputs[order[:CALIBRATION]].split(size), held_out.split(size)
 
 
 @torch.no_grad()
@@ -334,11 +310,3 @@ def _checked_outputs(model: nn.Module, forward: Forward, batch: Any) -> Tensor:
     else:
         return outputs
     raise ValueError(f"{kind} gave {gave}; one finite tensor of floats (n_inputs, …) is needed: choose it by forward=")
-
-
-def _labels_in(batch: Any) -> Tensor:
-    if isinstance(batch, Mapping) and isinstance(labels := batch.get("labels"), Tensor):
-        return labels
-    if isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(labels := batch[1], Tensor):
-        return labels
-    raise ValueError(f"accuracy needs labels: (inputs, labels), or a dictionary with 'labels'; given: {batch!r:.100}")

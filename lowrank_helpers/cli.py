@@ -259,9 +259,7 @@ def analyze(source: str, output: Path | None) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option(
-    "--data", required=True, help="A DataLoader, a list of batches, a tuple (images, labels), or what returns it."
-)
+@click.option("--data", required=True, help="A DataLoader, a list of batches, a tensor of inputs, or what returns it.")
 @click.option("--forward", help="A function forward(model, batch) that returns one tensor; model(batch) if not given.")
 @click.option("--budget", type=click.FloatRange(0, 1, min_open=True), default=0.5, help="Share of the parameters; 0.5.")
 @OUTPUT(required=True, help="Write model.safetensors, ranks.json and report.txt into this folder.")

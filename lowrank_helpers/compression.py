@@ -45,7 +45,7 @@ class Change(NamedTuple):
     @property
     def share(self) -> float:
         """What is left of it."""
-        return self.after / self.before
+        return self.after / self.before if self.before else math.nan
 
     def __str__(self) -> str:
         """Write ``before → after (share)``; counts in full, what is measured to four digits."""
@@ -78,8 +78,8 @@ class Report:
         recurrent layers.
     seconds : Change
         Median of a batch, of ``BATCH`` inputs where batches were not given. Fewer FLOPs are often not faster.
-    accuracy : Change or None
-        On the held-out inputs, 0 to 1; measured where it is the budget.
+    score : Change or None
+        What ``metric`` returned, where it is a function.
     """
 
     ranks: dict[str, int]
@@ -90,7 +90,7 @@ class Report:
     parameters: Change
     flops: Change
     seconds: Change
-    accuracy: Change | None = None
+    score: Change | None = None
 
     @property
     def verdict(self) -> str:
@@ -105,7 +105,7 @@ class Report:
 
     def __str__(self) -> str:
         """Write the verdict, and a line for each size and each layer."""
-        numbers = {name: getattr(self, name) for name in ("parameters", "flops", "seconds", "accuracy")}
+        numbers = {name: getattr(self, name) for name in ("parameters", "flops", "seconds", "score")}
         lines = [self.verdict, *(f"{name}: {change}" for name, change in numbers.items() if change)]
         change = f"predicted {self.error:.3g}, measured {self.measured_error:.3g} on inputs that fitted nothing"
         lines += [f"relative change of the outputs: {change}"]
@@ -116,11 +116,11 @@ class Report:
 
 def compress(
     model: nn.Module,
-    data: Dataset | tuple[Tensor, Tensor] | Iterable[Any],
+    data: Dataset | Iterable[Any],
     budget: float,
     *,
     forward: Forward = call,
-    metric: str = "parameters",
+    metric: str | Callable[[nn.Module], float] = "parameters",
     logits: bool = False,
     ignore: Collection[str] = (),
 ) -> tuple[nn.Module, Report]:
@@ -133,30 +133,30 @@ def compress(
     What is predicted is measured too, on at most ``MEASURED`` batches that fitted nothing. Where the outputs change
     more than ``FAR`` times as much as predicted, each layer takes those factors with which they change least: as
     chosen, fitted to the layer's own outputs, or the truncated SVD of its weight. If that is far still, and one layer
-    makes more than half of the change, it stays dense where the budget allows. A budget of accuracy is its own measure.
+    makes more than half of the change, it stays dense where the budget allows. A score is its own measure.
 
     Parameters
     ----------
     model : nn.Module
         Stays as it is. One that is a single layer goes in an ``nn.Sequential``. Compile the result, not the model.
-    data : Dataset, (images, labels), or iterable of batches
+    data : Dataset, Tensor, or iterable of batches
         - A Dataset: its training images measure the layers' outputs, its validation images fit nothing.
-        - A tuple of two tensors, images and labels: a sixth, drawn at random, fits nothing.
+        - A tensor of inputs (n, …): a sixth, drawn at random, fits nothing.
         - Any other iterable, such as a ``DataLoader`` that shuffles: every sixth batch fits nothing. It is read once,
           up to about ``CALIBRATION`` inputs, which are kept where they are. A batch is moved to the model's device when
           it is used, and must be small enough for a backward pass.
 
-        What fits nothing chooses, and the change of the outputs is measured on it. A budget of accuracy takes labels
-        (n,), the second of a tuple or list or the ``"labels"`` of a dictionary.
+        What fits nothing chooses, and the change of the outputs is measured on it.
     budget : float
         For ``parameters`` and ``flops`` a share of the model's (a float up to 1) or a count (an int); for ``latency`` a
-        share; for ``accuracy`` the least on held-out inputs, 0 to 1, that the smallest model found must have.
+        share; for a function the least value that it must return of the smallest model found.
     forward : callable
-        ``forward(model, batch)`` returns the outputs that count: one tensor (n_inputs, …), logits (n, n_classes) where
-        the budget is of accuracy. It is ``model(batch)`` by default, or ``model(batch[0])`` for a tuple or list. For a
-        model that takes and gives dictionaries it may be ``lambda model, batch: model(**batch)["logits"]``.
-    metric : {"parameters", "flops", "accuracy", "latency"}
-        What the budget is of. Latency is measured, here and now, on the first batch.
+        ``forward(model, batch)`` returns the outputs that count: one tensor (n_inputs, …). It is ``model(batch)`` by
+        default, or ``model(batch[0])`` for a tuple or list. For a model that takes and gives dictionaries it may be
+        ``lambda model, batch: model(**batch)["logits"]``.
+    metric : {"parameters", "flops", "latency"} or callable
+        What the budget is of. Latency is measured, here and now, on the first batch. A function scores a model, such as
+        its accuracy on validation images or a loss with a minus: the more the better.
     logits : bool
         The outputs are logits: a change that all classes share is free, since it changes no probability.
     ignore : collection of str
@@ -178,10 +178,9 @@ def compress(
     _check_model(model)
     model_in_use = deepcopy(model).eval()
     batches = Batches.of(model_in_use, data, forward, logits)
-    labels = batches.labels(model_in_use) if metric == "accuracy" else torch.empty(0)
     layers, left_alone = _layers_to_replace(model_in_use, batches, ignore)
     svds, fallbacks = _decomposed(model_in_use, batches, layers)
-    search = _Search(model_in_use, batches, labels, budget, metric, svds, fallbacks, left_alone)
+    search = _Search(model_in_use, batches, budget, metric, svds, fallbacks, left_alone)
     factors, report = search.compressed()
     return with_factors(model, factors), report
 
@@ -190,7 +189,7 @@ SIZES: dict[str, Callable[[nn.Module, Batches], int]] = {
     "parameters": lambda model, batches: n_parameters(model),
     "flops": lambda model, batches: int(batches.flops(model)[""]),
 }
-METRICS = (*SIZES, "accuracy", "latency")
+METRICS = (*SIZES, "latency")
 
 
 @dataclass(frozen=True)
@@ -199,9 +198,8 @@ class _Search:
 
     model: nn.Module
     batches: Batches
-    labels: Tensor
     budget: float
-    metric: str
+    metric: str | Callable[[nn.Module], float]
     svds: dict[str, ActivationAwareSVD]  # s is a share of the model's outputs, or of the layer's where that falls back
     fallbacks: dict[str, str]  # what factors fit of layers by which the model's outputs have no derivative
     left_alone: dict[str, str]  # the other matrices, with the reason why
@@ -211,7 +209,7 @@ class _Search:
         ranks = self.ranks()
         # To first order, the squared changes by independent layers add.
         predicted = sum(self.svds[n].s[rank:].square().sum().item() for n, rank in ranks.items()) ** 0.5
-        far = np.inf if self.metric == "accuracy" else FAR * max(predicted, SMALL)
+        far = np.inf if callable(self.metric) else FAR * max(predicted, SMALL)
         factors, fallbacks = _cut(ranks, self.svds), {n: fit for n, fit in self.fallbacks.items() if n in ranks}
         if (error := self.change(factors)) > far:
             factors, refitted = self.refitted(ranks)
@@ -220,8 +218,8 @@ class _Search:
         changes = {
             name: Change(size(self.model, self.batches), size(small, self.batches)) for name, size in SIZES.items()
         }
-        if self.metric == "accuracy":
-            changes["accuracy"] = Change(self.accuracy(self.model), self.accuracy(small))
+        if callable(self.metric):
+            changes["score"] = Change(self.score, self.metric(small))
         seconds = self.seconds(small)
         report = Report(ranks, self.left_alone, fallbacks, predicted, error, seconds=seconds, **changes)
         return (factors, report) if error <= far else self.with_one_left_alone(factors, report)
@@ -237,10 +235,10 @@ class _Search:
     def ranks(self) -> dict[str, int]:
         """Choose ranks within the budget."""
         budget, metric = self.budget, self.metric
-        if metric == "accuracy":
-            if (whole := self.accuracy(self.model)) < budget:
-                raise ValueError(f"an accuracy of {budget:.2%} is impossible: the model itself has {whole:.2%}")
-            return self.bisected("parameters", lambda small: self.accuracy(small) >= budget)[1]
+        if callable(metric):
+            if not self.score >= budget:
+                raise ValueError(f"a score of {budget:.4g} is impossible: the model itself has {self.score:.4g}")
+            return self.bisected("parameters", lambda small: metric(small) >= budget)[1]
         if metric == "latency":
             if (fastest := self.seconds(self.cut(dict.fromkeys(self.svds, 1))).share) > budget:
                 raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
@@ -312,10 +310,10 @@ class _Search:
         """Return the model with these ranks."""
         return factorize(self.model, ranks, self.svds)
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Return a model's accuracy on the held-out inputs."""
-        logits = self.batches.outputs(model, self.batches.held_out).view(len(self.labels), -1)
-        return (logits.argmax(dim=1) == self.labels).double().mean().item()
+    @cached_property
+    def score(self) -> float:
+        """What the function that scores models returns of the model itself."""
+        return self.metric(self.model) if callable(self.metric) else math.nan
 
     @cached_property
     def measured_on(self) -> tuple[Sequence[Any], Tensor]:
@@ -446,9 +444,11 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model is compiled: compress it as it was before, and compile the result")
 
 
-def _check_options(budget: float, metric: str) -> None:
+def _check_options(budget: float, metric: str | Callable[[nn.Module], float]) -> None:
+    if callable(metric):
+        return
     if metric not in METRICS:
-        raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
+        raise ValueError(f"metric {metric!r} is unknown; allowed: {', '.join(METRICS)}, or a function of a model")
     whole, counts = isinstance(budget, Integral), metric in SIZES
     if not isinstance(budget, Real) or not (budget >= 1 and counts if whole else 0 < budget <= 1):
         count = ", or a whole number as a count" if counts else ""

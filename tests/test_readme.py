@@ -46,9 +46,9 @@ def test_the_program_for_your_own_network_works(capsys, tmp_path, monkeypatch):
     program = BLOCKS["python"]
     assert len([line for line in program.splitlines() if line]) <= 10
     monkeypatch.chdir(tmp_path)
-    for given, smaller in {"64, 3, 96, 96": "16, 3, 32, 32", "(64,)": "(16,)"}.items():
-        assert given in program
-        program = program.replace(given, smaller)
+    given, smaller = "64, 3, 96, 96", "16, 3, 32, 32"
+    assert given in program
+    program = program.replace(given, smaller)
     monkeypatch.setattr(compression, "FAR", np.inf)
     exec(program, {})
     output = capsys.readouterr().out
