@@ -261,26 +261,29 @@ def analyze(source: str, output: Path | None) -> None:
 @click.argument("model")
 @click.option("--data", required=True, help="A DataLoader, a list of batches, a tensor of inputs, or what returns it.")
 @click.option("--forward", help="A function forward(model, batch) that returns one tensor; model(batch) if not given.")
-@click.option("--budget", type=click.FloatRange(0, 1, min_open=True), default=0.5, help="Share of the parameters; 0.5.")
+@click.option("--metric", default="parameters", help="parameters, flops, latency, or a function that scores a model.")
+@click.option("--budget", type=float, default=0.5, help="Share of the metric, or the least score; 0.5 if not given.")
 @OUTPUT(required=True, help="Write model.safetensors, ranks.json and report.txt into this folder.")
-def compress(model: str, data: str, forward: str | None, budget: float, output: Path) -> None:
+def compress(model: str, data: str, forward: str | None, metric: str, budget: float, output: Path) -> None:
     """Write a smaller copy of your own network, of low-rank layers, with a report of what it costs and gains.
 
     MODEL, a torch.nn.Module or a function that returns one, and all else are package.module:name. They are imported,
     and so execute code: yours. lowrank_helpers.layers.load(model, folder) gives the copy back.
 
     \b
-    Example:
+    Examples:
       lowrank compress mine.networks:trained --data mine.data:loader --budget 0.3 -o small
+      lowrank compress mine.networks:trained --data mine.data:loader --metric mine:accuracy --budget 0.97 -o small
     """  # noqa: D301
     from lowrank_helpers import calibration, compression, layers
     from lowrank_helpers.analysis import imported
 
     try:
         run = imported(forward, called=False) if forward else calibration.call
+        of = imported(metric, called=False) if ":" in metric else metric
         network, batches = imported(model), imported(data)
         output.mkdir(parents=True, exist_ok=True)
-        small, report = compression.compress(network, batches, budget, forward=run)
+        small, report = compression.compress(network, batches, budget, forward=run, metric=of)
         layers.save(small, output)
         (output / "report.txt").write_text(f"{report}\n")
     except Exception as error:  # the code is the user's own: it may raise anything

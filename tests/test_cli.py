@@ -91,6 +91,7 @@ from lowrank_helpers.models import mlp
 model = mlp([20, 16, 4], seed=0)
 def batches(): return [{"x": torch.randn(8, 20)} for _ in range(9)]
 def forward(model, batch): return model(batch["x"])
+def score(model): return sum(parameter.numel() for parameter in model.parameters()) / 1000
 """
 
 
@@ -107,4 +108,6 @@ def test_your_own_network_is_compressed_into_a_folder_from_which_it_comes_back(t
     assert (tmp_path / "small" / "report.txt").read_text() == output
     small = layers.load(mlp([20, 16, 4], seed=1), tmp_path / "small")
     assert f"fc1: rank {small.fc1.rank}" in output
+    scored = lowrank(*command[:-1], "0.3", "--forward", forward, "--metric", "mine_to_compress:score")
+    assert re.search(r"^score: 0\.384 → 0\.3\d*", scored, re.MULTILINE)
     assert "No module named 'nothing'" in lowrank("compress", "nothing:model", "--data", data, "-o", "small", code=2)
