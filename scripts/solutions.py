@@ -78,14 +78,15 @@ def run(number: int) -> Path:
 
 
 def table(show: Mapping[str, Any], before: Mapping[str, Claim], after: Mapping[str, Claim]) -> str:
-    """Return quantities of claims, as recorded and after the exercise, as a Markdown table."""
+    """Return quantities of claims that differ, as recorded and after the exercise, as a Markdown table."""
     rows = ["| | as recorded | after |", "|---|--:|--:|"]
     for id, names in show.items():
         for name in [names] if isinstance(names, str) else names:
             was, has = ((of[id].measured | of[id].timings)[name] for of in (before, after))
             for label in dict.fromkeys([*was, *has]):
-                numbers = (f"{x:.4g}" if (x := of.get(label)) is not None else "–" for of in (was, has))
-                rows.append(f"| {': '.join(filter(None, (name, label)))} | {' | '.join(numbers)} |")
+                numbers = [f"{x:.4g}" if (x := of.get(label)) is not None else "–" for of in (was, has)]
+                if numbers[0] != numbers[1]:
+                    rows.append(f"| {': '.join(filter(None, (name, label)))} | {' | '.join(numbers)} |")
     return "\n".join(rows)
 
 
