@@ -28,7 +28,7 @@ TITLE = """# Solutions
 
 `python scripts/solutions.py` does the exercises as [exercises.yaml](exercises.yaml) says, and writes this page.
 The tables show what the recorded run measured, and what the same run measures after the change. A small difference may
-be luck.
+be luck. What the change leaves as it was is left out.
 """
 
 
