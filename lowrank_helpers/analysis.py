@@ -78,6 +78,16 @@ class Analysis:
     table: pd.DataFrame
     skipped: dict[str, str]
 
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the measured matrices are stored as."""
+        return int(self.table["parameters"].sum())
+
+    @property
+    def n_saved(self) -> int:
+        """How many of them factors at the effective ranks would save."""
+        return int(self.table["saved"].sum())
+
 
 def analyze(source: str) -> Analysis:
     """Measure every matrix of a network.
@@ -377,6 +387,7 @@ def imported(source: str, *, called: bool = True) -> Any:
 
 def _one_line(error: BaseException) -> str:
     """Return an error's type and the first sentence that it says."""
-    said = str(error).partition("WeightsUnpickler error:")[2] or str(error)  # what PyTorch says after a paragraph
+    # PyTorch says what is wrong with a file after a paragraph on how to load it all the same.
+    said = re.sub(r"^Weights only load failed.*?(WeightsUnpickler error:|\n\n)", "", str(error), flags=re.DOTALL)
     said = re.split(r"\.\s|\n", said.strip())[0]
     return f"{type(error).__name__}: {_printable(said)}" if said else type(error).__name__

@@ -249,12 +249,11 @@ def analyze(source: str, output: Path | None) -> None:
         click.echo(analysis_page.text(found))
         if output:
             analysis_page.write(output, found)
+            click.echo(f"\nOpen {os.path.relpath(output / 'index.html')}")
     except analysis.AnalysisError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{output} cannot be written to: {error.strerror}")
-    if output:
-        click.echo(f"\nOpen {os.path.relpath(output / 'index.html')}")
 
 
 @main.command()

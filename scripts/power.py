@@ -17,8 +17,8 @@ from evidence import gather  # in this folder
 from lowrank_helpers import PROJECT, cli
 from lowrank_helpers.series import evidence, execution, results
 from lowrank_helpers.series.claims import Claim
+from solutions import execute
 
-NOTEBOOKS = execution.NOTEBOOK_FOLDER
 START = """import torch
 from dataclasses import replace
 from lowrank_helpers import data, factorization, rank
@@ -58,15 +58,9 @@ for of in decompositions:
 def claims_of(name: str, given: dict[str, Any], fault: str) -> dict[str, Claim]:
     """Run a notebook, and those that it reads, with a first cell that breaks something; return what it claims."""
     planned = execution.plan(execution.with_what_they_read([name]), given)
+    first = nbformat.v4.new_code_cell(START + fault)
     with tempfile.TemporaryDirectory() as made, execution.run_folder(Path(made)) as folder:
-        execution.NOTEBOOK_FOLDER = folder / "notebooks"
-        execution.NOTEBOOK_FOLDER.mkdir()
-        for other in planned:
-            notebook = nbformat.read(NOTEBOOKS / f"{other}.ipynb", as_version=4)
-            notebook.cells.insert(0, nbformat.v4.new_code_cell(START + fault))
-            nbformat.write(notebook, execution.notebook_path(other))
-        ended = list(execution.execute(planned, folder))
-        execution.NOTEBOOK_FOLDER = NOTEBOOKS
+        ended = list(execute(planned, folder, lambda _, notebook: notebook.cells.insert(0, first)))
         for failure in results.failures(ended):
             click.echo(f"  failed: {failure}")
         return results.read_claims(folder)[name]["claims"]

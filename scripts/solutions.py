@@ -7,7 +7,7 @@ reports/solutions/. What they measure stands beside what the recorded run did.
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from nbformat import NotebookNode
 from lowrank_helpers import PROJECT, data
 from lowrank_helpers.series import execution, parameters, results
 from lowrank_helpers.series.claims import Claim
+from lowrank_helpers.series.execution import Planned
+from lowrank_helpers.series.results import Outcome
 from lowrank_helpers.series.settings import Settings
 
 FOLDER = PROJECT / "solutions"
@@ -59,22 +61,30 @@ def edited(notebook: NotebookNode, edits: Mapping[str, tuple[str, str]]) -> Note
 def run(number: int) -> Path:
     """Do the exercises of this number, one of each notebook, and return the run's folder."""
     done = {name: of[number] for name, of in exercises().items() if number < len(of)}
-    planned = {name: each.get("set", {}) for name, each in done.items()}
-    for name, given in planned.items():
-        parameters.check(parameters.declared(NOTEBOOKS / f"{name}.ipynb") | given)
+    planned: Planned = {}
+    for name, each in done.items():
+        planned |= execution.plan([name], each.get("set", {}))
     output = PROJECT / "reports" / "solutions"
     settings = Settings.inherited(Path.cwd())
     settings = replace(settings, networks_dir=output / "networks", auto_dataset=data.resolve("mnist"))
     with execution.run_folder(output / str(number + 1), settings) as folder:
-        execution.NOTEBOOK_FOLDER = folder / "notebooks"
-        execution.NOTEBOOK_FOLDER.mkdir(exist_ok=True)
-        for name, each in done.items():
-            notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-            nbformat.write(edited(notebook, each.get("edit", {})), execution.notebook_path(name))
-        for outcome in execution.execute(planned, folder, resume=True):
+        for outcome in execute(planned, folder, lambda name, notebook: edited(notebook, done[name].get("edit", {}))):
             click.echo(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s {outcome.error}")
-        execution.NOTEBOOK_FOLDER = NOTEBOOKS
     return folder
+
+
+def execute(planned: Planned, folder: Path, edit: Callable[[str, NotebookNode], object]) -> Iterator[Outcome]:
+    """Execute changed copies of notebooks into a run folder; ``edit`` changes a notebook of this name in place."""
+    execution.NOTEBOOK_FOLDER = folder / "notebooks"
+    execution.NOTEBOOK_FOLDER.mkdir(exist_ok=True)
+    try:
+        for name in planned:
+            notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+            edit(name, notebook)
+            nbformat.write(notebook, execution.notebook_path(name))
+        yield from execution.execute(planned, folder, resume=True)
+    finally:
+        execution.NOTEBOOK_FOLDER = NOTEBOOKS
 
 
 def table(show: Mapping[str, Any], before: Mapping[str, Claim], after: Mapping[str, Claim]) -> str:
@@ -103,7 +113,7 @@ def main() -> None:
     """Run the exercises and write the page."""
     folders = [run(number) for number in range(max(map(len, exercises().values())))]
     filed = json.loads((PROJECT / "reports" / "reference" / "results.json").read_text())["claims"]
-    recorded = {id: Claim.from_json({k: v for k, v in claim.items() if k != "notebook"}) for id, claim in filed.items()}
+    recorded = {id: Claim.from_json(claim) for id, claim in filed.items()}
     parts = [TITLE]
     for name, of in exercises().items():
         parts.append(f"## {name}\n")

@@ -39,8 +39,7 @@ MEANING = {
 
 def answer(analysis: Analysis) -> tuple[str, str]:
     """Return one plain sentence on what was measured, and its evidence."""
-    table = analysis.table
-    n_parameters, n_saved = (int(table[column].sum()) for column in ("parameters", "saved"))
+    table, n_parameters, n_saved = analysis.table, analysis.n_parameters, analysis.n_saved
     gaining = int((table["saved"] > 0).sum())
     if gaining:
         plain = f"Factors at the effective rank would save {_percent(n_saved / n_parameters)} of the parameters."
@@ -142,8 +141,8 @@ def write(folder: Path, analysis: Analysis) -> None:
         "source": analysis.source,
         "answer": plain,
         "evidence": evidence,
-        "parameters": int(table["parameters"].sum()),
-        "saved": int(table["saved"].sum()),
+        "parameters": analysis.n_parameters,
+        "saved": analysis.n_saved,
         "environment": environment,
         "matrices": table.to_dict(orient="index"),
         "skipped": analysis.skipped,
@@ -152,7 +151,7 @@ def write(folder: Path, analysis: Analysis) -> None:
     conditions = {
         "Network": analysis.source,
         "Matrices": f"{len(table):,}",
-        "Parameters in them": f"{results['parameters']:,}",
+        "Parameters in them": f"{analysis.n_parameters:,}",
         "Stored as": ", ".join(table["dtype"].unique()),
         "Not measured": f"{len(analysis.skipped):,} tensors",
         "PyTorch": environment["versions"]["torch"],

@@ -80,7 +80,7 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
 
 def _shown(id: str, filed: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """Return a claim as it is filed, with how it stands, a table of its numbers, and where its evidence is."""
-    claim = Claim.from_json({name: value for name, value in filed.items() if name != "notebook"})
+    claim = Claim.from_json(filed)
     holds, measured = evidence.quoted(filed["notebook"], run["environment"]["dataset"], run["parameters"]).of(id)
     href = f"{filed['notebook']}.html#claim-{id}"
     return {**filed, "stands": verdict(claim, holds, measured), "table": table(claim, measured), "href": href}

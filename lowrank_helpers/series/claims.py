@@ -50,8 +50,9 @@ class Claim:
 
     @classmethod
     def from_json(cls, filed: Mapping[str, Any]) -> "Claim":
-        """Return the claim that :func:`dataclasses.asdict` made a mapping of."""
-        return cls(**{**filed, "comparisons": [Comparison(**each) for each in filed["comparisons"]]})
+        """Return the claim that :func:`dataclasses.asdict` made a mapping of; ``results.json`` adds the notebook."""
+        given = {name: value for name, value in filed.items() if name != "notebook"}
+        return cls(**given | {"comparisons": [Comparison(**each) for each in filed["comparisons"]]})
 
 
 @dataclass(frozen=True)

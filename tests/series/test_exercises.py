@@ -8,8 +8,8 @@ import pytest
 from matplotlib import pyplot as plt
 
 from lowrank_helpers import PROJECT, timing
-from lowrank_helpers.series.execution import notebook_names, notebook_path
-from lowrank_helpers.series.parameters import check, declared, recipes
+from lowrank_helpers.series.execution import notebook_names, notebook_path, plan
+from lowrank_helpers.series.parameters import recipes
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_exercises_run_as_they_are_written(name, networks, tmp_path, monkeypatch
     given: dict = {"recipes": {}}
     for exercise in exercises:
         asked = exercise.get("set", {})
-        check(declared(notebook_path(name)) | asked)
+        plan([name], asked)
         given |= asked | {"recipes": given["recipes"] | asked.get("recipes", {})}
         solutions.edited(notebook, exercise.get("edit", {}))
     if name == "06_factorized":

@@ -135,6 +135,7 @@ def test_the_adapters_rank_is_bounded_by_the_layers_chosen(layers, most):
         ("[784, relu]", [784, "relu"]),
         ("true", True),
         ("~", None),
+        ("[0x1F, 0o17, 1_000, .inf]", [31, 15, 1000, float("inf")]),
         # What YAML 1.1 takes for octal, sixty minutes and booleans.
         ("[010, -08]", [10, -8]),
         *((text, text) for text in ("1e", "1:30", "1:30.5", "off")),
