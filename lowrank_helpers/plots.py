@@ -130,8 +130,9 @@ def learning_curves(histories: Mapping[str, History], *, against: str = "epoch",
     figure, axes = panels(2)
     colour = colours(histories)
     for label, history in histories.items():
-        shown = slice(0 if len(history.seconds) == 2 else 1, None)
-        x = (range(len(history.seconds)) if against == "epoch" else history.seconds)[shown]
+        n_scores = len(history.loss["train"])
+        shown = slice(0 if n_scores == 2 else 1, None)
+        x = (range(n_scores) if against == "epoch" else history.seconds)[shown]
         for split, style in LINE_STYLES.items():
             axes[0].plot(x, history.loss[split][shown], style, color=colour[label])
             axes[1].plot(x, [100 * share for share in history.accuracy[split][shown]], style, color=colour[label])
