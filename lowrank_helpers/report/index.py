@@ -61,10 +61,11 @@ def _index(notebooks: Mapping[str, NotebookNode], results: Mapping[str, Any]) ->
         for part in ("items", "beyond")
     )
     filing = [run for run in runs.values() if "environment" in run]  # a claim; only these say what they ran on
+    pictures = assignment["story"]["pictures"]
     ran_on = conditions(filing) | {"The run took": f"{results['seconds']:.0f} s"}
     return {
         "story": [claims[id] for id in assignment["story"]["claims"] if id in claims],
-        "illustration": next((figures[id] for id in assignment["story"]["pictures"] if id in figures), None),
+        "illustration": next((figures[id] | {"caption": of} for id, of in pictures.items() if id in figures), None),
         "explorer": next((output.data["text/html"] for _, output in explorers), None),
         "headline": [number | _headline(number, claims) for number in assignment["headline"]],
         "items": items,
