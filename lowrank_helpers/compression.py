@@ -22,7 +22,14 @@ from torch.nn.parameter import is_lazy
 from lowrank_helpers.calibration import LARGE_BATCH, Batches, Forward, call, output_fisher, output_moments
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
-from lowrank_helpers.layers import Replaceable, factorize, replaceable_layers, substitute_, with_factors
+from lowrank_helpers.layers import (
+    Replaceable,
+    factorize,
+    factorize_standard,
+    replaceable_layers,
+    substitute_,
+    with_factors,
+)
 from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
 from lowrank_helpers.selection import Layer, allocate, layers_of, total_cost
 from lowrank_helpers.timing import median_seconds
@@ -179,8 +186,9 @@ def compress(
     model_in_use = deepcopy(model).eval()
     batches = Batches.of(model_in_use, data, forward, logits)
     layers, left_alone = _layers_to_replace(model_in_use, batches, ignore)
+    score = _check_reachable(model_in_use, batches, layers, budget, metric)
     svds, fallbacks = _decomposed(model_in_use, batches, layers)
-    search = _Search(model_in_use, batches, budget, metric, svds, fallbacks, left_alone)
+    search = _Search(model_in_use, batches, budget, metric, score, svds, fallbacks, left_alone)
     factors, report = search.compressed()
     return with_factors(model, factors), report
 
@@ -200,6 +208,7 @@ class _Search:
     batches: Batches
     budget: float
     metric: str | Callable[[nn.Module], float]
+    score: float  # what a function that scores models returns of the model itself
     svds: dict[str, ActivationAwareSVD]  # s is a share of the model's outputs, or of the layer's where that falls back
     fallbacks: dict[str, str]  # what factors fit of layers by which the model's outputs have no derivative
     left_alone: dict[str, str]  # the other matrices, with the reason why
@@ -236,23 +245,11 @@ class _Search:
         """Choose ranks within the budget."""
         budget, metric = self.budget, self.metric
         if callable(metric):
-            if not self.score >= budget:
-                raise ValueError(f"a score of {budget:.4g} is impossible: the model itself has {self.score:.4g}")
             return self.bisected("parameters", lambda small: metric(small) >= budget)[1]
         if metric == "latency":
-            if (fastest := self.seconds(self.cut(dict.fromkeys(self.svds, 1))).share) > budget:
-                raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
             return self.bisected("flops", lambda small: self.seconds(small).share > budget)[0]
         layers, total = self.layers(metric), SIZES[metric](self.model, self.batches)
-        limit = budget if isinstance(budget, Integral) else budget * total
-        fixed = total - total_cost(layers, {})
-        least = fixed + total_cost(layers, dict.fromkeys(layers, 1))
-        if limit < least:
-            raise ValueError(
-                f"a budget of {limit:,.0f} {metric} is too small: rank 1 wherever it can be takes {least:,.0f}, "
-                f"{least / total:.2%} of the model's {total:,}"
-            )
-        return allocate(layers, limit - fixed)
+        return allocate(layers, _limit(budget, total) - (total - total_cost(layers, {})))
 
     def bisected(self, metric: str, is_large: Callable[[nn.Module], bool]) -> tuple[dict[str, int], dict[str, int]]:
         """Return the ranks of the largest budget whose model is not large, rank 1 at least, and of the smallest other.
@@ -309,11 +306,6 @@ class _Search:
     def cut(self, ranks: Mapping[str, int]) -> nn.Module:
         """Return the model with these ranks."""
         return factorize(self.model, ranks, self.svds)
-
-    @cached_property
-    def score(self) -> float:
-        """What the function that scores models returns of the model itself."""
-        return self.metric(self.model) if callable(self.metric) else math.nan
 
     @cached_property
     def measured_on(self) -> tuple[Sequence[Any], Tensor]:
@@ -395,6 +387,37 @@ def _layers_to_replace(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that can be replaced: {left_alone}")
     return layers, left_alone
+
+
+def _check_reachable(
+    model: nn.Module,
+    batches: Batches,
+    layers: Mapping[str, Replaceable],
+    budget: float,
+    metric: str | Callable[[nn.Module], float],
+) -> float:
+    """Refuse an impossible budget before minutes are spent on the layers; return the model's score, or NaN."""
+    if callable(metric):
+        if not (score := metric(model)) >= budget:
+            raise ValueError(f"a score of {budget:.4g} is impossible: the model itself has {score:.4g}")
+        return score
+    shapes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
+    smallest = factorize_standard(model, {name: 1 for name, (n, m) in shapes.items() if n + m < n * m}, seed=0)
+    if metric == "latency":
+        if (fastest := _seconds(smallest, batches) / _seconds(model, batches)) > budget:
+            raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
+        return math.nan
+    total, least = (SIZES[metric](each, batches) for each in (model, smallest))
+    if (limit := _limit(budget, total)) < least:
+        raise ValueError(
+            f"a budget of {limit:,.0f} {metric} is too small: rank 1 wherever it can be takes {least:,.0f}, "
+            f"{least / total:.2%} of the model's {total:,}"
+        )
+    return math.nan
+
+
+def _limit(budget: float, total: int) -> float:
+    return budget if isinstance(budget, Integral) else budget * total
 
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
