@@ -40,6 +40,7 @@ FAR = 2.0  # times its prediction: a larger change of the outputs is far from it
 SMALL = 0.05  # relative change of the outputs that is never far
 PRECISION = 1.01  # ratio of budgets down to which one is searched
 NOISE = 0.05  # relative difference of two times that says nothing
+Metric = str | Callable[[nn.Module], float]
 OWN_OUTPUTS, OWN_WEIGHT = "its own outputs", "its weight"  # what factors fit instead of the model's outputs
 
 
@@ -127,7 +128,7 @@ def compress(
     budget: float,
     *,
     forward: Forward = call,
-    metric: str | Callable[[nn.Module], float] = "parameters",
+    metric: Metric = "parameters",
     logits: bool = False,
     ignore: Collection[str] = (),
 ) -> tuple[nn.Module, Report]:
@@ -186,14 +187,14 @@ def compress(
     model_in_use = deepcopy(model).eval()
     batches = Batches.of(model_in_use, data, forward, logits)
     layers, left_alone = _layers_to_replace(model_in_use, batches, ignore)
-    score = _check_reachable(model_in_use, batches, layers, budget, metric)
+    score = _check_budget(model_in_use, batches, layers, budget, metric)
     svds, fallbacks = _decomposed(model_in_use, batches, layers)
     search = _Search(model_in_use, batches, budget, metric, score, svds, fallbacks, left_alone)
     factors, report = search.compressed()
     return with_factors(model, factors), report
 
 
-SIZES: dict[str, Callable[[nn.Module, Batches], int]] = {
+SIZES: dict[str, Callable[[nn.Module, Batches], float]] = {
     "parameters": lambda model, batches: n_parameters(model),
     "flops": lambda model, batches: int(batches.flops(model)[""]),
 }
@@ -207,7 +208,7 @@ class _Search:
     model: nn.Module
     batches: Batches
     budget: float
-    metric: str | Callable[[nn.Module], float]
+    metric: Metric
     score: float  # what a function that scores models returns of the model itself
     svds: dict[str, ActivationAwareSVD]  # s is a share of the model's outputs, or of the layer's where that falls back
     fallbacks: dict[str, str]  # what factors fit of layers by which the model's outputs have no derivative
@@ -249,7 +250,8 @@ class _Search:
         if metric == "latency":
             return self.bisected("flops", lambda small: self.seconds(small).share > budget)[0]
         layers, total = self.layers(metric), SIZES[metric](self.model, self.batches)
-        return allocate(layers, _limit(budget, total) - (total - total_cost(layers, {})))
+        limit = budget if isinstance(budget, Integral) else budget * total
+        return allocate(layers, limit - (total - total_cost(layers, {})))
 
     def bisected(self, metric: str, is_large: Callable[[nn.Module], bool]) -> tuple[dict[str, int], dict[str, int]]:
         """Return the ranks of the largest budget whose model is not large, rank 1 at least, and of the smallest other.
@@ -389,12 +391,8 @@ def _layers_to_replace(
     return layers, left_alone
 
 
-def _check_reachable(
-    model: nn.Module,
-    batches: Batches,
-    layers: Mapping[str, Replaceable],
-    budget: float,
-    metric: str | Callable[[nn.Module], float],
+def _check_budget(
+    model: nn.Module, batches: Batches, layers: Mapping[str, Replaceable], budget: float, metric: Metric
 ) -> float:
     """Refuse an impossible budget before minutes are spent on the layers; return the model's score, or NaN."""
     if callable(metric):
@@ -403,21 +401,11 @@ def _check_reachable(
         return score
     shapes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
     smallest = factorize_standard(model, {name: 1 for name, (n, m) in shapes.items() if n + m < n * m}, seed=0)
-    if metric == "latency":
-        if (fastest := _seconds(smallest, batches) / _seconds(model, batches)) > budget:
-            raise ValueError(f"a latency of {budget:.0%} is impossible: with rank 1 everywhere it is {fastest:.0%}")
-        return math.nan
-    total, least = (SIZES[metric](each, batches) for each in (model, smallest))
-    if (limit := _limit(budget, total)) < least:
-        raise ValueError(
-            f"a budget of {limit:,.0f} {metric} is too small: rank 1 wherever it can be takes {least:,.0f}, "
-            f"{least / total:.2%} of the model's {total:,}"
-        )
+    size = (SIZES | {"latency": _seconds})[metric]
+    least = Change(size(model, batches), size(smallest, batches))
+    if budget < (least.after if isinstance(budget, Integral) else least.share):
+        raise ValueError(f"a budget of {budget:,} is too small: rank 1 wherever it can be leaves {metric} {least}")
     return math.nan
-
-
-def _limit(budget: float, total: int) -> float:
-    return budget if isinstance(budget, Integral) else budget * total
 
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
@@ -467,7 +455,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model is compiled: compress it as it was before, and compile the result")
 
 
-def _check_options(budget: float, metric: str | Callable[[nn.Module], float]) -> None:
+def _check_options(budget: float, metric: Metric) -> None:
     if callable(metric):
         return
     if metric not in METRICS:
