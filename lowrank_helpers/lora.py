@@ -28,6 +28,7 @@ from lowrank_helpers.models import linear_layers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PREFIX = "base_model.model."  # PEFT's, of every name
 FACTORS = (".lora_A.weight", ".lora_B.weight")  # how the names of both end
+LENGTHS = ".lora_magnitude_vector"  # and of DoRA's lengths
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule)  # their layers have other names
 
@@ -36,12 +37,9 @@ WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModul
 ANY_VALUE = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type"),
-    *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type", "use_rslora"),
+    *("peft_version", "qalora_group_size", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
-SUPPORTED = {  # other values of init_lora_weights change the base's weights, or may
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),
-}
+SUPPORTED = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal")}  # others may change the base
 
 
 class AdapterError(ValueError):
@@ -58,13 +56,9 @@ class LoRALinear(nn.Module):
     A : Tensor, shape (r, in_features)
         A rank r above min(out_features, in_features) is of no use, but allowed: PEFT makes such adapters.
     B : Tensor, shape (out_features, r)
+        The parameters ``lora_A`` and ``lora_B`` are A and B in the base's dtype and on its device.
     alpha : float
         α, above 0. At a fixed α the best learning rate hardly depends on the rank (section 4.1).
-
-    Attributes
-    ----------
-    lora_A, lora_B : Parameter
-        The factors, of the base's dtype and on its device.
 
     Raises
     ------
@@ -113,12 +107,36 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}"
 
 
+class DoRALinear(LoRALinear):
+    """LoRA of directions: each row of W + ΔW, an output's weights, is brought to a length of its own, also learnt.
+
+    After Liu et al. 2024, *DoRA*, arXiv 2402.09353; no gradient passes through the norms, as in section 4.3.
+    Parameters are those of :class:`LoRALinear`, and the lengths (out_features,), by default those of W + ΔW.
+    """
+
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, alpha: float, lengths: Tensor | None = None) -> None:
+        super().__init__(base, A, B, alpha)
+        norms = super().weight.detach().norm(dim=1)
+        self.lora_magnitude_vector = nn.Parameter(norms if lengths is None else lengths.to(norms).view_as(norms))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that the layer applies, W + ΔW with rows of those lengths."""
+        rows = super().weight
+        norms: Tensor = rows.detach().norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)  # of zeros, not 0/0
+        return (self.lora_magnitude_vector / norms)[:, None] * rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in_features) to (…, out_features)."""
+        return F.linear(x, self.weight, self.bias)
+
+
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """Return the adapted layers of a model by their dotted names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int) -> nn.Module:
+def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int, dora: bool = False) -> nn.Module:
     """Return a copy of a model with an adapter on each named layer, and everything else frozen.
 
     A is drawn from a Gaussian of standard deviation 1/√in_features and B is zero, so the copy computes exactly
@@ -133,6 +151,8 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
         α of every adapter.
     seed : int
         Draws the factors A.
+    dora : bool
+        Whether the adapters are :class:`DoRALinear`.
 
     Raises
     ------
@@ -150,12 +170,12 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
     """
     if adapters(model):
         raise ValueError(f"layers {', '.join(adapters(model))} have adapters already; merge or remove them first")
-    copy = deepcopy(model).requires_grad_(False)
+    copy, kind = deepcopy(model).requires_grad_(False), DoRALinear if dora else LoRALinear
     generator = torch.Generator().manual_seed(seed)
     for name, layer in plain_layers(linear_layers(copy), ranks).items():
         check_rank(ranks[name], layer.weight.shape)
         A = torch.randn(ranks[name], layer.in_features, generator=generator) * layer.in_features**-0.5
-        substitute_(copy, name, LoRALinear(layer, A, torch.zeros(layer.out_features, ranks[name]), alpha))
+        substitute_(copy, name, kind(layer, A, torch.zeros(layer.out_features, ranks[name]), alpha))
     return copy
 
 
@@ -266,12 +286,14 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     Raises
     ------
     ValueError
-        The model has no adapters, or parameters beside them that are not frozen: what trained them would be lost. Or
-        ``torch.compile`` or data parallelism is around a module and changes the names in it.
+        The model has no adapters, both kinds, or parameters beside them that are not frozen: what trained them would
+        be lost. Or ``torch.compile`` or data parallelism is around a module and changes the names in it.
     """
     layers = adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save")
+    if len({type(layer) for layer in layers.values()}) > 1:
+        raise ValueError("a folder holds adapters of one kind, LoRA or DoRA, and the model has both")
     if wrappers := [type(module).__name__ for module in model.modules() if isinstance(module, WRAPPERS)]:
         raise ValueError(f"the names of layers in {wrappers[0]} are not the model's: save the model without it")
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -290,18 +312,19 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
         "rank_pattern": {pattern: layer.rank for pattern, layer in exactly.items()},
         "alpha_pattern": {pattern: layer.alpha for pattern, layer in exactly.items()},
         "bias": "none",
+        "use_dora": isinstance(first, DoRALinear),
         "inference_mode": True,
     }
-    tensors = {f"{name}.lora_{x}.weight": getattr(layer, f"lora_{x}") for name, layer in layers.items() for x in "AB"}
+    own = {name: zip((*FACTORS, LENGTHS), layer.parameters(False), strict=False) for name, layer in layers.items()}
+    tensors = {name + end: parameter for name, pairs in own.items() for end, parameter in pairs}
     base = remove(model)
     stored = {
         PREFIX + name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in (tensors | _buffers(base)).items()
     }
-    header = {"format": "pt", BASE: _checksum(base)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(stored, folder / WEIGHTS, metadata=header)
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt", BASE: _checksum(base)})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -320,29 +343,26 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     Raises
     ------
     AdapterError
-        The folder holds no adapter or a damaged one; it uses more of PEFT than plain LoRA of linear layers, which the
-        message names; the model lacks a layer of it, or has it in another shape or with a ``forward`` of its own; or
-        the model's parameters are not those that the adapter was trained on.
+        The folder holds no adapter or a damaged one; it uses more of PEFT than LoRA and DoRA of linear layers, which
+        the message names; the model lacks a layer of it, or has it in another shape or with a ``forward`` of its own;
+        or the model's parameters are not those that the adapter was trained on.
     """
     folder = Path(folder)
     config, header, tensors = _read(folder)
     copy = deepcopy(model).requires_grad_(False)
     layers, buffers = linear_layers(copy), _buffers(copy)
     stems = [name.removesuffix(FACTORS[0]) for name in tensors if name.endswith(FACTORS[0])]
-    for name in [stem for stem in stems if stem + FACTORS[1] in tensors]:
-        if name not in layers:
-            raise AdapterError(f"{folder} adapts layer {name!r}; the model's linear layers are {', '.join(layers)}")
-        A, B = (tensors.pop(name + end) for end in FACTORS)
+    kind, ends = (DoRALinear, (*FACTORS, LENGTHS)) if config.get("use_dora") else (LoRALinear, FACTORS)
+    for name in [stem for stem in stems if all(stem + end in tensors for end in ends)]:
+        A, B, *lengths = (tensors.pop(name + end) for end in ends)
         try:
-            adapter = LoRALinear(layers[name], A, B, _alpha(config, name, len(A)))
-        except (LookupError, AttributeError, TypeError, ValueError, re.error) as error:
+            adapter = kind(plain_layers(layers, [name])[name], A, B, _alpha(config, name, len(A)), *lengths)
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, re.error) as error:
             raise AdapterError(f"{folder} has an impossible adapter for layer {name!r}: {error}") from error
         substitute_(copy, name, adapter)
     for name, tensor in tensors.items():
         if name not in buffers or buffers[name].shape != tensor.shape:
-            raise AdapterError(
-                f"{folder} is damaged or no adapter of linear layers: it holds {name} {tuple(tensor.shape)}"
-            )
+            raise AdapterError(f"{folder} is damaged or not of linear layers: it holds {name} {tuple(tensor.shape)}")
         buffers[name].copy_(tensor)
     if header.get(BASE, own := _checksum(model)) != own:
         raise AdapterError(

@@ -7,22 +7,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from lowrank_helpers import lora
-from lowrank_helpers.lora import LoRALinear
+from lowrank_helpers.lora import DoRALinear, LoRALinear
 from lowrank_helpers.models import linear_layers, mlp
 
 WIDTHS = [784, 12, 9, 10]
 LAYERS = ["fc1", "fc2", "fc3"]
 
 
-def adapted(seed=0, rank=4, trained=True, layers=LAYERS):
-    """An adapted MLP, with a B that is not zero where it is to look trained."""
-    model = lora.adapt(mlp(WIDTHS, seed=seed), dict.fromkeys(layers, rank), alpha=6.0, seed=seed)
+def adapted(seed=0, rank=4, trained=True, layers=LAYERS, dora=False):
+    """An adapted MLP, with a B that is not zero and lengths that are not W's where it is to look trained."""
+    model = lora.adapt(mlp(WIDTHS, seed=seed), dict.fromkeys(layers, rank), alpha=6.0, seed=seed, dora=dora)
     if trained:
         generator = torch.Generator().manual_seed(seed)
         for layer in lora.adapters(model).values():
             layer.lora_B.data.normal_(generator=generator, std=0.1)
+            if dora:
+                layer.lora_magnitude_vector.data *= 1 + torch.rand(len(layer.base.weight), generator=generator)
     return model
 
 
@@ -61,6 +64,52 @@ def test_forward_gradients_and_merge_are_loralibs(drawn, batch):
     torch.testing.assert_close(merged(x), output, rtol=1e-6, atol=1e-6)
 
 
+@settings(deadline=None)
+@given(layers_and_factors(), st.booleans())
+def test_dora_brings_each_row_to_its_length_and_sees_the_norms_as_constants(drawn, dead):
+    base, A, B, alpha = drawn
+    base.requires_grad_(False)
+    x, lengths = torch.randn(3, base.in_features, dtype=torch.float64), torch.rand(len(B), dtype=torch.float64) + 0.5
+    if dead:  # an output without weights, without an update and of no length
+        base.weight[0] = B[0] = lengths[0] = 0
+    torch.testing.assert_close(DoRALinear(base, A, B, alpha)(x), LoRALinear(base, A, B, alpha)(x))
+    assert torch.equal(DoRALinear(base, A, torch.zeros_like(B), alpha)(x), base(x)), "it starts from the base"
+
+    ours = DoRALinear(base, A, B, alpha, lengths)
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in (A, B, lengths)]
+    rows = base.weight + alpha / len(A) * parameters[1] @ parameters[0]
+    norms = [max(row.square().sum().item() ** 0.5, 1e-300) for row in rows]
+    weight = parameters[2][:, None] * rows / torch.tensor(norms, dtype=torch.float64)[:, None]
+    expected = F.linear(x, weight, base.bias)
+    torch.testing.assert_close(ours(x), expected)
+    ours(x).square().sum().backward()
+    expected.square().sum().backward()
+    for found, wanted in zip((ours.lora_A, ours.lora_B, ours.lora_magnitude_vector), parameters, strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)
+    merged = lora.merge(nn.Sequential(ours))[0]
+    assert type(merged) is nn.Linear and torch.equal(merged(x), ours(x))
+
+
+@pytest.mark.parametrize("ratio", [16.0, 8**0.5])
+def test_under_adam_a_faster_b_is_a_larger_alpha(ratio):
+    """LoRA+ (arXiv 2402.12354) and, as α√r in place of α, rsLoRA (arXiv 2312.03732) are LoRA at another α."""
+    base, x, y = mlp([20, 16, 4], seed=0).double(), torch.randn(64, 20).double(), torch.randint(4, (64,))
+    plus, scaled = (lora.adapt(base, {"fc1": 3, "fc2": 2}, alpha=a, seed=0) for a in (6.0, 6.0 * ratio))
+    groups = [{"params": [p for n, p in plus.named_parameters() if f"lora_{f}" in n]} for f in "AB"]
+    groups[1]["lr"] = 1e-3 * ratio
+    optimisers = {
+        plus: torch.optim.Adam(groups, lr=1e-3, eps=1e-30),
+        scaled: torch.optim.Adam(scaled.parameters(), eps=1e-30),
+    }
+    for _ in range(10):
+        for model, optimiser in optimisers.items():
+            optimiser.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimiser.step()
+    assert not torch.allclose(plus(x), base(x), atol=0.1)
+    torch.testing.assert_close(plus(x), scaled(x), rtol=1e-9, atol=1e-9)
+
+
 def test_a_starts_with_a_spread_of_one_over_the_root_of_its_inputs_and_b_at_zero():
     base, x = mlp([784, 400, 100], seed=0), torch.randn(7, 784)
     model, other = (lora.adapt(base, {"fc1": 99, "fc2": 99}, alpha=1, seed=seed) for seed in (0, 1))
@@ -82,10 +131,11 @@ def test_each_layer_has_its_rank_and_the_same_factors_in_whatever_order_they_are
     assert all(parameter.requires_grad for parameter in base.parameters()), "the model that is given stays as it was"
 
 
-def test_removing_gives_the_model_back():
+@pytest.mark.parametrize("dora", [False, True])
+def test_removing_gives_the_model_back(dora):
     base = mlp(WIDTHS, seed=0)
-    removed = lora.remove(adapted())
-    assert str(removed) == str(base) and not lora.adapters(lora.merge(adapted()))
+    removed = lora.remove(adapted(dora=dora))
+    assert str(removed) == str(base) and not lora.adapters(lora.merge(adapted(dora=dora)))
     assert all(map(torch.equal, removed.parameters(), base.parameters()))
     assert all(parameter.requires_grad for parameter in removed.parameters())
 

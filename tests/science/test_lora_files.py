@@ -37,7 +37,7 @@ def from_peft(base, folder, **config):
     """Save an adapter of PEFT's that is not zero, and return the model that it made."""
     model = get_peft_model(base, LoraConfig(target_modules=list(linear_layers(base)), **config))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "magnitude" in name:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(folder)
     return model.eval()
@@ -54,6 +54,22 @@ def test_a_saved_adapter_comes_back_here_and_in_peft(folder):
     assert not torch.allclose(theirs(x), mlp(WIDTHS, seed=0)(x), atol=0.1)
     assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
     assert load_file(folder / WEIGHTS).keys() == {f"base_model.model.{name}.weight" for name in factors}
+
+
+def test_a_saved_dora_comes_back_here_and_in_peft(tmp_path):
+    model, x = adapted(dora=True), torch.randn(5, 784)
+    lora.save_adapter(model, tmp_path)
+    restored, theirs = (load(mlp(WIDTHS, seed=0), tmp_path) for load in (lora.load_adapter, PeftModel.from_pretrained))
+    assert torch.equal(restored(x), model(x)) and str(restored) == str(model)
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
+    tensors = load_file(tmp_path / WEIGHTS)
+    lengths = f"{lora.PREFIX}fc2.lora_magnitude_vector"
+    save_file(tensors | {lengths: torch.ones(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"'fc2': shape '\[9\]' is invalid"):
+        lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lengths}, tmp_path / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"damaged.* it holds fc2\.lora_A\.weight \(4, 12\)"):
+        lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)
 
 
 class Normed(nn.Sequential):
@@ -88,7 +104,7 @@ def test_buffers_that_a_training_moves_are_saved_with_the_adapter(tmp_path):
     assert torch.equal(lora.load_adapter(base, tmp_path)(x), model(x))
     torch.testing.assert_close(PeftModel.from_pretrained(deepcopy(base), tmp_path)(x), model(x))
     base[1] = nn.BatchNorm1d(1)
-    with pytest.raises(AdapterError, match=r"no adapter of linear layers: it holds 1\.running_mean \(16,\)"):
+    with pytest.raises(AdapterError, match=r"not of linear layers: it holds 1\.running_mean \(16,\)"):
         lora.load_adapter(base, tmp_path)
 
 
@@ -99,6 +115,8 @@ def test_parameters_trained_beside_the_adapters_are_refused_before_anything_is_w
         lora.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match="no adapters"):
         lora.save_adapter(mlp(WIDTHS, seed=0), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="of one kind, LoRA or DoRA"):
+        lora.save_adapter(nn.Sequential(adapted(), adapted(dora=True)), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -155,6 +173,7 @@ def test_peft_loads_each_layers_rank_though_names_end_alike(tmp_path_factory, ra
         {"r": 4, "lora_alpha": 6, "init_lora_weights": "gaussian", "lora_dropout": 0.1},
         {"r": 4, "lora_alpha": 6, "init_lora_weights": "orthogonal"},
         {"r": 3, "rank_pattern": {"fc2": 2, "^fc3": 1}, "alpha_pattern": {"fc[12]": 5}},
+        {"r": 4, "lora_alpha": 6, "use_dora": True},
     ],
 )
 def test_we_load_pefts(tmp_path, config):
@@ -165,7 +184,8 @@ def test_we_load_pefts(tmp_path, config):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora = True, which is not supported"),
+        ({"use_dora": True}, r"damaged.* it holds fc1\.lora_A\.weight"),
+        ({"use_qalora": True}, "use_qalora = True, which is not supported"),
         ({"bias": "all"}, "bias = 'all', which is not supported"),
         ({"modules_to_save": ["fc3"], "target_modules": ["fc1"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
@@ -204,7 +224,7 @@ def test_another_network_is_refused(folder):
         lora.load_adapter(beside, folder)
     with pytest.raises(AdapterError, match=r"'fc2': A \(4, 12\) and B \(9, 4\) do not fit Linear\(in_features=12, out"):
         lora.load_adapter(mlp([784, 12, 8, 10], seed=0), folder)
-    with pytest.raises(AdapterError, match="adapts layer 'fc3'; the model's linear layers are fc1, fc2"):
+    with pytest.raises(AdapterError, match="layer 'fc3': fc3: no layer that can be replaced; allowed: fc1, fc2"):
         lora.load_adapter(mlp([784, 12, 9], seed=0), folder)
 
 
