@@ -32,7 +32,7 @@ NOTEBOOKS = {
     "07_conclusions": ["all_weights", "subspace"],
     "08_frontier": ["pruned"],
     "09_your_network": ["*convnet", "*transformer"],
-    "bonus_lora": ["lora", "full", "last_layer", "pissa", "dora"],
+    "bonus_lora": ["lora", "full", "last_layer", "lora_plus", "rslora", "pissa", "dora"],
 }  # where networks are trained by these recipes
 SEEDS = (100, 101)
 STEPS = (0.5, 1, 2)
