@@ -265,7 +265,7 @@ class _Search:
         for _ in progress(range(halvings), "trying budgets"):
             middle = (low * high) ** 0.5
             ranks = allocate(layers, middle)
-            if is_large(self.cut(ranks)):
+            if is_large(factorize(self.model, ranks, self.svds)):
                 above, high = ranks, middle
             else:
                 below, low = ranks, middle
@@ -304,10 +304,6 @@ class _Search:
         except ValueError:  # the budget is too small without it
             return factors, report
         return other if other[1].measured_error < report.measured_error / 2 else (factors, report)
-
-    def cut(self, ranks: Mapping[str, int]) -> nn.Module:
-        """Return the model with these ranks."""
-        return factorize(self.model, ranks, self.svds)
 
     @cached_property
     def measured_on(self) -> tuple[Sequence[Any], Tensor]:

@@ -290,10 +290,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
         be lost. Or ``torch.compile`` or data parallelism is around a module and changes the names in it.
     """
     layers = adapters(model)
-    if not layers:
-        raise ValueError("the model has no adapters to save")
-    if len({type(layer) for layer in layers.values()}) > 1:
-        raise ValueError("a folder holds adapters of one kind, LoRA or DoRA, and the model has both")
+    if len({type(layer) for layer in layers.values()}) != 1:
+        raise ValueError("a folder holds adapters of one kind, LoRA or DoRA; the model has none of them, or both")
     if wrappers := [type(module).__name__ for module in model.modules() if isinstance(module, WRAPPERS)]:
         raise ValueError(f"the names of layers in {wrappers[0]} are not the model's: save the model without it")
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

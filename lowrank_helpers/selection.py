@@ -26,7 +26,7 @@ class Layer:
     shape : (int, int)
         n and m of its matrix: a rank costs n + m numbers, the dense matrix n·m.
     weight_singular_values : array of shape (min(n, m),)
-        Of the matrix, largest first; only the strategies ``energy`` and ``gavish-donoho`` use them.
+        Of the matrix, largest first; only the strategy ``gavish-donoho`` uses them.
     output_singular_values : array of shape (min(n, m),)
         The root mean square of its outputs along their principal directions, as of
         ``factorization.ActivationAwareSVD``, or of what they do to the model's outputs where that is Fisher-weighted;
@@ -83,11 +83,6 @@ def by_index(layer: Layer) -> Array:
     return -np.arange(layer.largest_rank + 1.0)
 
 
-def by_energy(layer: Layer) -> Array:
-    """Energy: every layer keeps the same share of its squared singular values."""
-    return _tails(layer.weight_singular_values)[: layer.largest_rank + 1]
-
-
 def by_noise(layer: Layer) -> Array:
     """Singular values in units of Gavish & Donoho's threshold: those above 1 are signal by their rule."""
     s = layer.weight_singular_values
@@ -113,7 +108,6 @@ def by_fisher(layer: Layer) -> Array:
 
 STRATEGIES: dict[str, Callable[[Layer], Array]] = {
     "uniform": by_index,
-    "energy": by_energy,
     "gavish-donoho": by_noise,
     "activation-aware": by_output_error,
     "fisher-weighted": by_fisher,

@@ -113,7 +113,7 @@ def test_parameters_trained_beside_the_adapters_are_refused_before_anything_is_w
     model[1].requires_grad_(True)
     with pytest.raises(ValueError, match=r"1\.weight, 1\.bias can be trained beside the adapters"):
         lora.save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="no adapters"):
+    with pytest.raises(ValueError, match="none of them, or both"):
         lora.save_adapter(mlp(WIDTHS, seed=0), tmp_path / "adapter")
     with pytest.raises(ValueError, match="of one kind, LoRA or DoRA"):
         lora.save_adapter(nn.Sequential(adapted(), adapted(dora=True)), tmp_path / "adapter")

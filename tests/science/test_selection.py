@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lowrank_helpers.calibration import output_moments
 from lowrank_helpers.layers import decompose, factorize
 from lowrank_helpers.models import linear_layers, mlp, n_parameters
-from lowrank_helpers.rank import energy_rank, gavish_donoho_threshold
+from lowrank_helpers.rank import gavish_donoho_threshold
 from lowrank_helpers.selection import (
     STRATEGIES,
     Layer,
@@ -56,11 +56,11 @@ def test_a_budget_is_kept_and_no_factors_cost_more_than_their_matrix(layers, sha
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_only_the_strategies_by_weights_use_the_weights(strategy):
+def test_only_the_strategy_by_weights_uses_the_weights(strategy):
     layers = {"a": _layer(40, 50, 0), "b": _layer(30, 60, 1)}
     flat = {name: replace(layer, weight_singular_values=np.ones(min(layer.shape))) for name, layer in layers.items()}
     same, turned = (allocate(some, _budget(layers, 0.3), strategy) for some in (layers, flat))
-    assert (same == turned) == (strategy not in ("energy", "gavish-donoho"))
+    assert (same == turned) == (strategy != "gavish-donoho")
 
 
 @given(_layers(), st.sampled_from(list(STRATEGIES)), st.floats(0, 1), st.floats(0, 1))
@@ -74,8 +74,8 @@ def test_too_small_a_budget_is_refused_with_the_least():
     layers = {"fc1": _layer(10, 20, 0), "fc2": _layer(5, 10, 1)}
     for budget in (44, float("nan")):
         with pytest.raises(ValueError, match=f"budget of {budget} is too small; one direction in every layer costs 45"):
-            allocate(layers, budget, "energy")
-    assert allocate(layers, 45, "energy") == {"fc1": 1, "fc2": 1}
+            allocate(layers, budget)
+    assert allocate(layers, 45) == {"fc1": 1, "fc2": 1}
 
 
 def _trained_like():
@@ -85,12 +85,10 @@ def _trained_like():
     return model, layers_of(decompose(model), outputs), x
 
 
-def test_uniform_ranks_are_equal_and_energy_keeps_one_share_in_all_layers():
+def test_uniform_ranks_are_equal():
     _, layers, _ = _trained_like()
-    energy = {name: energy_rank(layer.weight_singular_values, 0.3) for name, layer in layers.items()}
-    assert len(set(energy.values())) > 1
-    for strategy, wanted in {"uniform": dict.fromkeys(layers, 4), "energy": energy}.items():
-        assert allocate(layers, total_cost(layers, wanted), strategy) == wanted
+    wanted = dict.fromkeys(layers, 4)
+    assert allocate(layers, total_cost(layers, wanted), "uniform") == wanted
 
 
 def test_noise_meets_gavish_and_donoho_at_their_threshold():
