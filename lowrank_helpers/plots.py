@@ -35,8 +35,8 @@ COLOURS = {
     "LoRA": PALETTE[1],
     "published": PALETTE[2],
     "narrow": PALETTE[3],
-    "tuned": PALETTE[4],
-    "pruned": PALETTE[6],
+    "cut and tuned": PALETTE[4],
+    "smallest, cut and tuned": PALETTE[6],
 }
 LINE_STYLES: dict[str, Any] = {"train": "--", "test": "-"}
 SPLIT_COLOURS = {"train": PALETTE[5], "test": PALETTE[0]}  # for bars, which have no line style
