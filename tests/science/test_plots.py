@@ -11,7 +11,7 @@ from lowrank_helpers.training import History
 def history(*accuracies):
     """Return a history of so many scores, an epoch apart."""
     scores = {split: list(accuracies) for split in ("train", "test")}
-    return History(loss=scores, accuracy=scores, seconds=[0.0] * len(accuracies))
+    return History(loss=scores, accuracy=scores)
 
 
 @pytest.fixture
