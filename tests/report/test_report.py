@@ -95,11 +95,13 @@ def test_index_begins_with_the_story_and_one_picture(index):
     assert index.footer.find(id="run") and index.footer.find(id="rules") and index.footer.find(id="notebooks")
 
 
-def test_story_and_headline_name_items_of_the_assignment():
+def test_story_and_headline_name_items():
     assignment = parse(report.ASSIGNMENT.read_bytes(), "assignment.yaml")
     items = [item["id"] for item in assignment["items"]]
+    told = {id.partition("/")[0] for id in assignment["story"]["claims"]}  # an item's claim, or a part of its answer
     assert len(assignment["story"]["claims"]) == 5
-    assert {*assignment["story"]["claims"], *assignment["story"]["pictures"]} <= set(items)
+    assert told <= {*items, *(item["id"] for item in assignment["beyond"])}
+    assert set(assignment["story"]["pictures"]) <= set(items)
     assert {number["claim"] for number in assignment["headline"]} <= set(items)
 
 
