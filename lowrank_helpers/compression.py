@@ -22,14 +22,7 @@ from torch.nn.parameter import is_lazy
 from lowrank_helpers.calibration import LARGE_BATCH, Batches, Forward, call, output_fisher, output_moments
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
-from lowrank_helpers.layers import (
-    Replaceable,
-    factorize,
-    factorize_standard,
-    replaceable_layers,
-    substitute_,
-    with_factors,
-)
+from lowrank_helpers.layers import Replaceable, factorize_standard, replaceable_layers, substitute_, with_factors
 from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
 from lowrank_helpers.selection import Layer, allocate, layers_of, total_cost
 from lowrank_helpers.timing import median_seconds
@@ -265,7 +258,7 @@ class _Search:
         for _ in progress(range(halvings), "trying budgets"):
             middle = (low * high) ** 0.5
             ranks = allocate(layers, middle)
-            if is_large(factorize(self.model, ranks, self.svds)):
+            if is_large(with_factors(self.model, _cut(ranks, self.svds))):
                 above, high = ranks, middle
             else:
                 below, low = ranks, middle
@@ -299,7 +292,9 @@ class _Search:
         worst = min(factors, key=lambda name: self.change({n: pair for n, pair in factors.items() if n != name}))
         reason = f"with it cut, the outputs changed by {report.measured_error:.3g}, predicted {report.error:.3g}"
         svds = {name: svd for name, svd in self.svds.items() if name != worst}
+        modules = replaceable_layers(self.model)
         try:
+            _check_budget(self.model, self.batches, {name: modules[name] for name in svds}, self.budget, self.metric)
             other = replace(self, svds=svds, left_alone=self.left_alone | {worst: reason}).compressed()
         except ValueError:  # the budget is too small without it
             return factors, report

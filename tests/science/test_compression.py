@@ -287,7 +287,7 @@ def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(m
     assert f"predicted {report.error:.3g}, measured {report.measured_error:.3g} on inputs" in str(report)
 
 
-def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_allows():
+def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_allows(monkeypatch):
     def two_ways(net, x):
         hard = net.hard(x)
         return torch.cat([net.easy(x) * 1e-2, (1e3 * hard).sin().sign() + 1e-4 * hard], dim=1)
@@ -297,6 +297,10 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
     _, report = compress(model, _draw(300, 40), 0.6)
     assert "with it cut, the outputs changed by" in report.left_alone["hard"]
     assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
+    monkeypatch.setattr(compression, "_seconds", lambda model, _: n_parameters(model))
+    for metric in ("parameters", "latency"):  # with "hard" dense a third is left at least
+        _, report = compress(model, _draw(300, 40), 0.2, metric=metric)
+        assert "hard" in report.ranks and report.parameters.share <= 0.2
 
 
 @pytest.mark.parametrize(
