@@ -34,6 +34,7 @@ COLOURS = {
     "from scratch": PALETTE[1],
     "LoRA": PALETTE[1],
     "published": PALETTE[2],
+    "small": PALETTE[7],
     "narrow": PALETTE[3],
     "cut and tuned": PALETTE[4],
     "smallest, cut and tuned": PALETTE[6],
