@@ -7,17 +7,17 @@ unexport PYTHONDONTWRITEBYTECODE  # or each command, worker and kernel compiles 
 .PHONY: help report test test-fast test-notebooks test-commands check evidence test-machines bench lab record lint docs
 
 help:
-	@echo "make report   run all notebooks into reports/latest/, with pages, index.html and results.json"
-	@echo "make test     run all tests: unit tests, real runs, sweeps, the browser, and the shortest recorded notebooks"
-	@echo "make check    execute all recorded notebooks again, compare their words, and their claims with the evidence"
-	@echo "make test-fast       the unit tests alone, in a minute"
-	@echo "make test-machines   check them from other seeds, under other arithmetic and numbers of workers; takes an hour"
-	@echo "make bench    run the benchmarks, which takes long; print the tables and save them in reports/latest/"
-	@echo "make lab      open JupyterLab in notebooks/"
-	@echo "make record   run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
-	@echo "make evidence run all notebooks from 20 seeds, and write what they measure into evidence/; takes hours"
-	@echo "make lint     ruff and mypy"
-	@echo "make docs     the package's pages from its docstrings, into docs/api/"
+	@echo "make report         run all notebooks into reports/latest/: pages, index.html, results.json"
+	@echo "make test           run all tests: unit tests, runs, sweeps, the browser, the shortest recorded notebooks"
+	@echo "make test-fast      run the unit tests alone, in a minute"
+	@echo "make check          execute the recorded notebooks again; compare their words, and claims with the evidence"
+	@echo "make test-machines  the same from other seeds, in other arithmetic, with other numbers of threads; takes an hour"
+	@echo "make bench          run the benchmarks; print their tables and save them in reports/latest/; takes long"
+	@echo "make lab            open JupyterLab in notebooks/"
+	@echo "make record         run all notebooks with their defaults; write outputs into notebooks/ and reports/reference/"
+	@echo "make evidence       run all notebooks from 20 seeds; write what they measure into evidence/; takes hours"
+	@echo "make lint           run ruff and mypy"
+	@echo "make docs           write the package's pages from its docstrings into docs/api/"
 	@echo
 	@echo "Data: LOWRANK_DATA_DIR=folder make …   Another Python: make PYTHON=python3.12 …"
 

@@ -1,8 +1,4 @@
-"""The science of the series: data, models, training, rank, factors, LoRA, subspaces, statistics, costs, plots.
-
-These modules work on any tensors and networks and import nothing from the packages below, which run and check
-notebooks (``series``) and render them (``report``).
-"""
+"""The science of the series, for any tensors and networks; ``series`` runs notebooks and ``report`` renders them."""
 
 from pathlib import Path
 

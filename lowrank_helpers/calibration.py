@@ -1,7 +1,4 @@
-"""What a network does with data: its outputs, second moments of what its layers put out, and its derivatives there.
-
-This is the one place that hooks layers, and the one that makes batches of data of any kind.
-"""
+"""What a network does with data: its outputs, second moments of what its layers put out, and its derivatives there."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -48,8 +45,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 class _SecondMoments:
     """Sums of y·yᵀ, float64, over the rows y of what named layers put out, or of gradients for it.
 
-    Of a layer with a tall weight, y is in the coordinates of :func:`column_basis`. Products are taken in the model's
-    precision, float32 at least, a batch at a time.
+    For a tall weight, y is in the coordinates of :func:`column_basis`. Products are taken in the model's precision,
+    float32 at least, a batch at a time.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor | Sequence[Any], names: Collection[str]) -> None:
@@ -99,12 +96,12 @@ def output_moments(
     names : collection of str
         Linear layers and 2-D convolutions, by dotted name. Each position of an output counts as a sample.
     forward : callable
-        ``forward(model, batch)`` runs the model on a batch; :func:`call` by default.
+        ``forward(model, batch)`` runs the model on a batch.
 
     Returns
     -------
     dict of str to Tensor
-        (n, n) each, float64; of a layer with a tall weight (n, m) it is (m, m), in the coordinates of
+        (n, n) each, float64; for a tall weight (n, m) it is (m, m), in the coordinates of
         :func:`~lowrank_helpers.factorization.column_basis`.
 
     Raises
@@ -141,18 +138,17 @@ def output_fisher(
 ) -> dict[str, Tensor]:
     """Return how a model's outputs depend on what each named layer puts out: E[Jᵀ·J], J being their derivative.
 
-    It is the Fisher information of outputs with Gaussian noise of variance 1. For each input the model's outputs are
-    multiplied by standard normal numbers, and the gradient of the sum is a draw of a vector whose second moment is
-    Jᵀ·J.
+    It is the Fisher information of outputs with Gaussian noise of variance 1. The sum of an input's outputs, each times
+    a standard normal number, has a gradient whose second moment is Jᵀ·J.
 
     Parameters
     ----------
     model, inputs, names
         As of :func:`output_moments`. All that the model computes for a batch is kept meanwhile.
     logits : bool
-        The outputs are logits, as of :func:`without_mean`: what all classes share does not count.
+        The outputs are logits: what all classes share does not count.
     forward : callable
-        Returns the outputs for a batch, a tensor (n_inputs, …); :func:`call` by default.
+        Returns the outputs for a batch, a tensor (n_inputs, …).
 
     Returns
     -------

@@ -61,22 +61,21 @@ class Report:
     Attributes
     ----------
     ranks : dict of str to int
-        Of the layers that became two; those named in neither dict stay dense because that was chosen.
+        Of the layers that became two. A layer in neither this dict nor the next was chosen to stay dense.
     left_alone : dict of str to str
         The model's other matrices, with the reason why they cannot be replaced.
     fallbacks : dict of str to str
-        What the factors of a layer fit where the model's outputs have no derivative by it, or where its
-        first factors changed them far more than predicted.
+        What a layer's factors fit where the model's outputs have no derivative by it, or changed far more than
+        predicted.
     error : float
         The relative change of the outputs that was predicted to first order: √(E‖change‖² / E‖outputs‖²). Layers that
         are fitted to their own outputs count with the relative change of those.
     measured_error : float
-        The same of the model that is returned, measured on inputs that fitted nothing. With ``logits=True``
-        each output counts less the mean over the classes.
-    parameters : Change
-    flops : Change
-        For one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``, which sees no
-        recurrent layers.
+        The same, measured on inputs that fitted nothing. With ``logits=True`` outputs count less their mean over the
+        classes.
+    parameters, flops : Change
+        Operations are for one input, two a multiplication and addition, counted by PyTorch's ``FlopCounterMode``, which
+        sees no recurrent layers.
     seconds : Change
         Median of a batch, of ``BATCH`` inputs where batches were not given. Fewer FLOPs are often not faster.
     score : Change or None
@@ -127,14 +126,14 @@ def compress(
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model and what was done.
 
-    Every ``nn.Linear`` and ``nn.Conv2d`` may become a :class:`~lowrank_helpers.models.LowRankLayer` of two, with
-    factors that change the model's outputs least on about ``CALIBRATION`` inputs. Nothing is trained: tuning the result
-    for a few epochs regains much of what is lost.
+    Every ``nn.Linear`` and ``nn.Conv2d`` may become a :class:`~lowrank_helpers.models.LowRankLayer`, with factors that
+    change the model's outputs least on about ``CALIBRATION`` inputs. Nothing is trained: tuning the result for a few
+    epochs regains much of what is lost.
 
-    What is predicted is measured too, on at most ``MEASURED`` batches that fitted nothing. Where the outputs change
-    more than ``FAR`` times as much as predicted, each layer takes those factors with which they change least: as
-    chosen, fitted to the layer's own outputs, or the truncated SVD of its weight. If that is far still, and one layer
-    makes more than half of the change, it stays dense where the budget allows. A score is its own measure.
+    The change is predicted, then measured on at most ``MEASURED`` batches that fitted nothing. Where it is more than
+    ``FAR`` times the prediction, each layer takes those factors with which it is least: as chosen, fitted to the
+    layer's own outputs, or the truncated SVD of its weight. If that is far still, and one layer makes more than half
+    of the change, it stays dense where the budget allows. Where ``metric`` is a function, nothing is called far.
 
     Parameters
     ----------
@@ -146,8 +145,6 @@ def compress(
         - Any other iterable, such as a ``DataLoader`` that shuffles: every sixth batch fits nothing. It is read once,
           up to about ``CALIBRATION`` inputs, which are kept where they are. A batch is moved to the model's device when
           it is used, and must be small enough for a backward pass.
-
-        What fits nothing chooses, and the change of the outputs is measured on it.
     budget : float
         For ``parameters`` and ``flops`` a share of the model's (a float up to 1) or a count (an int); for ``latency`` a
         share; for a function the least value that it must return of the smallest model found.
@@ -162,10 +159,6 @@ def compress(
         The outputs are logits: a change that all classes share is free, since it changes no probability.
     ignore : collection of str
         Layers that stay dense, by dotted name or shell pattern: ``["head", "encoder.*"]``.
-
-    Returns
-    -------
-    nn.Module, Report
 
     Raises
     ------
@@ -267,8 +260,7 @@ class _Search:
     def refitted(self, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], dict[str, str]]:
         """Return factors of these ranks with the least change, and what those fit that fall back.
 
-        Starts with all layers alike and then turns to one layer after the other, so that no change is larger than that
-        of the truncated SVDs.
+        Starts with all layers alike, then turns to one after the other: no change is above that of truncated SVDs.
         """
         fits: dict[str, dict[str, Factors]] = {
             "": _cut(ranks, self.svds),
@@ -358,9 +350,8 @@ def _layers_to_replace(
 ) -> tuple[dict[str, Replaceable], dict[str, str]]:
     """Return the layers that can be replaced, and of every other matrix of the model why it is left alone.
 
-    A layer can be replaced if it has a weight of its own, the model calls it, and the model's outputs stay the same
-    with two layers in its place: ``nn.MultiheadAttention``, for one, reads the weight of its output layer and never
-    calls it.
+    A layer can be replaced if it has a weight of its own, the model calls it, and the outputs stay the same with two
+    layers in its place. ``nn.MultiheadAttention``, for one, never calls its output layer: it reads the weight.
     """
     layers, left_alone = _layers_with_own_weight(model)
     for pattern in ignore:

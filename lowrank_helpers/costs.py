@@ -19,8 +19,8 @@ from lowrank_helpers.training import products_in
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes that work holds at once, above what was held before it.
 
-    On CUDA the allocator counts them. Elsewhere PyTorch's profiler lists every allocation and release on the
-    CPU, and their running sum is followed; on Apple's MPS it sees the CPU's share alone.
+    On CUDA the allocator counts them. Elsewhere they are summed from the allocations and releases that PyTorch's
+    profiler lists; on Apple's MPS it sees the CPU's share alone.
 
     Examples
     --------
@@ -49,10 +49,8 @@ class StepCosts:
     ----------
     trained : int
         Parameters that are trained.
-    kept_bytes : int
-        Gradients and Adam's state, which stay from step to step.
-    peak_bytes : int
-        The most that a step holds at once beyond what stays.
+    kept_bytes, peak_bytes : int
+        Gradients and Adam's state, which stay from step to step; and the most that a step holds at once beyond these.
     operations : int
         Of its matrix products, forward and backward, as PyTorch counts them: 2·n·m·b for n×m and b samples.
     seconds : float

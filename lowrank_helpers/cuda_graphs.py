@@ -24,8 +24,6 @@ class GraphSteps:
         Moves the network once for the images of an index (batch_size,).
     optimiser : torch.optim.Optimizer
         Moves it; gets a learning rate on the device and becomes capturable.
-    batch_size : int
-    device : torch.device
     """
 
     def __init__(

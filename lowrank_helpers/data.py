@@ -1,8 +1,4 @@
-"""Four sets of 28×28 images, each kept whole as one float tensor on the device.
-
-``mnist``, ``fashion_mnist`` and ``kmnist`` come through torchvision; ``digits`` is scikit-learn's bundled
-8×8 set, resampled, and needs no network. ``auto`` is MNIST where it can be had and ``digits`` elsewhere.
-"""
+"""Four sets of 28×28 images, each kept whole as one float tensor on the device."""
 
 import hashlib
 import math
@@ -31,8 +27,8 @@ DATASETS = ("auto", *TORCHVISION_SETS, "digits")
 SPLITS = ("train", "validation", "test")
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
-# MNIST's uncompressed files with the MD5 of what was published; the other sets' are called alike. torchvision checks
-# what it downloads, but opens files that are already on disk unseen: here a truncated or altered MNIST is refused.
+# MNIST's uncompressed files with the published MD5; the other sets' files have the same names. torchvision checks only
+# what it downloads: here a truncated or altered MNIST on disk is refused, too.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -56,11 +52,10 @@ class Dataset:
     Attributes
     ----------
     name : str
-        Of those that :func:`load` gives, one of ``DATASETS`` but ``auto``.
+        As :func:`load` gives it, one of ``DATASETS`` but ``auto``.
     train_images, validation_images, test_images : Tensor of float32, shape (n, n_inputs)
-        Pixels, 784 of those that :func:`load` gives, with the mean of all training pixels taken off, over their
-        standard deviation. There are no validation images until :meth:`hold_out` sets some of the training images
-        aside.
+        Pixels less the mean of all training pixels, over their standard deviation; :func:`load` gives 784 an image.
+        Validation images are those that :meth:`hold_out` sets aside, none before.
     train_labels, validation_labels, test_labels : Tensor of int64, shape (n,)
         Classes from 0 on. Training labels may also be float32 probabilities of the classes, (n, n_classes), such as
         another network's outputs (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
@@ -83,10 +78,7 @@ class Dataset:
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def hold_out(self) -> "Dataset":
-        """Return the data with a sixth of the training images, 10,000 of MNIST's, set aside for validation.
-
-        Which ones depends on their number alone: they are the same in every run and on every machine.
-        """
+        """Return the data with a sixth of the training images, always the same ones, set aside for validation."""
         n = len(self.train_labels)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(self.train_labels.device)
         held_out, kept = (part.sort().values for part in order.split([n // 6, n - n // 6]))
@@ -111,10 +103,9 @@ class Dataset:
         return {split: (images, labels) for split, (images, labels) in pairs.items() if len(labels)}
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all images and labels as they are now, however they came to be so.
+        """Return the SHA-256 of all images and labels as they are now, in 0.2 s for MNIST's 220 MB.
 
-        It is computed anew each time, 0.2 s for MNIST's 220 MB: NumPy can change a tensor without PyTorch's knowledge,
-        so an earlier hash may no longer hold.
+        An earlier hash may no longer hold: NumPy can change a tensor without PyTorch's knowledge.
         """
         return checksum(self._tensors())
 
@@ -128,11 +119,11 @@ def load(name: str = "auto", data_dir: str | Path = "") -> Dataset:
     Parameters
     ----------
     name : {"auto", "mnist", "fashion_mnist", "kmnist", "digits"}
-        ``auto`` takes MNIST where it can be had and ``digits`` elsewhere; the result's ``name`` says which.
+        ``digits`` is scikit-learn's 8×8 set, resampled, and needs no network. ``auto`` takes MNIST where it can be had
+        and ``digits`` elsewhere; the result's ``name`` says which.
     data_dir : str or Path, optional
         The folder that holds torchvision's layout (``MNIST/raw/…``). Empty: ``LOWRANK_DATA_DIR``, then the
         project's ``data/``. Where none of them has the set, it is downloaded into ``data_dir`` or ``data/``.
-        A relative folder is, as everywhere, relative to the current one.
 
     Raises
     ------
@@ -151,13 +142,7 @@ def load(name: str = "auto", data_dir: str | Path = "") -> Dataset:
 
 
 def resolve(name: str, data_dir: str | Path = "") -> str:
-    """Return what ``auto`` stands for here, and see that a set is at hand: download it if need be.
-
-    Raises
-    ------
-    DatasetError
-        As :func:`load` does.
-    """
+    """Return what a name stands for here, once its set is at hand: download it if need be, or raise as :func:`load`."""
     if name != "digits":
         try:
             _provide("mnist" if name == "auto" else name, data_dir)

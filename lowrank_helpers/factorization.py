@@ -1,9 +1,7 @@
-"""Low-rank factors of a matrix, A ≈ B·C: algebra alone; ``layers`` applies it to networks.
+"""Low-rank factors of a matrix, A ≈ B·C; ``layers`` applies them to networks.
 
-The truncated SVD is the optimum (Eckart & Young 1936); alternating least squares solves for each factor in turn.
-
-They minimise the error of the matrix, ‖A − B·C‖_F. The activation-aware SVD minimises that of a layer's outputs,
-‖(A − B·C)·X‖_F over its inputs X, and the Fisher-weighted one that of the model's outputs to first order.
+The truncated SVD has the least error of the matrix, ‖A − B·C‖_F. The activation-aware SVD minimises that of a layer's
+outputs, ‖(A − B·C)·X‖_F over its inputs X, and the Fisher-weighted one that of the model's outputs to first order.
 """
 
 import operator
@@ -36,12 +34,9 @@ def check_rank(rank: int, shape: tuple[int, ...]) -> None:
 
 
 def optimal_errors(s: Tensor) -> Tensor:
-    """Return the least ‖A − B·C‖_F at ranks 0 … len(s), √(Σ_{i>r} σᵢ²) (Eckart & Young 1936).
+    """Return the least ‖A − B·C‖_F at ranks 0 … k, √(Σ_{i>r} σᵢ²) (Eckart & Young 1936).
 
-    Parameters
-    ----------
-    s : Tensor, shape (k,)
-        The singular values of A, largest first.
+    ``s`` are the singular values (k,) of A, largest first.
 
     Examples
     --------
@@ -65,22 +60,12 @@ def random_factors(A: Tensor, rank: int, *, seed: int) -> Factors:
 
 @torch.no_grad()
 def alternating_least_squares(A: Tensor, rank: int, *, sweeps: int, seed: int = 0) -> Factors:
-    """Minimise ‖A − B·C‖_F by solving for B with C fixed, then for C with B fixed.
+    """Minimise ‖A − B·C‖_F over factors of A (n, m): in each sweep solve for B with C fixed, then for C with B fixed.
 
-    Each solution depends on the other factor only through the space it spans, so that factor is
-    orthonormalised first (QR) and least squares becomes one product: B = A·Qᵀ for C's row space Q, then
-    C = Pᵀ·A for B's column space P. This is subspace iteration on AᵀA: the error falls like (σ_{r+1}/σ_r)^{4k}
-    towards the optimum (Golub & Van Loan, section 8.2.4).
-
-    Parameters
-    ----------
-    A : Tensor, shape (n, m)
-    rank : int
-        From 1 to min(n, m).
-    sweeps : int
-        Each solves for B and for C once.
-    seed : int
-        Draws the starting factors.
+    Each solution depends only on the space that the other factor spans. So that factor is orthonormalised first (QR),
+    and least squares becomes one product: B = A·Qᵀ for C's row space Q, then C = Pᵀ·A for B's column space P. This is
+    subspace iteration on AᵀA: the error falls like (σ_{r+1}/σ_r)^{4k} towards the optimum (Golub & Van Loan,
+    section 8.2.4). ``seed`` draws the starting factors.
 
     Examples
     --------
@@ -227,7 +212,7 @@ Decomposition = SVD | ActivationAwareSVD  # ``optimal_errors(s)`` are the errors
 def column_basis(A: Tensor) -> Tensor | None:
     """Return orthonormal columns (n, m) that span those of a tall matrix (n, m), in which all its outputs lie.
 
-    The moments of a head of 30,000 classes take gigabytes, and in this basis as little as its inputs'.
+    The moments of a head of 30,000 classes take gigabytes; in this basis they are as small as its inputs'.
     """
     return torch.linalg.qr(A.detach().to(precise(A))).Q if len(A) > A.shape[1] else None
 

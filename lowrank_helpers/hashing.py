@@ -1,4 +1,4 @@
-"""The checksum of tensors: by it data, networks and adapters are known again."""
+"""The checksum of tensors, by which data, networks and adapters are recognised."""
 
 import hashlib
 from collections.abc import Mapping

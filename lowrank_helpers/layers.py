@@ -61,7 +61,6 @@ def decompose(
 
     Parameters
     ----------
-    model : nn.Module
     moments : mapping of str to Tensor, optional
         By layer name, as of :func:`~lowrank_helpers.calibration.output_moments`: an activation-aware SVD.
     fisher : mapping of str to Tensor, optional
@@ -95,7 +94,6 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Dec
 
     Parameters
     ----------
-    model : nn.Module
     ranks : mapping of str to int
         Rank by name of a linear layer or 2-D convolution; layers not named stay dense.
     svds : mapping of str to Decomposition, optional
@@ -171,8 +169,8 @@ def with_factors(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write a model with low-rank layers into a folder, which is made where it is missing.
 
-    ``model.safetensors`` has the weights, those that layers share once. ``ranks.json`` has the rank of each low-rank
-    layer by its dotted name, as ``{"ranks": {"fc1": 3}}``. Neither holds code.
+    ``model.safetensors`` has the weights; shared ones once. ``ranks.json`` has the rank of each low-rank layer by
+    dotted name, as ``{"ranks": {"fc1": 3}}``. Neither holds code.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,11 +182,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Return a copy of a model with the low-rank layers and the weights that :func:`save` wrote.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Made as the one that was compressed, of any weights: it gives the layers, their dtype and their device.
-    folder : str or Path
+    ``model`` is made as the one that was compressed, with any weights: it gives the layers, their dtype and device.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Low-rank adaptation of a trained network: W is frozen, and beside it ΔW = (α/r)·B·A is learnt.
 
-After Hu et al. 2021, *LoRA*, arXiv 2106.09685; the names are the paper's. Works on the ``nn.Linear`` layers of
-any model. Every function leaves the model it is given as it was and returns a copy. On disk an adapter is what
-Hugging Face's PEFT (https://huggingface.co/docs/peft) makes of it, so each loads the other's.
+After Hu et al. 2021, *LoRA*, arXiv 2106.09685; the names are the paper's. Works on the ``nn.Linear`` layers of any
+model. Every function that returns a model returns a copy. Adapters are stored as Hugging Face's PEFT
+(https://huggingface.co/docs/peft) stores them, so each loads the other's.
 """
 
 import json
@@ -32,8 +32,8 @@ LENGTHS = ".lora_magnitude_vector"  # and of DoRA's lengths
 BASE = "base_sha256"  # in the header of the weights, where PEFT does not look
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, OptimizedModule)  # their layers have other names
 
-# What a config of PEFT's may say: what the factors say too, what is read, and what matters to training alone. The
-# values that are supported of any other key; one without any may only say that it is not used.
+# Keys of PEFT's config that may have any value: the factors say the same, they are read, or only training needs them.
+# Of another key, the supported values; one without any must be false or empty.
 ANY_VALUE = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type"),
@@ -139,20 +139,15 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int, dora: bool = False) -> nn.Module:
     """Return a copy of a model with an adapter on each named layer, and everything else frozen.
 
-    A is drawn from a Gaussian of standard deviation 1/√in_features and B is zero, so the copy computes exactly
-    what the model does until it is trained.
+    ``seed`` draws A from a Gaussian of standard deviation 1/√in_features, and B is zero. So the copy computes exactly
+    what the model does until it is trained. With ``dora`` the adapters are :class:`DoRALinear`.
 
     Parameters
     ----------
-    model : nn.Module
     ranks : mapping of str to int
         Rank r by layer name, as in ``linear_layers(model)``; from 1 to min(out_features, in_features).
     alpha : float
-        α of every adapter.
-    seed : int
-        Draws the factors A.
-    dora : bool
-        Whether the adapters are :class:`DoRALinear`.
+        α of every adapter, as of :class:`LoRALinear`.
 
     Raises
     ------
@@ -182,17 +177,8 @@ def adapt(model: nn.Module, ranks: Mapping[str, int], *, alpha: float, seed: int
 def extract(base: nn.Module, tuned: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     """Return a copy of a model with the adapters that come closest to what a full fine-tuning has changed.
 
-    Of each named layer, B·A is the best approximation of its update W_tuned − W at that rank (Eckart & Young 1936), at
-    α = r; what changed in other layers and in biases is left out.
-
-    Parameters
-    ----------
-    base : nn.Module
-        Before the fine-tuning.
-    tuned : nn.Module
-        The same network after it.
-    ranks : mapping of str to int
-        As in :func:`adapt`.
+    For each layer in ``ranks``, which are as in :func:`adapt`, B·A is the best approximation of the update W_tuned − W
+    at that rank (Eckart & Young 1936), at α = r. What changed in other layers and in biases is left out.
 
     Raises
     ------
@@ -246,16 +232,12 @@ def rehearsal(labels: Tensor, new: int, *, size: int, n_kept: int, share: float,
     ----------
     labels : Tensor of int64, shape (n,)
         Classes of the images to choose from.
-    new : int
-        The new class.
-    size : int
-        How many images of the new class are in the set; all there are, repeated or cut to this number.
-    n_kept : int
-        How many images of each other class have been kept, at most; drawn at random.
+    new, size : int
+        The new class, and how many of its images are in the set: all there are, repeated or cut to this number.
+    n_kept, seed : int
+        How many images of each other class have been kept, at most, and what draws them.
     share : float
         How often an other class is shown for each image of the new one; its images are repeated to this number.
-    seed : int
-        Draws which images are kept.
 
     Returns
     -------
@@ -272,16 +254,11 @@ def rehearsal(labels: Tensor, new: int, *, size: int, n_kept: int, share: float,
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
-    """Write a model's adapters and its buffers into a folder as PEFT does.
+    """Write a model's adapters and its buffers into a folder, made where it is missing, as PEFT does.
 
     ``adapter_config.json`` names the layers with their ranks and α. ``adapter_model.safetensors`` has the factors, and
     the buffers, such as BatchNorm's statistics, which a training moves too. Its header has the checksum of the
     parameters below the adapters. ``PeftModel.from_pretrained(base, folder)`` loads it.
-
-    Parameters
-    ----------
-    folder : Path or str
-        Made if it is not there.
 
     Raises
     ------
@@ -329,14 +306,8 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     """Return a copy of a model with the adapters and buffers of a folder that :func:`save_adapter` or PEFT wrote.
 
-    Our own adapters also know the parameters that they were trained on, and their precision; for PEFT's, only names and
-    shapes are compared.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The network that was adapted, without adapters, on any device.
-    folder : Path or str
+    ``model`` is the network that was adapted, without adapters, on any device. A folder of :func:`save_adapter`'s knows
+    the parameters below its adapters, and their precision; for PEFT's, only names and shapes are compared.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The series' networks: multilayer perceptrons, one of convolutions, and a transformer with patches as tokens.
+"""The series' networks: multilayer perceptrons, a convolutional network, and a transformer with patches as tokens.
 
 All are without biases, Dropout or BatchNorm, take images as rows, and draw PyTorch's standard initialisation from a
 seed: uniform on ±1/√(inputs of one output) (He et al. 2015 with a = √5).
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def mlp(widths: Sequence[int], activation: str = "relu", *, seed: int) -> nn.Sequential:
-    """Build a multilayer perceptron without biases.
+    """Build a multilayer perceptron that maps (n, widths[0]) to logits (n, widths[-1]), float32, on the CPU.
 
     Parameters
     ----------
@@ -34,12 +34,6 @@ def mlp(widths: Sequence[int], activation: str = "relu", *, seed: int) -> nn.Seq
         ``fc1`` to ``fc3``.
     activation : str
         One of ``ACTIVATIONS``, after every layer but the last.
-    seed : int
-
-    Returns
-    -------
-    nn.Sequential
-        Maps (n, widths[0]) to logits (n, widths[-1]), float32, on the CPU.
 
     Raises
     ------
@@ -70,20 +64,14 @@ def mlp(widths: Sequence[int], activation: str = "relu", *, seed: int) -> nn.Seq
 
 
 def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
-    """Build a convolutional network: each convolution halves the image, then follow two linear layers.
+    """Build a convolutional network that maps (n, 784) to logits (n, 10), float32, on the CPU.
 
     Parameters
     ----------
     channels : sequence of int
-        Output channels of the convolutions ``conv1``, ``conv2``, …, each 3×3 with stride 2 and ReLU.
+        Output channels of the convolutions ``conv1``, ``conv2``, …, each 3×3 with ReLU. A stride of 2 halves the image.
     width : int
         Outputs of ``fc1``, which sees all that the last convolution puts out; ``fc2`` gives the logits.
-    seed : int
-
-    Returns
-    -------
-    nn.Sequential
-        Maps (n, 784) to logits (n, 10), float32, on the CPU.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(image=nn.Unflatten(1, (1, IMAGE_SIDE, IMAGE_SIDE)))
     for i, (before, after) in enumerate(pairwise([1, *channels]), start=1):
@@ -100,10 +88,7 @@ def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762) of four linear layers without biases.
-
-    The four are layers of their own, and not one packed matrix, so that each has a rank of its own.
-    """
+    """Multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762) of four layers, each with its own rank."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -138,9 +123,9 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A transformer whose tokens are patches of the image (Dosovitskiy et al. 2021, arXiv 2010.11929), small.
+    """A small transformer whose tokens are patches of the image (Dosovitskiy et al. 2021, arXiv 2010.11929).
 
-    The logits come from the mean of all tokens; LayerNorm scales each token by itself, and has no bias either.
+    The logits come from the mean of all tokens. LayerNorm scales each token by itself.
 
     Parameters
     ----------
@@ -148,7 +133,6 @@ class VisionTransformer(nn.Module):
         Side of the square patches; divides 28.
     width : int
         Length of a token; a multiple of ``n_heads``.
-    n_blocks, n_heads, seed : int
 
     Raises
     ------
@@ -213,9 +197,9 @@ class LowRankLayer(nn.Sequential):
 
     @classmethod
     def of(cls, layer: nn.Linear | nn.Conv2d, B: Tensor, C: Tensor) -> "LowRankLayer":
-        """Return what takes a layer's place: factors B (n, r) and C (r, m), copied, for its weight (n, m), unfolded.
+        """Return the low-rank layer that takes a layer's place: copies of B (n, r) and C (r, m) for its weight (n, m).
 
-        Dtype, device, mode, bias, and what is frozen, are the layer's.
+        The weight is unfolded. Dtype, device, mode, bias, and what is frozen, are the layer's.
         """
         (n, m), rank = layer.weight.flatten(1).shape, len(C)
         if (B.shape, C.shape) != ((n, rank), (rank, m)):

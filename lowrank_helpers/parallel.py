@@ -16,9 +16,8 @@ _n_side_by_side = 1
 def take_one_thread_each() -> None:
     """Let this process train as many networks side by side as PyTorch has threads, each in one thread.
 
-    So no number depends on how many cores there are. PyTorch's threads are ``OMP_NUM_THREADS``, or all cores. To be
-    called once where a program begins: importing this module leaves threads as they are, and then networks train one
-    after the other.
+    So no number depends on how many cores there are. PyTorch's threads are ``OMP_NUM_THREADS``, or all cores. A program
+    calls this once, where it begins; without it, networks train one after the other.
     """
     global _n_side_by_side
     _n_side_by_side = max(_n_side_by_side, torch.get_num_threads())
@@ -31,22 +30,11 @@ def n_side_by_side() -> int:
 
 
 def side_by_side(trainings: Sequence[Callable[[Event], T]], device: torch.device) -> list[T]:
-    """Do several trainings: on the CPU :func:`n_side_by_side` at the same time, elsewhere one after the other.
+    """Do several trainings, and return what they return, in their order.
 
-    On a GPU, threads that record and replay steps on streams of their own have stood still for good (docs/gpu.md), so
-    there it is only processes that share the device.
-
-    Parameters
-    ----------
-    trainings : sequence of callables
-        Each gets the event to pass on to :func:`lowrank_helpers.training.fit`. The first failure, or an interruption,
-        sets it, and is raised when all trainings under way have ended.
-    device : torch.device
-
-    Returns
-    -------
-    list
-        What they returned, in their order.
+    On the CPU :func:`n_side_by_side` run at the same time, elsewhere one after the other (docs/gpu.md says why). Each
+    gets the event to pass on to :func:`lowrank_helpers.training.fit`. The first failure, or an interruption, sets it,
+    and is raised when all trainings under way have ended.
     """
     stop = Event()
     n_workers = min(_n_side_by_side if device.type == "cpu" else 1, len(trainings))

@@ -68,7 +68,7 @@ def use_style() -> None:
 
 
 def colours(labels: Iterable[str]) -> dict[str, str]:
-    """Return a colour a label: that of its kind of network in ``COLOURS``, else the palette's next one that is free."""
+    """Return a colour for each label: its own in ``COLOURS``, else the palette's next one that is free."""
     labels = list(labels)
     taken = {COLOURS[label] for label in labels if label in COLOURS}
     free = cycle(colour for colour in PALETTE if colour not in taken)
@@ -92,8 +92,7 @@ def show(figure: Figure, alt: str, key: str = "") -> None:
     alt : str
         Says what the figure shows, for readers who cannot see it.
     key : str
-        The item, such as ``5.2``, that the report's index shows this figure for: best one panel with few words, as
-        it is shown 420 pixels wide there.
+        The item, such as ``5.2``, beside which the report's index shows this figure, 420 pixels wide: best one panel.
     """
     png, width, height = drawn(figure)
     image = Image(png, format="png", width=width, height=height, alt=alt)
@@ -115,14 +114,12 @@ def drawn(figure: Figure) -> tuple[bytes, int, int]:
 
 
 def learning_curves(histories: Mapping[str, History], *, against: str = "epoch", log_loss: bool = False) -> Figure:
-    """Plot loss and accuracy, train and test, of one or more trainings, from the first score after the start on.
+    """Plot loss and accuracy, train and test, of trainings by label, from the first score after the start on.
 
     Where that is the only one, the start is drawn too, as one point makes no line.
 
     Parameters
     ----------
-    histories : mapping of str to History
-        By label; each has one colour, as :func:`colours` gives it.
     against : {"epoch", "seconds"}
         The horizontal axis: epochs, or seconds of training without evaluation.
     log_loss : bool
@@ -152,10 +149,7 @@ def learning_curves(histories: Mapping[str, History], *, against: str = "epoch",
 def band(ax: Axes, recorded: pd.DataFrame, colour: str) -> None:
     """Shade what recorded runs measured, from the least to the most, behind the line of one run.
 
-    Parameters
-    ----------
-    recorded : DataFrame
-        As :meth:`lowrank_helpers.series.run.Run.recorded` returns it: a row a run, a column a place on the x axis.
+    ``recorded`` has a row a run and a column a place on the x axis.
     """
     if len(recorded):
         ax.fill_between(recorded.columns, recorded.min(), recorded.max(), color=colour, alpha=BAND, linewidth=0)

@@ -1,8 +1,4 @@
-"""Measures of rank. Each takes singular values as an array, a tensor or a list, so that one SVD serves them all.
-
-Exact rank says nothing of a trained network: noise makes almost every matrix full-rank. The measures here say
-how many directions carry the matrix, each with its own idea of "carry".
-"""
+"""Measures of rank. Each takes singular values as an array, a tensor or a list, so that one SVD serves them all."""
 
 from collections.abc import Callable, Mapping
 
@@ -89,8 +85,8 @@ def numerical_rank(s: Numbers, tolerance: float) -> int:
 def tolerance(s: Numbers, shape: Shape, dtype: torch.dtype) -> float:
     """Return the tolerance, relative to σ₁, for the singular values of a matrix by the type that it is stored in.
 
-    It is max(n, m)·ε, as NumPy's and MATLAB's; integers are exact, so that of float64 is theirs. In half precision this
-    passes 1, and would leave a rank of 0: there it is ε/2·‖A‖_F / σ₁. Rounding is a matrix E with |Eᵢⱼ| ≤ ε/2·|Aᵢⱼ|, so
+    It is max(n, m)·ε, as NumPy's and MATLAB's; integers are exact, and get that of float64. In half precision it can
+    pass 1 and leave a rank of 0: there it is ε/2·‖A‖_F / σ₁. Rounding is a matrix E with |Eᵢⱼ| ≤ ε/2·|Aᵢⱼ|, so
     ‖E‖₂ ≤ ‖E‖_F ≤ ε/2·‖A‖_F, and no singular value moves by more (Weyl; Golub & Van Loan, corollary 8.6.2).
 
     Examples
@@ -159,22 +155,11 @@ def gavish_donoho_threshold(s: Numbers, shape: Shape) -> float:
 
 
 def marchenko_pastur_density(x: Numbers, shape: Shape, std: float) -> Array:
-    """Return the limiting density of the singular values of a random matrix, at ``x``.
+    """Return the limiting density of the singular values of a random matrix at the singular values ``x``.
 
-    Parameters
-    ----------
-    x : array
-        Singular values at which to evaluate.
-    shape : (int, int)
-        Of the matrix; the law is the limit of large n and m at fixed ratio.
-    std : float
-        Standard deviation of its independent, centred entries.
-
-    Returns
-    -------
-    array
-        The density over singular values, integrating to 1. It lives on std·(√max ± √min)
-        (Marchenko & Pastur 1967, for the eigenvalues σ², here changed to the variable σ).
+    The limit is that of large n and m at a fixed ratio. ``std`` is the standard deviation of the independent, centred
+    entries. The density integrates to 1 between :func:`marchenko_pastur_edges` (Marchenko & Pastur 1967, for the
+    eigenvalues σ², here changed to the variable σ).
     """
     lower, upper = marchenko_pastur_edges(shape, std)
     # The density of a square matrix has a limit at 0, not a value.
@@ -210,10 +195,7 @@ MEASURES: dict[str, Callable[[Array, Shape, torch.dtype], float]] = {
 def rank_table(matrices: Mapping[str, Numbers]) -> pd.DataFrame:
     """Measure every matrix with every measure; the tolerance of the numerical rank is that of the matrix's type.
 
-    Returns
-    -------
-    DataFrame
-        One row a matrix (index ``layer``); columns ``rows``, ``columns`` and the names of ``MEASURES``.
+    The table has a row a matrix (index ``layer``), and columns ``rows``, ``columns`` and the names of ``MEASURES``.
 
     Raises
     ------

@@ -1,10 +1,7 @@
 """Rank allocation: how many directions each layer keeps within a budget.
 
-A layer's directions are taken in order, the strongest first, so ranks say how far to go in each layer. Every strategy
-gives each direction a priority, and directions of all layers are taken by it until the budget is spent. ``STRATEGIES``
-names the priorities.
-
-The last step of a layer leaves it dense: factors never cost more than the matrix.
+A layer's directions are taken in order, the strongest first. A strategy gives each a priority, by which those of all
+layers are taken until the budget is spent. The last step of a layer leaves it dense: factors never cost more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +25,7 @@ class Layer:
     weight_singular_values : array of shape (min(n, m),)
         Of the matrix, largest first; only the strategy ``gavish-donoho`` uses them.
     output_singular_values : array of shape (min(n, m),)
-        The root mean square of its outputs along their principal directions, as of
-        ``factorization.ActivationAwareSVD``, or of what they do to the model's outputs where that is Fisher-weighted;
-        without data, the matrix's again.
+        ``s`` of its :class:`~lowrank_helpers.factorization.ActivationAwareSVD`; without data, the matrix's again.
     uses : float
         How often the matrix is used for one input: 1 counts parameters; for multiplications, the positions of a
         convolution.
@@ -115,22 +110,10 @@ STRATEGIES: dict[str, Callable[[Layer], Array]] = {
 
 
 def allocate(layers: Mapping[str, Layer], budget: float, strategy: str = "fisher-weighted") -> dict[str, int]:
-    """Take directions of all layers by falling priority until the next one does not fit the budget.
+    """Take directions of all layers by falling priority until the next one does not fit the budget; return the ranks.
 
-    Every layer keeps one direction at least. Of equals the first layer's comes first.
-
-    Parameters
-    ----------
-    layers : mapping of str to Layer
-    budget : float
-        Of the cost of all layers.
-    strategy : str
-        One of ``STRATEGIES``.
-
-    Returns
-    -------
-    dict of str to int
-        Ranks by layer; a layer that is not named stays dense.
+    The budget is of the cost of all layers. Each layer keeps one at least; a layer that is not returned stays dense.
+    Of equal directions the first layer's comes first. The strategy is one of ``STRATEGIES``.
 
     Raises
     ------
@@ -157,8 +140,8 @@ def allocate_by_shares(layers: Mapping[str, Layer], budget: float, shares: Seque
     Parameters
     ----------
     shares : sequence of float
-        One for each layer, in their order, with a sum of at most 1. Where a network is tuned after the cut, it is what
-        a layer can still learn that counts more than what the cut takes from it.
+        One for each layer, in their order, with a sum of at most 1. Where a network is tuned after the cut, what a
+        layer can still learn counts more than what the cut takes from it.
 
     Raises
     ------
@@ -174,12 +157,7 @@ def allocate_by_shares(layers: Mapping[str, Layer], budget: float, shares: Seque
 def narrow_widths(widths: Sequence[int], budget: int) -> list[int]:
     """Return the widths of a dense network of at most so many weights whose hidden layers keep their proportions.
 
-    Parameters
-    ----------
-    widths : sequence of int
-        Inputs, hidden units, classes.
-    budget : int
-        Weights, biases not counted.
+    Widths are inputs, hidden units and classes; the budget counts no biases.
 
     Raises
     ------
@@ -202,16 +180,8 @@ def narrow_widths(widths: Sequence[int], budget: int) -> list[int]:
 def smallest_rank(score: Callable[[int], float], grid: Sequence[int], target: float) -> int:
     """Return the smallest rank from which on a score stays at or above a target.
 
-    Walks down the grid while the target holds, then tries every rank of the gap below, so that the answer is
-    exact although the score is computed few times.
-
-    Parameters
-    ----------
-    score : callable
-        Of a rank; rises with it but for noise.
-    grid : sequence of int
-        Ranks in any order; the largest must reach the target.
-    target : float
+    Walks down the grid, given in any order, while the target holds, then tries every rank of the gap below. So the
+    answer is exact although the score, which should rise with the rank, is computed few times.
 
     Raises
     ------

@@ -75,21 +75,15 @@ class SubspaceModel(nn.Module):
 def intrinsic_dimension(dimensions: Sequence[int], scores: Sequence[float], target: float) -> float:
     """Return the smallest dimension whose score reaches a target (Li et al. 2018, section 2).
 
-    Between the two dimensions where the score first crosses the target it is interpolated, linearly in log d.
+    Between the two dimensions where the score first crosses the target it is interpolated, linearly in log d. It is NaN
+    where the dimensions do not bracket the target: the first reaches it, or none does.
 
     Parameters
     ----------
-    dimensions : sequence of int
-        Of the subspaces tried, rising.
-    scores : sequence of float
-        What training in each reached, such as the accuracy.
+    dimensions, scores : sequence of int, sequence of float
+        Of the subspaces tried, rising, and what training in each reached, such as the accuracy.
     target : float
         In the unit of the scores; the paper takes 90 % of what the network reaches with all its weights.
-
-    Returns
-    -------
-    float
-        NaN where the dimensions do not bracket the target: the first reaches it, or none does.
 
     Raises
     ------

@@ -68,8 +68,8 @@ def wait_for_timing() -> None:
 def median_seconds(work: Callable[[], object], device: torch.device, *, at_least: float = 0.1) -> float:
     """Return the median time of a call, from repeated calls that together take ``at_least`` seconds.
 
-    A first call warms up and is not counted, and other processes that train pause meanwhile. (PyTorch's own ``Timer``
-    looks for a CUDA compiler and warns on machines that have one and no GPU.)
+    A first call warms up and is not counted. Other processes that train pause meanwhile. (PyTorch's own ``Timer`` warns
+    on machines that have a CUDA compiler and no GPU.)
 
     Examples
     --------

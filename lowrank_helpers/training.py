@@ -84,13 +84,13 @@ class History:
     Attributes
     ----------
     loss : dict of str to list of float
-        Mean cross-entropy in nats, by split (``train``, ``test``, …), on a fixed sample of at most
-        ``SCORED_MEANWHILE`` images. Validation images are for who chooses.
+        Mean cross-entropy in nats, by split (``train``, ``test``, …, but not ``validation``), on a fixed sample of at
+        most ``SCORED_MEANWHILE`` images.
     accuracy : dict of str to list of float
         Share of samples classified correctly, 0 to 1, likewise.
     seconds : list of float
-        Time spent training since the start, evaluation excluded: processor seconds where one thread trains, which
-        others at work on the machine hardly change; elsewhere seconds on the clock.
+        Time spent training since the start, evaluation excluded: processor seconds where one thread trains on the CPU,
+        which other work on the machine hardly changes; elsewhere seconds on the clock.
     end : dict of str to dict of str to float
         ``loss`` and ``accuracy`` after the last epoch by split, on a fixed sample of at most ``SCORED_AT_END`` images.
     """
@@ -143,8 +143,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> str:
     """Return ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where products are clearly faster in it.
 
-    That is measured: what a processor can do does not say what PyTorch's libraries make of it, and without native
-    instructions bfloat16 is many times slower.
+    That is measured, as what a processor can do does not say what PyTorch makes of it. Without native instructions
+    bfloat16 is many times slower.
     """
     if name != "auto":
         return name
@@ -175,25 +175,19 @@ def fit(
 ) -> History:
     """Train a network in place on ``data``'s training set, with its scores before, meanwhile and after.
 
-    All its layers are in training mode for the steps and in evaluation mode for the scores, and at the end each is in
-    the mode that it was given in.
+    Its layers are in training mode for the steps and in evaluation mode for the scores; at the end each is in the mode
+    that it was given in.
 
     Parameters
     ----------
     model : nn.Module
         On the device of the data; maps (n, n_inputs) to logits (n, n_classes). Frozen parameters stay as they are.
-    data : Dataset
-    recipe : Recipe
     others : mapping of str to Dataset, optional
         Further data to score the network on, as splits ``"<name> train"``, ``"<name> test"`` and so on.
     label : str
         Names the progress bar.
     stop : Event, optional
         Once set, the training ends before its next step.
-
-    Returns
-    -------
-    History
 
     Raises
     ------
