@@ -262,7 +262,7 @@ def analyze(source: str, output: Path | None) -> None:
 @click.option("--forward", help="A function forward(model, batch) that returns one tensor; model(batch) if not given.")
 @click.option("--metric", default="parameters", help="parameters, flops, latency, or a function that scores a model.")
 @click.option("--budget", type=float, default=0.5, help="Share of the metric, or the least score; 0.5 if not given.")
-@OUTPUT(required=True, help="Write model.safetensors, ranks.json and report.txt into this folder.")
+@OUTPUT(required=True, help="Write model.safetensors, ranks.json and a page, index.html, into this folder.")
 def compress(model: str, data: str, forward: str | None, metric: str, budget: float, output: Path) -> None:
     """Write a smaller copy of your own network, of low-rank layers, with a report of what it costs and gains.
 
@@ -276,15 +276,17 @@ def compress(model: str, data: str, forward: str | None, metric: str, budget: fl
     """  # noqa: D301
     from lowrank_helpers import calibration, compression, layers
     from lowrank_helpers.analysis import imported
+    from lowrank_helpers.report import compression_page
 
     try:
         run = imported(forward, called=False) if forward else calibration.call
         of = imported(metric, called=False) if ":" in metric else metric
         network, batches = imported(model), imported(data)
         output.mkdir(parents=True, exist_ok=True)
-        small, report = compression.compress(network, batches, budget, forward=run, metric=of)
+        n_budgets = compression_page.N_BUDGETS
+        small, report = compression.compress(network, batches, budget, forward=run, metric=of, n_budgets=n_budgets)
         layers.save(small, output)
-        (output / "report.txt").write_text(f"{report}\n")
+        compression_page.write(output, model, report)
     except Exception as error:  # the code is the user's own: it may raise anything
         fail(f"{model} was not compressed; {type(error).__name__}: {error}")
     click.echo(report)

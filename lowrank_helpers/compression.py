@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from numbers import Integral, Real
@@ -80,6 +80,9 @@ class Report:
         Median of a batch, of ``BATCH`` inputs where batches were not given. Fewer FLOPs are often not faster.
     score : Change or None
         What ``metric`` returned, where it is a function.
+    frontier : dict of float to float
+        What other budgets would cost: by share of the parameters, the score, or else the relative change of the outputs
+        on inputs that fitted nothing. Measured with the factors as first chosen.
     """
 
     ranks: dict[str, int]
@@ -91,6 +94,7 @@ class Report:
     flops: Change
     seconds: Change
     score: Change | None = None
+    frontier: dict[float, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -123,6 +127,7 @@ def compress(
     metric: Metric = "parameters",
     logits: bool = False,
     ignore: Collection[str] = (),
+    n_budgets: int = 0,
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model and what was done.
 
@@ -159,6 +164,8 @@ def compress(
         The outputs are logits: a change that all classes share is free, since it changes no probability.
     ignore : collection of str
         Layers that stay dense, by dotted name or shell pattern: ``["head", "encoder.*"]``.
+    n_budgets : int
+        Measure so many budgets of parameters besides, from rank 1 to dense, for ``Report.frontier``.
 
     Raises
     ------
@@ -177,7 +184,7 @@ def compress(
     svds, fallbacks = _decomposed(model_in_use, batches, layers)
     search = _Search(model_in_use, batches, budget, metric, score, svds, fallbacks, left_alone)
     factors, report = search.compressed()
-    return with_factors(model, factors), report
+    return with_factors(model, factors), replace(report, frontier=search.frontier(n_budgets))
 
 
 SIZES: dict[str, Callable[[nn.Module, Batches], float]] = {
@@ -211,13 +218,11 @@ class _Search:
             factors, refitted = self.refitted(ranks)
             error, fallbacks = self.change(factors), fallbacks | refitted
         small = with_factors(self.model, factors)
-        changes = {
-            name: Change(size(self.model, self.batches), size(small, self.batches)) for name, size in SIZES.items()
-        }
-        if callable(self.metric):
-            changes["score"] = Change(self.score, self.metric(small))
-        seconds = self.seconds(small)
-        report = Report(ranks, self.left_alone, fallbacks, predicted, error, seconds=seconds, **changes)
+        parameters, flops = (
+            Change(size(self.model, self.batches), size(small, self.batches)) for size in SIZES.values()
+        )
+        score, seconds = Change(self.score, self.metric(small)) if callable(self.metric) else None, self.seconds(small)
+        report = Report(ranks, self.left_alone, fallbacks, predicted, error, parameters, flops, seconds, score)
         return (factors, report) if error <= far else self.with_one_left_alone(factors, report)
 
     def layers(self, metric: str) -> dict[str, Layer]:
@@ -256,6 +261,18 @@ class _Search:
             else:
                 below, low = ranks, middle
         return below, above
+
+    def frontier(self, n_budgets: int) -> dict[float, float]:
+        """Return by share of the parameters what so many budgets cost, from rank 1 in every layer to dense ones."""
+        layers, total = self.layers("parameters"), n_parameters(self.model)
+        least, most = (total_cost(layers, ranks) for ranks in (dict.fromkeys(layers, 1), {}))
+        found = {}
+        for budget in progress(np.geomspace(least, most, n_budgets).tolist(), "measuring budgets"):
+            ranks = allocate(layers, budget)
+            factors = _cut(ranks, self.svds)
+            cost = self.metric(with_factors(self.model, factors)) if callable(self.metric) else self.change(factors)
+            found[1 - (most - total_cost(layers, ranks)) / total] = cost
+        return found
 
     def refitted(self, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], dict[str, str]]:
         """Return factors of these ranks with the least change, and what those fit that fall back.

@@ -10,6 +10,7 @@ from commands import lowrank
 
 from lowrank_helpers import PROJECT, cli, layers
 from lowrank_helpers.models import mlp
+from lowrank_helpers.report import compression_page
 from lowrank_helpers.series import execution
 from lowrank_helpers.series.execution import notebook_names, notebook_path
 from lowrank_helpers.series.parameters import declared, parse
@@ -105,9 +106,15 @@ def test_your_own_network_is_compressed_into_a_folder_from_which_it_comes_back(t
     )
     output = lowrank(*command, "--forward", forward)
     assert re.match(r"(Faster|Smaller|Slower).* with \d\d% of the parameters .*\nparameters: ", output)
-    assert (tmp_path / "small" / "report.txt").read_text() == output
+    results = json.loads((tmp_path / "small" / "results.json").read_text())
+    assert output.startswith(results["verdict"]) and max(results["frontier"].values()) > 0.5
+    assert results["verdict"] in (tmp_path / "small" / "index.html").read_text()
     small = layers.load(mlp([20, 16, 4], seed=1), tmp_path / "small")
     assert f"fc1: rank {small.fc1.rank}" in output
     scored = lowrank(*command[:-1], "0.3", "--forward", forward, "--metric", "mine_to_compress:score")
     assert re.search(r"^score: 0\.384 → 0\.3\d*", scored, re.MULTILINE)
     assert "No module named 'nothing'" in lowrank("compress", "nothing:model", "--data", data, "-o", "small", code=2)
+
+
+def test_the_knee_is_where_the_curve_bends():
+    assert compression_page.knee({share / 10: max(0, 3 - share) for share in range(11)}) == 0.3

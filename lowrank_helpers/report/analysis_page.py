@@ -159,8 +159,11 @@ def write(folder: Path, analysis: Analysis) -> None:
     }
     pages.write_index(
         folder,
-        "analysis",
+        "network",
         **results,
+        title=f"How low-rank is {Path(analysis.source).name}?",
+        lead="Every matrix of a network by every measure of rank.",
+        rows="Matrices",
         conditions=conditions,
         figure=pages.picture(*_figure(table), ALT),
         table=_shown(table).to_html(**NUMBERS),

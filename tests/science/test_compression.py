@@ -72,6 +72,14 @@ def test_a_budget_of_flops_is_kept_as_pytorch_counts_them(trained, digits_held_o
     assert compress(trained, digits_held_out, report.parameters.share)[1].ranks != report.ranks
 
 
+def test_the_frontier_is_what_other_budgets_would_measure(trained, digits_held_out):
+    _, report = compress(trained, digits_held_out, 0.5, n_budgets=5)
+    *_, (share, change), last = report.frontier.items()
+    assert len(report.frontier) == 5 and last == (1, 0)
+    _, other = compress(trained, digits_held_out, round(share * n_parameters(trained)))
+    assert (other.parameters.share, other.measured_error) == pytest.approx((share, change))
+
+
 @pytest.mark.parametrize(("kind", "kept"), [("accuracy", 0.98), ("loss", 1.2)])
 def test_a_score_is_kept_and_less_would_not_do(trained, digits_held_out, kind, kept):
     validation = digits_held_out.splits()["validation"]
