@@ -222,8 +222,7 @@ class _Anything:
     def __init__(self, *arguments: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    __setstate__ = __init__
 
 
 def _read_pytorch(file: Path) -> Any:

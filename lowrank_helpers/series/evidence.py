@@ -134,10 +134,9 @@ def limits(values: Sequence[float], n_values: int) -> tuple[float, float]:
     confidence = 1 - FALSE_ALARMS / n_values
     found = interval(values, confidence, of_one_more=True)
     least = 1.0 if all(isinstance(x, int) for x in values) else LEAST * abs(found.mean)
-    lows, highs = [found.low, found.mean - least], [found.high, found.mean + least]
+    ends = [found.low, found.high, found.mean - least, found.mean + least]
     if min(values) > 0:
         logs = interval(np.log(values), confidence, of_one_more=True)
         with np.errstate(over="ignore"):  # of two or three values
-            lows.append(float(np.exp(logs.low)))
-            highs.append(float(np.exp(logs.high)))
-    return min(lows), max(highs)
+            ends += np.exp([logs.low, logs.high]).tolist()
+    return min(ends), max(ends)

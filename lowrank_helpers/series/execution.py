@@ -30,9 +30,6 @@ LOCK = ".lock"  # in a locked folder: which process locked it
 
 Planned = dict[str, dict[str, Any]]  # one run: by notebook the parameters that it gets
 
-# Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
-KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
-
 
 class RunError(Exception):
     """A run cannot start or go on: its folder, the scheduler or a worker is unusable, or notebooks failed."""
@@ -126,14 +123,14 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = False) -> Iterator[Path]:
+def run_folder(folder: Path, *, wait: bool = False, **told: Any) -> Iterator[Path]:
     """Lock a run folder as :func:`locked` does, and make this process ready to start kernels for it.
 
-    The kernels inherit these settings too, by default those that this command inherited.
+    They inherit this process's settings, but for those that they are ``told``: fields of :class:`Settings`.
     """
     with locked(folder, wait=wait) as folder, unchanged_environment(), kernels.forked():
         remove_leftovers(folder)
-        replace(settings or Settings.inherited(Path.cwd()), run_dir=folder).apply()
+        replace(Settings.inherited(Path.cwd()), run_dir=folder, **told).apply()
         os.environ["TQDM_DISABLE"] = "1"  # bars would stay in recorded outputs as debris
         yield folder
 
@@ -204,7 +201,8 @@ def _execute(name: str, given: dict[str, Any], folder: Path, fingerprint: str) -
                 resources={"metadata": {"path": str(NOTEBOOK_FOLDER)}},  # papermill's cwd is of all threads
                 kernel_name="python3",
                 progress_bar={"desc": name, "unit": "cell", "disable": None},  # in a terminal alone
-                config=KERNEL_CONFIG,
+                # Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
+                config=Config(KernelManager={"transport_encryption": "auto"}),
                 shutdown_kernel="immediate",  # all that it keeps is written by then
             )
         except papermill.PapermillExecutionError as failure:

@@ -28,8 +28,8 @@ class Settings:
     @classmethod
     def inherited(cls, started_in: Path | None = None) -> "Settings":
         """Return what this process was told; a command or a worker says itself where it was started."""
-        started_in = started_in or Path(os.environ.get("LOWRANK_STARTED_IN") or PROJECT)
         said = {field.name: os.environ.get(_variable(field.name), "") for field in fields(cls)}
+        started_in = started_in or Path(said["started_in"] or PROJECT)
         folders = {name: started_in / said[name] for name in said if name.endswith("_dir") and said[name]}
         return cls(**folders, started_in=started_in, auto_dataset=said["auto_dataset"])
 

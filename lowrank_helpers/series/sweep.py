@@ -191,9 +191,9 @@ def run_point(point: str, planned: Planned, sweep_folder: Path, needed: Mapping[
         A notebook failed; the others still ran.
     """
     check_shared(needed, sweep_folder)
-    settings = replace(settings, data_dir=Settings.inherited(Path.cwd()).data_dir)
+    told = {name: value for name, value in vars(settings).items() if name not in ("run_dir", "data_dir")}
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), settings, wait=True) as folder:
+    with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), wait=True, **told) as folder:
         failed = failures(list(execution.execute(planned, folder, workers=1, resume=True)))
     if failed:
         raise RunError("; ".join(failed))
