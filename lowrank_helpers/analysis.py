@@ -61,8 +61,6 @@ class Analysis:
 
     Attributes
     ----------
-    source : str
-        What was analysed, as it was given.
     table : DataFrame
         One row a matrix (index ``matrix``), in the network's order. ``unfolded``: how the axes of the tensor became
         rows and columns; ``remark``: what else to know of that; ``dtype``, as stored; ``rows``, ``columns``;
@@ -70,13 +68,11 @@ class Analysis:
         stored dtype; ``beyond Marchenko–Pastur``, the directions beyond the edge of a random matrix whose entries have
         the same standard deviation; ``saved``, the parameters that factors at the effective rank, rounded up, would
         save, 0 where they would cost more.
-    skipped : dict of str to str
-        By name, why a tensor was not measured.
     """
 
-    source: str
+    source: str  # as it was given
     table: pd.DataFrame
-    skipped: dict[str, str]
+    skipped: dict[str, str]  # by name, why a tensor was not measured
 
     @property
     def n_parameters(self) -> int:
@@ -226,8 +222,7 @@ class _Anything:
     def __init__(self, *arguments: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    __setstate__ = __init__
 
 
 def _read_pytorch(file: Path) -> Any:

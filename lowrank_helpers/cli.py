@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -20,10 +19,7 @@ from lowrank_helpers.series import execution, parameters, results
 from lowrank_helpers.series.execution import Planned, RunError
 from lowrank_helpers.series.parameters import ParameterError
 from lowrank_helpers.series.results import Outcome
-from lowrank_helpers.series.settings import Settings
 
-BAD_INPUT = 2
-INTERRUPTED = 128 + signal.SIGINT  # as shells say it
 Names = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]
 OUTPUT = partial(click.option, "-o", "--output", type=click.Path(file_okay=False, path_type=Path))
@@ -53,7 +49,7 @@ class Command(click.Command):
         except KeyboardInterrupt:
             to_go_on = " With --resume, the same command goes on." if "resume" in context.params else ""
             click.echo(f"\nStopped.{to_go_on}", err=True)
-            sys.exit(INTERRUPTED)
+            sys.exit(128 + signal.SIGINT)  # as shells say it
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -115,7 +111,7 @@ def run(
     dataset = execution.settle_dataset(planned)
     _warn_of_digits([dataset])
     outcomes: list[Outcome] = []
-    with execution.run_folder(output, replace(Settings.inherited(Path.cwd()), auto_dataset=dataset)) as folder:
+    with execution.run_folder(output, auto_dataset=dataset) as folder:
         try:
             for outcome in execution.execute(planned, folder, workers=workers, resume=resume):
                 tqdm.write(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s")
@@ -297,7 +293,7 @@ def _warn_of_digits(datasets: Iterable[str]) -> None:
         click.secho("Dataset: digits (8×8, resampled), not MNIST. README.md says how to provide MNIST.", fg="yellow")
 
 
-def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
-    """End the command with one sentence."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the command with one sentence, and by default with the exit code of bad input."""
     click.echo(f"Error: {message}", err=True)
     sys.exit(code)

@@ -41,11 +41,9 @@ _chosen = ""  # in the process that measures it
 def build() -> nn.Module:
     """Return the network that this process measures."""
     if _chosen in TORCHVISION:
-        model: nn.Module = torchvision.models.get_model(_chosen, weights=None)
-        return model
+        return torchvision.models.get_model(_chosen, weights=None)
     config = getattr(transformers, f"{_chosen}Config")(**TRANSFORMERS[_chosen])
-    network: nn.Module = getattr(transformers, f"{_chosen}Model")(config)
-    return network
+    return getattr(transformers, f"{_chosen}Model")(config)
 
 
 def row(name: str) -> str:

@@ -51,9 +51,9 @@ class Held(run.Run):
         self.made: list[tuple[str, Recipe]] = []
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def recipe(self, kind: str, **options: Any) -> Recipe:
+    def recipe(self, kind: str) -> Recipe:
         """Remember whose recipe it is."""
-        self.made.append((kind, super().recipe(kind, **options)))
+        self.made.append((kind, super().recipe(kind)))
         return self.made[-1][1]
 
     def train_all(

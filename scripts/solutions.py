@@ -8,7 +8,6 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from lowrank_helpers.series import execution, parameters, results
 from lowrank_helpers.series.claims import Claim
 from lowrank_helpers.series.execution import Planned
 from lowrank_helpers.series.results import Outcome
-from lowrank_helpers.series.settings import Settings
 
 FOLDER = PROJECT / "solutions"
 NOTEBOOKS = execution.NOTEBOOK_FOLDER
@@ -36,10 +34,7 @@ be luck. What the change leaves as it was is left out.
 
 def exercises() -> dict[str, list[dict[str, Any]]]:
     """Return how each exercise is done, by notebook."""
-    found: dict[str, list[dict[str, Any]]] = parameters.parse(
-        (FOLDER / "exercises.yaml").read_bytes(), "exercises.yaml"
-    )
-    return found
+    return parameters.parse((FOLDER / "exercises.yaml").read_bytes(), "exercises.yaml")
 
 
 def questions(name: str) -> list[str]:
@@ -61,13 +56,10 @@ def edited(notebook: NotebookNode, edits: Mapping[str, tuple[str, str]]) -> Note
 def run(number: int) -> Path:
     """Do the exercises of this number, one of each notebook, and return the run's folder."""
     done = {name: of[number] for name, of in exercises().items() if number < len(of)}
-    planned: Planned = {}
-    for name, each in done.items():
-        planned |= execution.plan([name], each.get("set", {}))
+    planned = {name: execution.plan([name], each.get("set", {}))[name] for name, each in done.items()}
     output = PROJECT / "reports" / "solutions"
-    settings = Settings.inherited(Path.cwd())
-    settings = replace(settings, networks_dir=output / "networks", auto_dataset=data.resolve("mnist"))
-    with execution.run_folder(output / str(number + 1), settings) as folder:
+    told = {"networks_dir": output / "networks", "auto_dataset": data.resolve("mnist")}
+    with execution.run_folder(output / str(number + 1), **told) as folder:
         for outcome in execute(planned, folder, lambda name, notebook: edited(notebook, done[name].get("edit", {}))):
             click.echo(f"{outcome.notebook:16} {outcome.status:7} {outcome.seconds:7.1f} s {outcome.error}")
     return folder

@@ -55,13 +55,7 @@ def answer(analysis: Analysis) -> tuple[str, str]:
 
 
 def notes(analysis: Analysis, named: int | None = None) -> list[str]:
-    """Say what must be known to read these numbers right.
-
-    Parameters
-    ----------
-    named : int, optional
-        How many tensors are named where several share a remark, or the reason why they are not measured; all if None.
-    """
+    """Say what must be known to read these numbers right, naming at most so many tensors that share a remark."""
     table = analysis.table
     said = []
     for label, reasons in (("Of note", dict(table["remark"])), ("Not measured", analysis.skipped)):

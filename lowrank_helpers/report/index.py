@@ -32,11 +32,8 @@ def render(folder: Path, results: Mapping[str, Any]) -> None:
     """
     from lowrank_helpers.report import pages  # here: nbconvert takes seconds to import, too long for a refusal
 
-    files = [
-        (name, folder / f"{name}{ending}")
-        for name in sorted(results["notebooks"])
-        for ending in (".ipynb", ".failed.ipynb")
-    ]
+    endings = ".ipynb", ".failed.ipynb"
+    files = [(name, folder / f"{name}{ending}") for name in sorted(results["notebooks"]) for ending in endings]
     notebooks = {name: nbformat.read(file, as_version=4) for name, file in files if file.exists()}
     for name, notebook in notebooks.items():
         shown = {"name": name, "run": results["notebooks"][name], "names": list(notebooks)}

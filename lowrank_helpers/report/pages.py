@@ -35,17 +35,11 @@ class PageExporter(HTMLExporter):
 
 
 class PageRenderer(IPythonRenderer):
-    """Markdown to HTML with formulas in MathML and links to notebooks turned into links to their pages.
-
-    Attributes
-    ----------
-    headings : list of (int, str, str)
-        Level, HTML and anchor of each heading rendered.
-    """
+    """Markdown to HTML with formulas in MathML and links to notebooks turned into links to their pages."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.headings: list[tuple[int, str, str]] = []
+        self.headings: list[tuple[int, str, str]] = []  # level, HTML and anchor of each
 
     def heading(self, text: str, level: int, **attributes: Any) -> str:
         """Give the heading the anchor that JupyterLab gives it."""

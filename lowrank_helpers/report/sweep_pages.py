@@ -23,14 +23,9 @@ REPLICATES = "seed"  # the axis that intervals are over
 
 
 def write(folder: Path, sweep: Sweep, points: Sequence[str], failed: Mapping[str, str]) -> None:
-    """Write ``table.csv`` and ``index.html`` from what the points of a sweep left in its folder.
+    """Write ``table.csv`` and ``index.html`` from what the points of a sweep, in this order, left in its folder.
 
-    Parameters
-    ----------
-    points : sequence of str
-        The names that :func:`lowrank_helpers.series.sweep.points` gives them, in the order of the table.
-    failed : mapping of str to str
-        Names of the points that failed, and why. The table holds what they had found by then.
+    Of points that ``failed`` the page says why, and the table holds what they had found by then.
     """
     gathered = {point: read_claims(folder_of(point, folder)) for point in points}
     runs = [run for found in gathered.values() for run in found.values()]

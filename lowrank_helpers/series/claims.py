@@ -84,14 +84,9 @@ def _number(name: str, given: Any) -> float | None:
 
 
 def verdict(claim: Claim, holds: Sequence[bool], recorded: Recorded) -> Verdict:
-    """Say how a claim stands.
+    """Say how a claim stands, by whether it ``holds`` in each recorded run, or by what these measured.
 
-    Parameters
-    ----------
-    holds : sequence of bool
-        Of each recorded run, for a claim that is counted.
-    recorded : Recorded
-        What the recorded runs measured; empty where there are none with this run's parameters.
+    Both are empty where no run with this run's parameters is recorded.
     """
     if claim.comparisons:
         return _average(claim, recorded)

@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from lowrank_helpers.series.execution import RunError
 
-CONNECT_TIMEOUT = 4  # seconds without an answer from the scheduler
-
 # Dask's scheduler and workers look after themselves many times a second, which suits tasks of milliseconds. Left so,
 # five processes that wait for notebooks take a sixth of a core.
 SETTINGS = {
@@ -71,7 +69,7 @@ def connected(scheduler: str | None = None, workers: int | None = None) -> Itera
     """
     if scheduler:
         try:
-            client = ClosingClient(scheduler, timeout=CONNECT_TIMEOUT)
+            client = ClosingClient(scheduler, timeout=4)  # seconds without an answer
         # Silence, no address, tls:// without certificates, a machine too busy to start the client's thread in time.
         except (OSError, ValueError, TypeError, AssertionError) as error:
             raise RunError(f"no scheduler answers at {scheduler}: {error}") from error

@@ -28,30 +28,15 @@ LEAST = 1e-3  # share of a number below which no difference is one: of images, a
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the recorded runs of one notebook measured.
-
-    Attributes
-    ----------
-    notebook, dataset : str
-    parameters : dict
-        Of all recorded runs, but for those in ``FREE``.
-    made_by : dict
-        ``revision`` and ``versions``, and the digests ``package`` and ``source`` of the code that ran.
-    runs : list of dict
-        ``seed`` and ``precision`` of each.
-    holds : dict of str to list of bool
-        By claim, whether it held in each run; without claims that only several runs decide.
-    measured : dict
-        By claim, quantity and label one value a run.
-    """
+    """What the recorded runs of one notebook measured."""
 
     notebook: str
     dataset: str
-    parameters: dict[str, Any]
-    made_by: dict[str, Any]
-    runs: list[dict[str, Any]]
-    holds: dict[str, list[bool]]
-    measured: dict[str, dict[str, dict[str, list[float | None]]]]
+    parameters: dict[str, Any]  # of all recorded runs, but for those in ``FREE``
+    made_by: dict[str, Any]  # ``revision``, ``versions``, and the digests ``package`` and ``source`` of the code
+    runs: list[dict[str, Any]]  # ``seed`` and ``precision`` of each
+    holds: dict[str, list[bool]]  # by claim, whether it held in each run; without claims that only several runs decide
+    measured: dict[str, dict[str, dict[str, list[float | None]]]]  # by claim, quantity and label: one value a run
 
     def of(self, id: str) -> tuple[list[bool], dict[str, dict[str, list[float | None]]]]:
         """Return in which recorded runs a claim held, and what they measured for it."""
@@ -63,14 +48,9 @@ class Evidence:
         return sum(len(of) for quantities in self.measured.values() for of in quantities.values())
 
 
-def file_of(notebook: str, dataset: str) -> Path:
-    """Return where a notebook's evidence lies."""
-    return FOLDER / dataset / f"{notebook}.json"
-
-
 def read(notebook: str, dataset: str) -> Evidence | None:
     """Read a notebook's evidence on a dataset; None where none is recorded."""
-    file = file_of(notebook, dataset)
+    file = FOLDER / dataset / f"{notebook}.json"
     return Evidence(**json.loads(file.read_text())) if file.exists() else None
 
 
@@ -91,7 +71,7 @@ def write(evidence: Evidence) -> Path:
     """Write evidence to its file, the values of a quantity in a line, and return the file."""
     text = json.dumps(asdict(evidence), indent=1, ensure_ascii=False)
     text = re.sub(r'\[\n[^]["{}]*\]', lambda numbers: "".join(numbers[0].split()), text)
-    file = file_of(evidence.notebook, evidence.dataset)
+    file = FOLDER / evidence.dataset / f"{evidence.notebook}.json"
     write_atomically(file, f"{text}\n".encode())
     return file
 
@@ -154,10 +134,9 @@ def limits(values: Sequence[float], n_values: int) -> tuple[float, float]:
     confidence = 1 - FALSE_ALARMS / n_values
     found = interval(values, confidence, of_one_more=True)
     least = 1.0 if all(isinstance(x, int) for x in values) else LEAST * abs(found.mean)
-    lows, highs = [found.low, found.mean - least], [found.high, found.mean + least]
+    ends = [found.low, found.high, found.mean - least, found.mean + least]
     if min(values) > 0:
         logs = interval(np.log(values), confidence, of_one_more=True)
         with np.errstate(over="ignore"):  # of two or three values
-            lows.append(float(np.exp(logs.low)))
-            highs.append(float(np.exp(logs.high)))
-    return min(lows), max(highs)
+            ends += np.exp([logs.low, logs.high]).tolist()
+    return min(ends), max(ends)

@@ -30,9 +30,6 @@ LOCK = ".lock"  # in a locked folder: which process locked it
 
 Planned = dict[str, dict[str, Any]]  # one run: by notebook the parameters that it gets
 
-# Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
-KERNEL_CONFIG = Config(KernelManager={"transport_encryption": "auto"})
-
 
 class RunError(Exception):
     """A run cannot start or go on: its folder, the scheduler or a worker is unusable, or notebooks failed."""
@@ -60,27 +57,16 @@ def with_what_they_read(names: Sequence[str]) -> list[str]:
 
 
 def plan(names: Sequence[str], given: Mapping[str, Any]) -> Planned:
-    """Decide which parameters each notebook gets, and check them all before anything runs.
+    """Return, for each of these notebooks (all, if none is named), the given parameters that it declares.
 
-    Parameters
-    ----------
-    names : sequence of str
-        Notebooks to run; empty for all.
-    given : mapping
-        Parameters by name; each goes to the notebooks that declare it.
-
-    Returns
-    -------
-    Planned
-        For every notebook to run, in the series' order, the given parameters that it declares.
+    The notebooks are in the series' order. All parameters are checked here, before anything runs.
 
     Raises
     ------
     ParameterError
         There are no notebooks, one is unknown, no chosen notebook declares a parameter, or a value is not allowed.
     """
-    known = notebook_names()
-    if not known:
+    if not (known := notebook_names()):
         what = "an installed package has none; run this in a clone of the project, after `pip install -e .` there"
         raise ParameterError(f"there are no notebooks in {NOTEBOOK_FOLDER}: {what}")
     if unknown := [name for name in names if name not in known]:
@@ -117,15 +103,10 @@ def settle_dataset(planned: Planned, resolve: Callable[[str, str], str] = data.r
 def locked(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     """Make a folder and lock it: no second run may write into it meanwhile.
 
-    Parameters
-    ----------
-    wait : bool
-        Wait for a run that has locked the folder instead of raising.
-
     Raises
     ------
     RunError
-        The folder cannot be written, or another run has locked it.
+        The folder cannot be written, or another run has locked it and this one is not to ``wait``.
     """
     folder = folder.resolve()
     lock = folder / LOCK
@@ -142,17 +123,14 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def run_folder(folder: Path, settings: Settings | None = None, *, wait: bool = False) -> Iterator[Path]:
+def run_folder(folder: Path, *, wait: bool = False, **told: Any) -> Iterator[Path]:
     """Lock a run folder as :func:`locked` does, and make this process ready to start kernels for it.
 
-    Parameters
-    ----------
-    settings : Settings, optional
-        What else the kernels inherit; by default what this command inherited.
+    They inherit this process's settings, but for those that they are ``told``: fields of :class:`Settings`.
     """
     with locked(folder, wait=wait) as folder, unchanged_environment(), kernels.forked():
         remove_leftovers(folder)
-        replace(settings or Settings.inherited(Path.cwd()), run_dir=folder).apply()
+        replace(Settings.inherited(Path.cwd()), run_dir=folder, **told).apply()
         os.environ["TQDM_DISABLE"] = "1"  # bars would stay in recorded outputs as debris
         yield folder
 
@@ -172,10 +150,8 @@ def execute(planned: Planned, folder: Path, *, workers: int | None = None, resum
 
     Parameters
     ----------
-    planned : Planned
-        As :func:`plan` returns it.
-    folder : Path
-        As :func:`run_folder` gives it; networks that it has are not trained again.
+    planned, folder
+        As :func:`plan` and :func:`run_folder` give them.
     workers : int, optional
         How many notebooks run at once, each in a kernel of its own; by default one a core.
     resume : bool
@@ -225,7 +201,8 @@ def _execute(name: str, given: dict[str, Any], folder: Path, fingerprint: str) -
                 resources={"metadata": {"path": str(NOTEBOOK_FOLDER)}},  # papermill's cwd is of all threads
                 kernel_name="python3",
                 progress_bar={"desc": name, "unit": "cell", "disable": None},  # in a terminal alone
-                config=KERNEL_CONFIG,
+                # Keys for the sockets, which every user of the machine could read otherwise; the kernel warns of that.
+                config=Config(KernelManager={"transport_encryption": "auto"}),
                 shutdown_kernel="immediate",  # all that it keeps is written by then
             )
         except papermill.PapermillExecutionError as failure:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ IMPORTED = (
     "torch._dynamo",  # which PyTorch imports with the first optimiser
 )
 PLOTTING = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a kernel sets it before it imports
-
 # Let malloc keep what is freed, since the next step asks for as much again. A worker of Dask is told to give it back at
 # once, and its kernels would be too: then a third of their time goes into fresh pages of memory.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
@@ -73,42 +73,35 @@ class Provisioner(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """Start a kernel; ``cmd`` is ``python -m ipykernel_launcher`` with its arguments."""
-        folder = str(kwargs.get("cwd") or Path.cwd())
-        environment = dict(kwargs.get("env") or os.environ)
-        kernel = Forked(cmd[cmd.index("-m") + 2 :], environment, folder)
-        self.process = kernel  # type: ignore[assignment]  # has what the base class uses of a Popen
+        start_server()
+        self.cwd = str(kwargs.get("cwd") or Path.cwd())
+        given = cmd[cmd.index("-m") + 2 :], dict(kwargs.get("env") or os.environ), self.cwd
+        kernel = multiprocessing.get_context("forkserver").Process(target=_be_kernel, args=given, daemon=True)
+        kernel.start()
+        self.process = _Popen(kernel)  # type: ignore[assignment]
         self.pid = self.pgid = kernel.pid
-        self.cwd = folder
         return self.connection_info
 
 
-class Forked:
+class _Popen:
     """What Jupyter needs of ``subprocess.Popen``, for a kernel that the server forks."""
 
     stdin = stdout = stderr = None
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], folder: str) -> None:
-        start_server()
-        context = multiprocessing.get_context("forkserver")
-        self._process = context.Process(target=_be_kernel, args=(arguments, environment, folder), daemon=True)
-        self._process.start()
-        assert self._process.pid
-        self.pid = self._process.pid
+    def __init__(self, kernel: BaseProcess) -> None:
+        self._kernel = kernel
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while the kernel runs."""
-        return self._process.exitcode
+        return self._kernel.exitcode
 
     def wait(self) -> int | None:
-        """Return the exit code once the kernel has ended."""
-        self._process.join()
-        return self.poll()
+        self._kernel.join()
+        return self._kernel.exitcode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the kernel alone, if it still runs."""
-        if self.poll() is None:
+        if (pid := self._kernel.pid) and self.poll() is None:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(pid, number)
 
 
 def _be_kernel(arguments: list[str], environment: dict[str, str], folder: str) -> None:

@@ -8,11 +8,10 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -34,8 +33,7 @@ def recipes() -> dict[str, dict[str, Any]]:
     return by_kind
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """What a parameter allows: the test, and the same in words."""
 
     accepts: Callable[[Any], bool]

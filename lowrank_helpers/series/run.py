@@ -95,57 +95,37 @@ class Run:
         stands_in = self.parameters["dataset"] == "auto" and self.data.name != "mnist"
         display(Markdown(STAND_IN + header if stands_in else header), metadata=UNCHECKED)
 
-    def recipe(self, kind: str, **options: Any) -> Recipe:
-        """Return how a kind of network is trained, with this run's seed and precision.
+    def recipe(self, kind: str) -> Recipe:
+        """Return how a kind of network, a name in ``recipes.yaml``, is trained with this run's seed and precision.
 
         A training set of fewer than ``FULL_SIZE`` images gets batches of a quarter and four times the epochs, as the
         network would take too few steps; the rate follows the batch by its square root, as Adam's noise does
         (Malladi et al. 2022, arXiv 2205.10287).
-
-        Parameters
-        ----------
-        kind : str
-            A name in ``recipes.yaml``.
-        **options
-            Fields of :class:`Recipe` to take instead.
-
-        Raises
-        ------
-        KeyError
-            There is no recipe of that name.
         """
-        fields = recipes()[kind] | self.parameters.get("recipes", {}).get(kind, {}) | options
+        fields = recipes()[kind] | self.parameters.get("recipes", {}).get(kind, {})
         if len(self.data.train_labels) < FULL_SIZE:
             fields |= {
                 "epochs": 4 * fields["epochs"],
                 "batch_size": max(1, fields["batch_size"] // 4),
                 "learning_rate": fields["learning_rate"] / 2,
             }
-        return Recipe(**{"seed": self.parameters["seed"], "precision": self.precision} | fields)
+        return Recipe(**fields, seed=self.parameters["seed"], precision=self.precision)
 
     def train(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        *,
-        data: Dataset | None = None,
-        others: Mapping[str, Dataset] | None = None,
-        label: str = "training",
+        self, model: nn.Module, recipe: Recipe, *, data: Dataset | None = None, label: str = "training", **options: Any
     ) -> tuple[nn.Module, History]:
-        """Train one network as :meth:`train_all` does; the label names the progress bar."""
-        return self.train_all({label: Training(model, recipe, data)}, others=others)[label]
+        """Train one network as :meth:`train_all` does, with its options; the label names the progress bar."""
+        return self.train_all({label: Training(model, recipe, data)}, **options)[label]
 
     def train_all(
         self, trainings: Mapping[Key, Training], *, others: Mapping[str, Dataset] | None = None
     ) -> dict[Key, tuple[nn.Module, History]]:
         """Train networks in place on the run's device, or load those whose training has been done.
 
-        They train side by side where the processor has cores for it.
+        They train side by side where the processor has cores for it. The keys name the progress bars.
 
         Parameters
         ----------
-        trainings : mapping to Training
-            The keys name the progress bars.
         others : mapping of str to Dataset, optional
             Further data to score all of them on, as in :func:`lowrank_helpers.training.fit`.
 
@@ -222,10 +202,7 @@ class Run:
     def recorded(self, id: str, quantity: str) -> pd.DataFrame:
         """Return a quantity of a claim in the recorded runs, for a pale band behind this run's line.
 
-        Returns
-        -------
-        DataFrame
-            A row a run, a column a label; empty where no run with these parameters is recorded.
+        The table has a row a run and a column a label, and is empty where no run with these parameters is recorded.
         """
         frame = pd.DataFrame(self._evidence.of(id)[1].get(quantity, {}))
         places = pd.to_numeric(pd.Series(frame.columns), errors="coerce")
@@ -234,10 +211,7 @@ class Run:
     def answers(self, *, of_all: bool = False) -> None:
         """Show the answers to the assignment's items, which are the claims without the parts, and how each stands.
 
-        Parameters
-        ----------
-        of_all : bool
-            Of all notebooks that have run in this folder on this dataset, in place of this one.
+        They are this notebook's, or those ``of_all`` notebooks that have run in this folder on this dataset.
         """
         lines = []
         for name, filed in read_claims(self.folder).items():
@@ -250,18 +224,12 @@ class Run:
         display(Markdown("\n".join(lines)), metadata=UNCHECKED if of_all else None)
 
     def _file_claims(self) -> None:
-        filed = {
-            "notebook": self.notebook,
-            "parameters": self.parameters,
-            "environment": {
-                "dataset": self.data.name,
-                "started": self._started.isoformat(timespec="seconds"),
-                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-                "precision": self.precision,
-                "threads": n_side_by_side(),
-            }
-            | self._code
-            | software(),
-            "claims": self._claims,
+        environment = {
+            "dataset": self.data.name,
+            "started": self._started.isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "precision": self.precision,
+            "threads": n_side_by_side(),
         }
-        file_claims(self.folder, filed)
+        made_by = {"parameters": self.parameters, "environment": environment | self._code | software()}
+        file_claims(self.folder, {"notebook": self.notebook, **made_by, "claims": self._claims})

@@ -17,33 +17,19 @@ class Settings:
     """What one process was told by the one that started it, or tells those that it starts.
 
     The variable of ``run_dir`` is ``LOWRANK_RUN_DIR``, and so on. ``LOWRANK_DATA_DIR`` is the user's own.
-
-    Attributes
-    ----------
-    run_dir : Path, optional
-        Where a notebook files what it finds. None: no command runs it, it is open in JupyterLab.
-    networks_dir : Path, optional
-        Where several runs share what they train; None for a run's own folder.
-    data_dir : Path, optional
-        Where data are looked for first.
-    started_in : Path
-        What a relative path that the user gave is relative to: the folder where the command was started, or the
-        project where there is no command.
-    auto_dataset : str
-        What the dataset ``auto`` stands for; empty where that has not been found out.
     """
 
-    run_dir: Path | None = None
-    networks_dir: Path | None = None
-    data_dir: Path | None = None
-    started_in: Path = PROJECT
-    auto_dataset: str = ""
+    run_dir: Path | None = None  # where a notebook files what it finds; None in JupyterLab, where no command runs it
+    networks_dir: Path | None = None  # where several runs share what they train; None for a run's own folder
+    data_dir: Path | None = None  # where data are looked for first
+    started_in: Path = PROJECT  # what the user's relative paths are relative to: the folder of the command, if one runs
+    auto_dataset: str = ""  # what the dataset ``auto`` stands for; empty where that has not been found out
 
     @classmethod
     def inherited(cls, started_in: Path | None = None) -> "Settings":
         """Return what this process was told; a command or a worker says itself where it was started."""
-        started_in = started_in or Path(os.environ.get("LOWRANK_STARTED_IN") or PROJECT)
         said = {field.name: os.environ.get(_variable(field.name), "") for field in fields(cls)}
+        started_in = started_in or Path(said["started_in"] or PROJECT)
         folders = {name: started_in / said[name] for name in said if name.endswith("_dir") and said[name]}
         return cls(**folders, started_in=started_in, auto_dataset=said["auto_dataset"])
 

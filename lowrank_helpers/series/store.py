@@ -52,11 +52,6 @@ def trained(
 
     A training that another process or thread is at is not done twice: this one waits for it. A network is trained and
     not kept, with a warning, where something that decides its training cannot be known.
-
-    Returns
-    -------
-    History
-        Of the training, whenever it ran.
     """
     train = partial(fit, model, data, recipe, others=others, label=label, stop=stop)
     try:
@@ -172,13 +167,7 @@ def _load(file: Path, model: nn.Module) -> History | None:
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that its name never shows half of it, whatever stops the writing.
-
-    Raises
-    ------
-    OSError
-        The folder is write-protected or the disk is full; nothing is left behind.
-    """
+    """Write a file so that its name never shows half of it, whatever stops the writing; an error leaves no trace."""
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=TEMPORARY)
     try:

@@ -68,12 +68,9 @@ def grid_axis(text: str) -> tuple[str, Sequence[Any]]:
 
 
 def points(sweep: Sweep) -> dict[str, Planned]:
-    """Return all points of a sweep, the last axis varying fastest, each checked as ``lowrank run`` checks parameters.
+    """Return what each point of a sweep is to run, by a name that a folder can have: ``activation=tanh,seed=3``.
 
-    Returns
-    -------
-    dict
-        What each is to run, by its name, which a folder can have: ``activation=tanh,seed=3``.
+    The last axis varies fastest.
 
     Raises
     ------
@@ -92,12 +89,12 @@ def points(sweep: Sweep) -> dict[str, Planned]:
             raise ParameterError(f"grid {name} has no values")
         if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
             raise ParameterError(f"grid {name} has {repeated[0]!r} more than once")
-    settings = [dict(zip(sweep.grid, values, strict=True)) for values in product(*sweep.grid.values())]
-    return {_name_of(setting): execution.plan(sweep.notebooks, {**sweep.parameters, **setting}) for setting in settings}
-
-
-def _name_of(setting: Mapping[str, Any]) -> str:
-    return ",".join(f"{name}={quote(as_text(value), safe='')}" for name, value in setting.items())
+    found = {}
+    for values in product(*sweep.grid.values()):
+        setting = dict(zip(sweep.grid, values, strict=True))
+        name = ",".join(f"{axis}={quote(as_text(value), safe='')}" for axis, value in setting.items())
+        found[name] = execution.plan(sweep.notebooks, {**sweep.parameters, **setting})
+    return found
 
 
 def run(
@@ -164,13 +161,7 @@ def shared(folder: Path) -> dict[str, str]:
 
 
 def check_shared(needed: Mapping[str, str], folder: Path) -> None:
-    """Compare with the worker that this runs on.
-
-    Raises
-    ------
-    RunError
-        Something differs; the message names the worker.
-    """
+    """Raise a :class:`RunError` that names the worker that this runs on, if it has something else than is needed."""
     for name, here in shared(folder).items():
         if here != needed[name]:
             worker = f"process {os.getpid()} on {platform.node()}"
@@ -200,9 +191,9 @@ def run_point(point: str, planned: Planned, sweep_folder: Path, needed: Mapping[
         A notebook failed; the others still ran.
     """
     check_shared(needed, sweep_folder)
-    settings = replace(settings, data_dir=Settings.inherited(Path.cwd()).data_dir)
+    told = {name: value for name, value in vars(settings).items() if name not in ("run_dir", "data_dir")}
     # A sweep that was stopped may have left the point to a worker that is still at it.
-    with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), settings, wait=True) as folder:
+    with _one_at_a_time, execution.run_folder(folder_of(point, sweep_folder), wait=True, **told) as folder:
         failed = failures(list(execution.execute(planned, folder, workers=1, resume=True)))
     if failed:
         raise RunError("; ".join(failed))
