@@ -86,7 +86,7 @@ def rows(notebook: str, recipe: str, learning_rate: float, seed: int) -> list[di
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1)
 def main(names: tuple[str, ...]) -> None:
-    """Measure rates around those of recipes: NAMES or patterns such as 'cut_*'; without any, of all.
+    """Measure rates around those of recipes: NAMES or patterns such as 'tuned_*'; without any, of all.
 
     What the table has is not measured again.
     """
