@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import Network
+from networks import Network, draw
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -59,7 +59,7 @@ def test_ranks_of_a_file_are_numpys(tmp_path, name):
     tensors = {
         "b.10.weight": _of_rank(3).float(),
         "b.9.weight": _of_rank(7, (20, 50)),
-        "c.weight": torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)),
+        "c.weight": draw(6, 4, 3, 3),
         "ones": torch.ones(30, 40),
         "zero": torch.zeros(5, 6),
     }
@@ -83,7 +83,7 @@ def test_ranks_of_a_file_are_numpys(tmp_path, name):
 
 
 def test_savings_are_counted_at_the_effective_rank_and_never_below_zero(tmp_path):
-    orthogonal = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1)).double()).Q
+    orthogonal = torch.linalg.qr(draw(40, 40, seed=1).double()).Q
     found = analyze(_written(tmp_path, {"thin": orthogonal[:, :5] @ orthogonal[:5], "full": orthogonal.contiguous()}))
     # Five equal singular values are an effective rank of 5, of factors with 5·(40 + 40) numbers.
     assert dict(found.table["saved"]) == {"full": 0, "thin": 1600 - 400}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Network
+from networks import Network, Scaled, draw
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
@@ -30,10 +30,6 @@ def _function(function):
     return Network(lambda _, x: function(x))
 
 
-def _draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
     """Time as little as can be: how long a network takes is nothing that these tests look at."""
@@ -42,7 +38,7 @@ def short_timing(monkeypatch):
 
 @pytest.fixture
 def data():
-    return _draw(60, 784)
+    return draw(60, 784)
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +126,9 @@ def test_the_verdict_says_whether_it_was_worth_it(seconds, word):
     )
 
 
-class _Dictionaries(nn.Module):
-    """Takes two inputs by name and gives two outputs in a dictionary."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right, self.head = nn.Linear(40, 30), nn.Linear(20, 30), nn.Linear(30, 10)
-
-    def forward(self, left, right):
-        hidden = (self.left(left) + self.right(right)).relu()
-        return {"hidden": hidden, "logits": self.head(hidden)}
+def _two_of_both(net, left, right):
+    hidden = (net.left(left) + net.right(right)).relu()
+    return {"hidden": hidden, "logits": net.head(hidden)}
 
 
 def _logits(model, batch):
@@ -149,11 +137,13 @@ def _logits(model, batch):
 
 def _dictionaries(n_batches):
     for i in range(n_batches):
-        yield {"left": _draw(16, 40, seed=i), "right": _draw(16, 20, seed=i + 100)}
+        yield {"left": draw(16, 40, seed=i), "right": draw(16, 20, seed=i + 100)}
 
 
 def test_batches_of_any_kind_fit_a_model_of_any_kind():
-    model, read = _Dictionaries(), list(_dictionaries(12))
+    torch.manual_seed(0)
+    model = Network(_two_of_both, left=nn.Linear(40, 30), right=nn.Linear(20, 30), head=nn.Linear(30, 10))
+    read = list(_dictionaries(12))
     small, report = compress(model, _dictionaries(12), 0.5, forward=_logits)  # a generator: read once
     held_out = [read[0], read[6]]
     wanted, ours = (torch.cat([_logits(m, batch) for batch in held_out]) for m in (model, small))
@@ -263,7 +253,7 @@ def test_no_layer_is_lost_and_no_change_is_much_larger_than_that_of_the_plain_sv
 def test_a_layer_may_be_called_without_a_batch(data):
     layers = {"condition": nn.Linear(32, 784), "out": nn.Linear(784, 10)}
     conditioned = Network(lambda net, x: net.out((x + net.condition(net.query)).relu()), **layers)
-    conditioned.query = nn.Parameter(_draw(32))
+    conditioned.query = nn.Parameter(draw(32))
     _, report = compress(conditioned, data, 0.3)
     assert report.ranks["condition"] == 1 and report.measured_error < 0.5
 
@@ -277,7 +267,7 @@ def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_
 
 def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(60, 40), _function(_steps)), _draw(600, 60) * torch.logspace(-1, 1, 60)
+    model, x = nn.Sequential(nn.Linear(60, 40), _function(_steps)), draw(600, 60) * torch.logspace(-1, 1, 60)
     _, report = compress(model, x, 0.5)
     monkeypatch.setattr(compression, "FAR", np.inf)
     _, before = compress(model, x, 0.5)
@@ -294,12 +284,12 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
 
     torch.manual_seed(0)
     model = Network(two_ways, easy=nn.Linear(40, 80), hard=nn.Linear(40, 30))
-    _, report = compress(model, _draw(300, 40), 0.6)
+    _, report = compress(model, draw(300, 40), 0.6)
     assert "with it cut, the outputs changed by" in report.left_alone["hard"]
     assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
     monkeypatch.setattr(compression, "_seconds", lambda model, _: n_parameters(model))
     for metric in ("parameters", "latency"):  # with "hard" dense a third is left at least
-        _, report = compress(model, _draw(300, 40), 0.2, metric=metric)
+        _, report = compress(model, draw(300, 40), 0.2, metric=metric)
         assert "hard" in report.ranks and report.parameters.share <= 0.2
 
 
@@ -350,11 +340,7 @@ def _pruned():
         (lambda: _answers(lambda x: {"logits": x}), ValueError, "Network gave a dict; one finite tensor"),
         (lambda: _answers(lambda x: x.argmax(1)), ValueError, r"gave torch.int64 of shape \(50,\); one finite tensor"),
         (lambda: nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
-        (
-            lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)),
-            ValueError,
-            "1': 'only plain",
-        ),
+        (lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)), ValueError, "1': 'only plain"),
         (_pruned, ValueError, "0.weight_orig': 'only plain"),
     ],
 )
@@ -384,11 +370,6 @@ def _reads_size():
     return Network(lambda net, x: net.read(net.plain(x)) + net.read.in_features, **layers)
 
 
-class _Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def _convolutions():
     layers = nn.Conv2d(1, 16, 3, stride=2), nn.Conv2d(16, 16, 3, groups=4), nn.ConvTranspose2d(16, 8, 2)
     return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *layers, nn.Flatten(), nn.Linear(8 * 144, 10))
@@ -398,7 +379,7 @@ PLAIN = "only plain weights of linear layers and of 2-D convolutions of one grou
 LEFT_ALONE = [
     (_tied, {"1": "shares its weight with 2", "2": "shares its weight with 1"}),
     (_reads_size, {"read": "no attribute 'in_features'", "idle": "never calls it"}),
-    (lambda: nn.Sequential(nn.Linear(784, 30), _Doubled(30, 30)), {"1": "something else than its weight"}),
+    (lambda: nn.Sequential(nn.Linear(784, 30), Scaled(30, 30)), {"1": "something else than its weight"}),
     (
         lambda: nn.Sequential(nn.Linear(784, 30), nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30))),
         {"1.parametrizations.weight.original": PLAIN},

@@ -1,28 +1,21 @@
 """Factors of a matrix against Eckart & Young's optimum, by SciPy and NumPy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import draw
 from torch import nn
 
 from lowrank_helpers import factorization
-from lowrank_helpers.factorization import (
-    SVD,
-    ActivationAwareSVD,
-    alternating_least_squares,
-    column_basis,
-    optimal_errors,
-    truncated_svd,
-)
+from lowrank_helpers.factorization import SVD, ActivationAwareSVD, alternating_least_squares, truncated_svd
 
 SIZE = st.integers(1, 10)
-
-
-def _matrix(n, m, seed=0):
-    return torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+_matrix = partial(draw, dtype=torch.float64)
 
 
 def _optimum(A, r):
@@ -33,7 +26,7 @@ def _optimum(A, r):
 @st.composite
 def _matrix_and_rank(draw):
     n, m = draw(SIZE), draw(SIZE)
-    return _matrix(n, m, draw(st.integers(0, 99))), draw(st.integers(1, min(n, m)))
+    return _matrix(n, m, seed=draw(st.integers(0, 99))), draw(st.integers(1, min(n, m)))
 
 
 @given(_matrix_and_rank())
@@ -43,7 +36,7 @@ def test_truncation_reaches_the_optimum_with_balanced_factors(case):
     assert factors.B.shape == (len(A), r) and factors.C.shape == (r, A.shape[1])
     error = (A - factors.product).norm().item()
     assert error == pytest.approx(_optimum(A, r), abs=1e-10)
-    errors = optimal_errors(SVD.of(A).s)
+    errors = factorization.optimal_errors(SVD.of(A).s)
     assert errors[r].item() == pytest.approx(error, abs=1e-10)
     assert len(errors) == min(A.shape) + 1 and errors[0].item() == pytest.approx(A.norm().item()) and errors[-1] == 0
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-10, rtol=0)
@@ -93,7 +86,7 @@ def _matrix_inputs_and_rank(draw):
     n, m = draw(SIZE), draw(SIZE)
     seed = draw(st.integers(0, 99))
     samples = draw(st.integers(1, 15))  # fewer than m: a singular moment
-    return _matrix(n, m, seed), _matrix(m, samples, seed + 1000), draw(st.integers(1, min(n, m)))
+    return _matrix(n, m, seed=seed), _matrix(m, samples, seed=seed + 1000), draw(st.integers(1, min(n, m)))
 
 
 def _moment(X):
@@ -109,7 +102,7 @@ def test_activation_aware_factors_reach_eckart_and_youngs_error_of_the_outputs(c
     error = ((A - factors.product) @ X).norm().item()
     scale = (A @ X).norm().item()
     assert error == pytest.approx(_optimum(A @ X, r), abs=1e-6 * scale)
-    assert optimal_errors(svd.s)[r].item() * X.shape[1] ** 0.5 == pytest.approx(error, abs=1e-6 * scale)
+    assert factorization.optimal_errors(svd.s)[r].item() * X.shape[1] ** 0.5 == pytest.approx(error, abs=1e-6 * scale)
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-10, rtol=0)
 
 
@@ -117,7 +110,9 @@ def test_activation_aware_factors_reach_eckart_and_youngs_error_of_the_outputs(c
 def test_fisher_weighted_factors_reach_eckart_and_youngs_error_of_the_damped_outputs(case, n_outputs, by_basis):
     A, X, r = case
     J = _matrix(n_outputs, len(A), seed=7)  # fewer outputs than the layer has: only damping sees some directions
-    basis = column_basis(A) if by_basis and len(A) > A.shape[1] else torch.eye(len(A), dtype=torch.float64)
+    basis = (
+        factorization.column_basis(A) if by_basis and len(A) > A.shape[1] else torch.eye(len(A), dtype=torch.float64)
+    )
     Y, G = basis.T @ A @ X, basis.T @ J.T @ J @ basis
     damping = factorization.DAMPING * G.trace() / len(G) if n_outputs else 1
     svd = ActivationAwareSVD.of(A, _moment(Y), G)
@@ -127,7 +122,7 @@ def test_fisher_weighted_factors_reach_eckart_and_youngs_error_of_the_damped_out
     best, scale = np.linalg.norm(s[r:]), np.linalg.norm(s)
     error = np.linalg.norm(W @ ((A - factors.product) @ X).numpy()) / X.shape[1] ** 0.5
     assert error == pytest.approx(best, abs=1e-5 * scale)
-    assert optimal_errors(svd.s)[r].item() == pytest.approx(best, abs=1e-5 * scale)
+    assert factorization.optimal_errors(svd.s)[r].item() == pytest.approx(best, abs=1e-5 * scale)
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-6 * scale, rtol=1e-6)
     fitted = ActivationAwareSVD.of(A, _moment(Y)).factors(r).product
     assert ((svd.unweighted().factors(r).product - fitted) @ X).norm() <= 1e-5 * (A @ X).norm()
