@@ -62,9 +62,8 @@ def test_a_low_rank_layer_has_the_mode_and_dtype_of_the_layer_and_what_is_frozen
     layer = nn.Linear(6, 5, dtype=torch.float16).eval()
     layer.weight.requires_grad_(False)
     small = factorize(nn.Sequential(layer), {"0": 2})[0]
-    assert [(p.dtype, p.requires_grad) for p in small.parameters()] == [
-        (torch.float16, frozen) for frozen in (False, False, True)
-    ]
+    assert {p.dtype for p in small.parameters()} == {torch.float16}
+    assert [p.requires_grad for p in small.parameters()] == [False, False, True]
     assert not any(module.training for module in small.modules())
 
 

@@ -189,10 +189,7 @@ def test_extracted_adapters_are_as_close_to_an_update_as_their_rank_allows():
         ({"fc9": 2}, 1, ValueError, r"fc9.*allowed: fc1, fc2, fc3"),
         ({"fc2": 10}, 1, ValueError, r"rank 10 .*allowed: 1 to 9"),
         *(({"fc1": 2}, alpha, ValueError, f"alpha {alpha} must be") for alpha in (0, -4, np.nan, np.float32(0))),
-        *(
-            ({"fc1": rank}, alpha, TypeError, None)
-            for rank, alpha in ((2.0, 1), ("2", 1), (2, "1"), (2, None), (2, 1j))
-        ),
+        *(({"fc1": r}, alpha, TypeError, None) for r, alpha in ((2.0, 1), ("2", 1), (2, "1"), (2, None), (2, 1j))),
     ],
 )
 def test_impossible_adapters_are_refused_by_name(ranks, alpha, error, named):

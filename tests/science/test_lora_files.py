@@ -228,30 +228,21 @@ def test_another_network_is_refused(folder):
         lora.load_adapter(mlp([784, 12, 9], seed=0), folder)
 
 
-def _without_a_factor(factors):
-    return {name: factor for name, factor in factors.items() if "fc2.lora_B" not in name}
+def _without_a_factor(config, weights):
+    save_file({name: factor for name, factor in load_file(weights).items() if "fc2.lora_B" not in name}, weights)
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda folder: (folder / CONFIG).unlink(), f"can be read: .*No such file.*{CONFIG}"),
-        (lambda folder: (folder / CONFIG).write_text("[1, 2"), "can be read: Expecting"),
-        (
-            lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10]),
-            "can be read: .*[Ii]ncomplete",
-        ),
-        (
-            lambda folder: save_file(mlp(WIDTHS, seed=0).state_dict(), folder / WEIGHTS),
-            r"it holds fc1\.weight \(12, 784\)",
-        ),
-        (
-            lambda folder: save_file(_without_a_factor(load_file(folder / WEIGHTS)), folder / WEIGHTS),
-            r"damaged.* it holds fc2\.lora_A\.weight \(4, 12\)",
-        ),
+        (lambda config, _: config.unlink(), f"can be read: .*No such file.*{CONFIG}"),
+        (lambda config, _: config.write_text("[1, 2"), "can be read: Expecting"),
+        (lambda _, weights: weights.write_bytes(weights.read_bytes()[:-10]), "can be read: .*[Ii]ncomplete"),
+        (lambda _, weights: save_file(mlp(WIDTHS, seed=0).state_dict(), weights), r"it holds fc1\.weight \(12, 784\)"),
+        (_without_a_factor, r"damaged.* it holds fc2\.lora_A\.weight \(4, 12\)"),
     ],
 )
 def test_folders_that_hold_no_adapter_are_refused(folder, damage, named):
-    damage(folder)
+    damage(folder / CONFIG, folder / WEIGHTS)
     with pytest.raises(AdapterError, match=named):
         lora.load_adapter(mlp(WIDTHS, seed=0), folder)

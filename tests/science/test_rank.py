@@ -1,5 +1,7 @@
 """Measures of rank against closed forms, NumPy, SciPy and the published constants."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -54,22 +56,18 @@ def test_tall_and_wide_matrices_are_decomposed_block_by_block(shape, phase):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "error"),
+    ("measure", "numbers", "error", "named"),
     [
-        *((shape, ValueError) for shape in (np.zeros(3), np.zeros((2, 2, 2)), np.zeros((0, 3)))),
-        *((numbers, ValueError) for numbers in ([[1.0, np.nan]], [[np.inf, 1.0]])),
-        *((wrong, TypeError) for wrong in ("a matrix", None, nn.Linear(2, 2), {"fc": np.eye(2)})),
+        *((rank.singular_values, np.zeros(shape), ValueError, None) for shape in (3, (2, 2, 2), (0, 3))),
+        *((rank.singular_values, numbers, ValueError, None) for numbers in ([[1.0, np.nan]], [[np.inf, 1.0]])),
+        *((rank.singular_values, x, TypeError, None) for x in ("a matrix", None, nn.Linear(2, 2), {"fc": np.eye(2)})),
+        *((rank.rank_table, x, TypeError, "matrices by name") for x in (np.eye(2), nn.Linear(2, 2), [np.eye(2)])),
+        (partial(rank.energy_rank, np.ones(3)), 90, ValueError, "share 90"),
     ],
 )
-def test_what_is_no_finite_matrix_is_refused(numbers, error):
-    with pytest.raises(error):
-        rank.singular_values(numbers)
-
-
-@pytest.mark.parametrize("wrong", [np.eye(2), nn.Linear(2, 2), [np.eye(2)]])
-def test_a_table_needs_matrices_by_name(wrong):
-    with pytest.raises(TypeError, match="matrices by name"):
-        rank.rank_table(wrong)
+def test_what_is_no_finite_matrix_no_matrices_by_name_or_no_share_is_refused(measure, numbers, error, named):
+    with pytest.raises(error, match=named):
+        measure(numbers)
 
 
 OF_SPECTRA = {
@@ -94,11 +92,6 @@ def test_measures_take_tensors_and_arrays_and_refuse_what_are_no_singular_values
             measure(impossible)
     with pytest.raises(TypeError):
         measure("much")
-
-
-def test_a_share_above_1_is_refused():
-    with pytest.raises(ValueError, match="share 90"):
-        rank.energy_rank(np.ones(3), 90)
 
 
 @pytest.mark.parametrize(
