@@ -67,9 +67,8 @@ def test_outputs_without_a_finite_derivative_are_refused():
 
 def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
     model, x = _convolutional(True), draw(7, 16).double()
-    moments = output_moments(
-        model, [{"x": batch} for batch in x.split(3)], ["6", "1", "4"], forward=lambda m, b: m(b["x"])
-    )
+    batches = [{"x": batch} for batch in x.split(3)]
+    moments = output_moments(model, batches, ["6", "1", "4"], forward=lambda m, b: m(b["x"]))
     assert list(moments) == ["1", "4", "6"] and {moment.dtype for moment in moments.values()} == {torch.float64}
     patches = F.unfold(x.view(7, 1, 4, 4), 2).transpose(1, 2).flatten(0, 1)
     hidden = _convolutional(False)[:4](x)

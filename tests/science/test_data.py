@@ -197,9 +197,8 @@ def test_a_checksum_sees_names_types_shapes_the_order_and_each_value(order, plac
 
 def test_validation_images_are_training_images_set_aside(digits):
     split = digits.hold_out()
-    assert {name: len(labels) for name, (_, labels) in split.splits().items()} == {
-        "train": 1198, "validation": 239, "test": 360
-    }  # fmt: skip
+    sizes = {name: len(labels) for name, (_, labels) in split.splits().items()}
+    assert sizes == {"train": 1198, "validation": 239, "test": 360}
     together = torch.cat([split.train_images, split.validation_images]).numpy()
     assert sorted(map(bytes, together)) == sorted(map(bytes, digits.train_images.numpy()))
     assert split.fingerprint() == digits.hold_out().fingerprint(), "the same ones each time"

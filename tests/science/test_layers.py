@@ -87,9 +87,8 @@ def test_factors_of_a_network_in_half_precision_are_those_of_float32_rounded(dty
 
 def test_standard_factors_start_as_stacked_layers_would_from_the_seed_alone():
     model, ranks = mlp([784, 500, 10], seed=0), {"fc1": 100, "fc2": 4}
-    one, again, other = (factorize_standard(model, some, seed=s) for some, s in (
-        (ranks, 1), (dict(reversed(ranks.items())), 1), (ranks, 2)
-    ))  # fmt: skip
+    one, other = (factorize_standard(model, ranks, seed=seed) for seed in (1, 2))
+    again = factorize_standard(model, dict(reversed(ranks.items())), seed=1)
     for ours, theirs in zip(one.fc1, (nn.Linear(784, 100), nn.Linear(100, 500)), strict=True):
         assert ours.weight.shape == theirs.weight.shape
         torch.testing.assert_close(ours.weight.std(), theirs.weight.std(), rtol=0.02, atol=0)
@@ -100,9 +99,8 @@ def test_standard_factors_start_as_stacked_layers_would_from_the_seed_alone():
 
 @pytest.mark.parametrize("make", [factorize, lambda model, ranks: factorize_standard(model, ranks, seed=0)])
 def test_wrong_layers_and_ranks_of_a_model_are_refused(make):
-    model = nn.Sequential(
-        nn.Conv2d(4, 4, 3, groups=2), nn.Linear(6, 5), LowRankLayer.of(nn.Linear(3, 3), *[draw(3, 3)] * 2)
-    )
+    factorized = LowRankLayer.of(nn.Linear(3, 3), draw(3, 3), draw(3, 3))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(6, 5), factorized)
     for name in ("fc9", "0", "2", "2.B"):
         with pytest.raises(ValueError, match=f"{name}: no layer that can be replaced; allowed: 1$"):
             make(model, {name: 1})

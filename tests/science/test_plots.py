@@ -9,7 +9,6 @@ from lowrank_helpers.training import History
 
 
 def history(*accuracies):
-    """Return a history of so many scores, an epoch apart."""
     scores = {split: list(accuracies) for split in ("train", "test")}
     return History(loss=scores, accuracy=scores)
 

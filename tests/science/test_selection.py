@@ -14,7 +14,7 @@ from lowrank_helpers.calibration import output_moments
 from lowrank_helpers.layers import decompose, factorize
 from lowrank_helpers.models import linear_layers, mlp, n_parameters
 from lowrank_helpers.rank import gavish_donoho_threshold
-from lowrank_helpers.selection import STRATEGIES, Layer, allocate, layers_of, total_cost
+from lowrank_helpers.selection import STRATEGIES, Layer, allocate, allocate_by_shares, layers_of, total_cost
 
 
 def _layer(n, m, seed):
@@ -81,10 +81,8 @@ def test_noise_of_the_weights_alone_meets_gavish_and_donoho_at_their_threshold()
     for name, n, m, rank in (("fc1", 60, 40, 3), ("fc2", 50, 60, 7)):
         A = torch.randn(n, rank, generator=generator) @ torch.randn(rank, m, generator=generator)
         s = torch.linalg.svdvals((A + 0.1 * torch.randn(n, m, generator=generator)).double()).numpy()
-        layers[name], wanted[name] = (
-            Layer((n, m), s, s[:1].repeat(len(s))),
-            int((s > gavish_donoho_threshold(s, (n, m))).sum()),
-        )
+        layers[name] = Layer((n, m), s, np.ones(len(s)))
+        wanted[name] = int((s > gavish_donoho_threshold(s, (n, m))).sum())
     assert wanted == {"fc1": 3, "fc2": 7}
     assert allocate(layers, total_cost(layers, wanted), "gavish-donoho") == wanted
 
@@ -129,14 +127,11 @@ def test_the_smallest_rank_is_found_between_those_of_the_grid(least, grid):
 
 def test_shares_pay_for_ranks_layer_by_layer():
     layers = {"wide": _layer(100, 80, 0), "narrow": _layer(30, 20, 1)}
-    assert selection.allocate_by_shares(layers, 1000, [0.6, 0.4]) == {
-        "wide": 3,
-        "narrow": 8,
-    }  # 180 and 50 numbers a rank
-    assert selection.allocate_by_shares(layers, 100, [0.5, 0.5]) == {"wide": 1, "narrow": 1}, "one direction at least"
-    assert selection.allocate_by_shares(layers, 10**6, [0.5, 0.5]) == {"wide": 44, "narrow": 11}, "never dense"
+    assert allocate_by_shares(layers, 1000, [0.6, 0.4]) == {"wide": 3, "narrow": 8}  # 180 and 50 numbers a rank
+    assert allocate_by_shares(layers, 100, [0.5, 0.5]) == {"wide": 1, "narrow": 1}, "one direction at least"
+    assert allocate_by_shares(layers, 10**6, [0.5, 0.5]) == {"wide": 44, "narrow": 11}, "never dense"
     with pytest.raises(ValueError, match="shorter"):
-        selection.allocate_by_shares(layers, 1000, [1.0])
+        allocate_by_shares(layers, 1000, [1.0])
 
 
 @given(st.integers(0, 200_000))

@@ -40,9 +40,8 @@ def _filed(run):
 
 
 def test_a_claim_is_filed_with_what_produced_it(run):
-    run.claim(
-        "2.1", "So.", holds=np.bool_(True), measured={"accuracy": np.float32(0.5), "never": np.nan}, timings={"s": 2}
-    )
+    measured = {"accuracy": np.float32(0.5), "never": np.nan}
+    run.claim("2.1", "So.", holds=np.bool_(True), measured=measured, timings={"s": 2})
     filed = _filed(run)
     claim = filed["claims"]["2.1"]
     assert claim["measured"] == {"accuracy": {"": 0.5}, "never": {"": None}} and claim["holds"] is True
