@@ -43,9 +43,8 @@ def test_a_saved_adapter_comes_back_here_and_in_peft(tmp_path, dora):
     ends = {"lora_A": ".weight", "lora_B": ".weight"} | ({"lora_magnitude_vector": ""} if dora else {})
     trained = [name for name, parameter in restored.named_parameters() if parameter.requires_grad]
     assert trained == [f"fc{i}.{part}" for i in (1, 2, 3) for part in ends]
-    assert load_file(folder / WEIGHTS).keys() == {
-        f"base_model.model.fc{i}.{part}{end}" for i in (1, 2, 3) for part, end in ends.items()
-    }
+    saved = {f"base_model.model.fc{i}.{part}{end}" for i in (1, 2, 3) for part, end in ends.items()}
+    assert load_file(folder / WEIGHTS).keys() == saved
     assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
 
 

@@ -143,14 +143,10 @@ def test_what_is_unlike_the_recorded_runs_is_named(claims, said):
     assert len(found) == len(said) and all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("parameters", "found"), [({}, ["float32", "auto"]), ({"precision": "auto"}, ["auto", "auto"])]
-)
-def test_evidence_is_of_both_precisions_unless_one_is_given(parameters, found):
-    points = SCRIPT["points_of"]([NAME], [1, 2], parameters)
-    assert [planned[NAME] for planned in points.values()] == [
-        {"seed": seed, "precision": precision} for seed, precision in enumerate(found, start=1)
-    ]
+@pytest.mark.parametrize(("given", "used"), [({}, ["float32", "auto"]), ({"precision": "auto"}, ["auto", "auto"])])
+def test_evidence_is_of_both_precisions_unless_one_is_given(given, used):
+    planned = [point[NAME] for point in SCRIPT["points_of"]([NAME], [1, 2], given).values()]
+    assert planned == [{"seed": 1, "precision": used[0]}, {"seed": 2, "precision": used[1]}]
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,10 @@ def key(model=None, data=None, recipe=RECIPE, others=None):
 
 
 def test_another_training_has_another_key(few):
-    shuffled = few.select(train=torch.arange(len(few.train_labels)))  # a copy
-    shuffled.train_labels[:] = shuffled.train_labels.flip(0)  # in place, as a student does
     different = [
         key(data=few),
         key(mlp([784, 8, 10], seed=1), few),
         key(mlp([784, 8, 10], "tanh", seed=0), few),
-        key(data=shuffled),
         key(data=few.select(train=torch.arange(50))),
         key(data=few, recipe=replace(RECIPE, learning_rate=2e-3)),
         key(data=few, recipe=replace(RECIPE, seed=1)),
