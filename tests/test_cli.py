@@ -19,20 +19,34 @@ MISSING = next(device for device in ("mps", "cuda") if not getattr(torch, device
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("command", "arguments", "named"),
     [
-        (["99_nothing"], ["'99_nothing'", "02_train"]),
-        (["-p", "epochs", "3"], ["'epochs'", "recipes", "02_train:"]),
-        (["-p", "recipes", "{small: {epochs: three}}"], ["small.epochs", "'three'", "whole number, at least 1"]),
-        (["-p", "widths", "[1"], ["widths", "not YAML"]),
-        (["-p", "activation", "swish"], ["activation", "'swish'", "relu, tanh, sigmoid, gelu, identity"]),
-        (["-p", "dataset", "cifar"], ["dataset", "'cifar'", "auto, mnist, fashion_mnist, kmnist, digits"]),
-        (["-p", "device", MISSING], [f"'{MISSING}' is not on this machine; allowed: auto, "]),
-        (["-f", "/nonexistent.yaml"], ["/nonexistent.yaml"]),
+        ("run", ["99_nothing"], ["'99_nothing'", "02_train"]),
+        ("run", ["-p", "epochs", "3"], ["'epochs'", "recipes", "02_train:"]),
+        ("run", ["-p", "recipes", "{small: {epochs: three}}"], ["small.epochs", "'three'", "whole number, at least 1"]),
+        ("run", ["-p", "widths", "[1"], ["widths", "not YAML"]),
+        ("run", ["-p", "activation", "swish"], ["activation", "'swish'", "relu, tanh, sigmoid, gelu, identity"]),
+        ("run", ["-p", "dataset", "cifar"], ["dataset", "'cifar'", "auto, mnist, fashion_mnist, kmnist, digits"]),
+        ("run", ["-p", "device", MISSING], [f"'{MISSING}' is not on this machine; allowed: auto, "]),
+        ("run", ["-f", "/nonexistent.yaml"], ["/nonexistent.yaml"]),
+        ("sweep", [], ["needs a grid"]),
+        ("sweep", ["-g", "epochs=1..99999999999"], ["the grid has 99,999,999,999 points", "at most 10,000"]),
+        ("sweep", ["-g", "seed=0..100", "-g", "epochs=1..100"], ["the grid has 10,100 points", "at most 10,000"]),
+        ("sweep", ["-g", "seed"], ["'seed'", "NAME=VALUES"]),
+        ("sweep", ["-g", "seed="], ["'seed='", "NAME=VALUES"]),
+        ("sweep", ["-g", "seed=3..1"], ["seed", "no values"]),
+        ("sweep", ["-g", "seed=1,2,1"], ["seed", "1 more than once"]),
+        ("sweep", ["-g", "sed=0..3"], ["'sed'", "seed"]),
+        ("sweep", ["-g", "activation=relu,swish"], ["'swish'", "relu, tanh"]),
+        ("sweep", ["-g", "seed=0..3", "-p", "device", "gpu"], ["device", "one of auto, cpu, cuda, mps"]),
+        ("sweep", ["-g", "seed=0..3", "-p", "seed", "1"], ["seed", "both fixed and in the grid"]),
+        ("sweep", ["-g", "seed=[1"], ["not YAML"]),
+        ("sweep", ["99_nothing", "-g", "seed=0..3"], ["'99_nothing'", "02_train"]),
+        ("sweep", ["-g", "seed=0..3", "--workers", "2", "--scheduler", "tcp://here:1"], ["--workers", "--scheduler"]),
     ],
 )
-def test_bad_input_is_refused_with_its_name_its_value_and_what_is_allowed(arguments, named, tmp_path):
-    output = lowrank("run", "02_train", *arguments, "-o", tmp_path / "out", code=2)
+def test_bad_input_is_refused_with_its_name_its_value_and_what_is_allowed(command, arguments, named, tmp_path):
+    output = lowrank(command, "02_train", *arguments, "-o", tmp_path / "out", code=2)
     assert [part for part in named if part not in output] == []
     assert not (tmp_path / "out").exists()  # no kernel started, nothing made
 
@@ -101,9 +115,8 @@ def test_your_own_network_is_compressed_into_a_folder_from_which_it_comes_back(t
     monkeypatch.chdir(tmp_path)
     model, data, forward = (f"mine_to_compress:{name}" for name in ("model", "batches", "forward"))
     command = "compress", model, "--data", data, "-o", "small", "--budget", "0.6"
-    assert f"Error: {model} was not compressed; ValueError: Sequential does not run on a dict" in lowrank(
-        *command, code=2
-    )
+    refused = lowrank(*command, code=2)
+    assert f"Error: {model} was not compressed; ValueError: Sequential does not run on a dict" in refused
     output = lowrank(*command, "--forward", forward)
     assert re.match(r"(Faster|Smaller|Slower).* with \d\d% of the parameters .*\nparameters: ", output)
     results = json.loads((tmp_path / "small" / "results.json").read_text())

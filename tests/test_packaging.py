@@ -8,13 +8,12 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 
-import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lowrank_helpers import PROJECT
-from lowrank_helpers.series import execution
+from lowrank_helpers.series import digest, execution
 from lowrank_helpers.series.parameters import parse
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
@@ -42,16 +41,14 @@ def _imported(*sources):
             elif isinstance(node, ast.ImportFrom) and node.module:
                 modules.add(node.module.split(".")[0])
     known = packages_distributions()
-    return {canonicalize_name(known[module][0]) for module in modules - sys.stdlib_module_names if module in known} - {
-        "lowrank-helpers"
-    }
+    found = {canonicalize_name(known[module][0]) for module in modules - sys.stdlib_module_names if module in known}
+    return found - {"lowrank-helpers"}
 
 
 def _notebook_code():
     for name in execution.notebook_names():
-        cells = nbformat.read(execution.notebook_path(name), as_version=4).cells
-        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-        yield "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
+        for source, _ in digest.code_cells(execution.notebook_path(name)):
+            yield "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
 
 
 def test_every_direct_dependency_is_pinned_to_a_version_that_it_allows():
@@ -95,9 +92,8 @@ def test_the_science_needs_nothing_of_the_series():
 def test_the_command_without_the_series_says_what_to_install():
     done = _without_the_series("runpy.run_module('lowrank_helpers', run_name='__main__')")
     assert done.returncode == 1
-    assert re.fullmatch(
-        r"lowrank needs \w+, which is not installed: run `pip install -e '\.\[series\]'` .*\n", done.stderr
-    )
+    said = r"lowrank needs \w+, which is not installed: run `pip install -e '\.\[series\]'` .*\n"
+    assert re.fullmatch(said, done.stderr)
 
 
 def test_this_environment_is_the_pinned_one():

@@ -46,8 +46,7 @@ def test_what_is_missing_is_measured_on_validation_images_and_added(tmp_path, mo
     monkeypatch.setattr(run, "recipes", lambda: {"small": {"epochs": 1, "batch_size": 64, "learning_rate": 4e-3}})
     done = dict(zip(choose_rates.KEY, ("small", "MLP", 4e-3, 1, 100), strict=True)) | {"accuracy": 0.9, "loss": 0.3}
     pd.DataFrame([done]).to_csv(choose_rates.TABLE, index=False)
-    result = CliRunner().invoke(choose_rates.main, ["sm*"], catch_exceptions=False)
-    assert result.exit_code == 0
+    assert CliRunner().invoke(choose_rates.main, ["sm*"], catch_exceptions=False).exit_code == 0
     kept, added = pd.read_csv(choose_rates.TABLE).to_dict("records")
     assert kept == done
     assert (added["recipe"], added["network"]) == ("small", "MLP") and 0.5 < added["accuracy"] < 1

@@ -34,9 +34,8 @@ def test_the_commands_for_your_own_network_measure_a_resnet_whole(tmp_path, monk
     matrices = results["matrices"]
     assert list(matrices) == list(rank.weight_matrices(model))
     assert len(matrices) + len(results["skipped"]) == len(model.state_dict())
-    assert sum(row["parameters"] for row in matrices.values()) == sum(
-        p.numel() for p in model.parameters() if p.ndim > 1
-    )
+    of_matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert sum(row["parameters"] for row in matrices.values()) == of_matrices
     assert all(row["numerical rank"] == min(row["rows"], row["columns"]) for row in matrices.values())
 
 

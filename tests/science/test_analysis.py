@@ -12,12 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import Network
+from networks import Network, draw
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lowrank_helpers import rank
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
 from lowrank_helpers.layers import factorize
 from lowrank_helpers.lora import adapt
@@ -59,7 +58,7 @@ def test_ranks_of_a_file_are_numpys(tmp_path, name):
     tensors = {
         "b.10.weight": _of_rank(3).float(),
         "b.9.weight": _of_rank(7, (20, 50)),
-        "c.weight": torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)),
+        "c.weight": draw(6, 4, 3, 3),
         "ones": torch.ones(30, 40),
         "zero": torch.zeros(5, 6),
     }
@@ -83,7 +82,7 @@ def test_ranks_of_a_file_are_numpys(tmp_path, name):
 
 
 def test_savings_are_counted_at_the_effective_rank_and_never_below_zero(tmp_path):
-    orthogonal = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(1)).double()).Q
+    orthogonal = torch.linalg.qr(draw(40, 40, seed=1).double()).Q
     found = analyze(_written(tmp_path, {"thin": orthogonal[:, :5] @ orthogonal[:5], "full": orthogonal.contiguous()}))
     # Five equal singular values are an effective rank of 5, of factors with 5·(40 + 40) numbers.
     assert dict(found.table["saved"]) == {"full": 0, "thin": 1600 - 400}
@@ -203,7 +202,6 @@ def test_tied_tensors_are_measured_once(tmp_path, analyzed):
     for found in (analyze(_written(tmp_path, model.state_dict(), "tied.pt")), analyzed(model)):
         assert list(found.table.index) == ["embedding"]
         assert found.skipped == {"head.weight": "the same tensor as embedding.weight"}
-    assert list(rank.weight_matrices(model)) == ["embedding"]
 
 
 class _OwnFactors(nn.Module):

@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from networks import draw
 from torch import nn
 from torch.nn import functional as F
 
 from lowrank_helpers.calibration import output_fisher, output_moments, without_mean
 from lowrank_helpers.factorization import column_basis
-
-
-def _matrix(n, m, seed=0, dtype=torch.float64):
-    return torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def _convolutional(inplace):
@@ -26,7 +23,7 @@ def _convolutional(inplace):
 @pytest.mark.parametrize(("inplace", "logits"), [(False, False), (True, True), (False, True)])
 def test_output_fisher_are_the_squared_jacobians_of_logits_without_their_mean_where_asked(inplace, frozen, logits):
     model = _convolutional(inplace).requires_grad_(not frozen)
-    x = _matrix(3, 16)
+    x = draw(3, 16).double()
     after = {"1": _convolutional(False)[2:], "4": _convolutional(False)[5:], "6": nn.Identity()}
     found = output_fisher(model, x.repeat(4000, 1).split(700), ["6", "1", "4"], logits=logits)
     assert list(found) == ["1", "4", "6"]
@@ -45,7 +42,7 @@ def test_output_fisher_are_the_squared_jacobians_of_logits_without_their_mean_wh
 @pytest.mark.parametrize("classes", [4, 1])
 def test_classes_are_the_second_axis_of_images_and_else_the_last(classes):
     for shape, axis in (((5, classes), 1), ((5, 7, classes), 2), ((5, classes, 2, 3), 1)):
-        logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        logits = draw(*shape)
         centred = without_mean(logits)
         torch.testing.assert_close(centred.softmax(axis), logits.softmax(axis))
         assert classes == 1 or centred.sum(axis).abs().max() < 1e-5
@@ -69,10 +66,9 @@ def test_outputs_without_a_finite_derivative_are_refused():
 
 
 def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
-    model, x = _convolutional(True), _matrix(7, 16)
-    moments = output_moments(
-        model, [{"x": batch} for batch in x.split(3)], ["6", "1", "4"], forward=lambda m, b: m(b["x"])
-    )
+    model, x = _convolutional(True), draw(7, 16).double()
+    batches = [{"x": batch} for batch in x.split(3)]
+    moments = output_moments(model, batches, ["6", "1", "4"], forward=lambda m, b: m(b["x"]))
     assert list(moments) == ["1", "4", "6"] and {moment.dtype for moment in moments.values()} == {torch.float64}
     patches = F.unfold(x.view(7, 1, 4, 4), 2).transpose(1, 2).flatten(0, 1)
     hidden = _convolutional(False)[:4](x)
@@ -84,7 +80,7 @@ def test_moments_are_those_of_what_each_layer_puts_out_less_its_bias():
 
 
 def test_moments_of_a_tall_layer_are_in_as_many_coordinates_as_it_has_inputs_at_every_position():
-    layer, tokens = nn.Sequential(nn.Linear(4, 30_000)), _matrix(6, 5 * 4, dtype=torch.float32).reshape(6, 5, 4)
+    layer, tokens = nn.Sequential(nn.Linear(4, 30_000)), draw(6, 5, 4)
     outputs = (tokens.reshape(30, 4) @ layer[0].weight.T @ column_basis(layer[0].weight)).detach()
     moment = output_moments(layer, tokens, ["0"])["0"]
     torch.testing.assert_close(moment, (outputs.T @ outputs / 30).double(), atol=1e-4, rtol=1e-4)
@@ -94,9 +90,9 @@ def test_moments_of_a_tall_layer_are_in_as_many_coordinates_as_it_has_inputs_at_
 def test_wrong_layers_and_measuring_without_inputs_are_refused(measure):
     model = _convolutional(False)
     with pytest.raises(ValueError, match="fc9: no layer that can be replaced; allowed: 1, 4, 6"):
-        measure(model, _matrix(7, 16), ["fc9"])
+        measure(model, draw(7, 16).double(), ["fc9"])
     with pytest.raises(ValueError, match="at least one input"):
-        measure(model, _matrix(7, 16)[:0], ["1"])
+        measure(model, draw(0, 16).double(), ["1"])
     idle = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     idle.forward = idle["a"].forward
     with pytest.raises(ValueError, match="b: the model does not call this layer"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Network
+from networks import Network, Scaled, draw
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
@@ -30,10 +30,6 @@ def _function(function):
     return Network(lambda _, x: function(x))
 
 
-def _draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch):
     """Time as little as can be: how long a network takes is nothing that these tests look at."""
@@ -42,7 +38,7 @@ def short_timing(monkeypatch):
 
 @pytest.fixture
 def data():
-    return _draw(60, 784)
+    return draw(60, 784)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +116,8 @@ def test_operations_and_time_are_of_the_models_given_and_returned(trained, digit
     timed = []
     monkeypatch.setattr(compression, "_seconds", lambda *timing: timed.append(timing) or len(timed))
     small, report = compress(trained, digits_held_out, 0.6)
-    assert [(n_parameters(model), len(given.fitted[0])) for model, given in timed] == [
-        (n_parameters(model), 64) for model in (trained, small)
-    ]
+    sizes = [(n_parameters(model), len(given.fitted[0])) for model, given in timed]
+    assert sizes == [(n_parameters(trained), 64), (n_parameters(small), 64)]
     assert "flops: " in str(report) and "seconds: 1 → 2 (200.0%)" in str(report)
 
 
@@ -132,23 +127,13 @@ def test_operations_and_time_are_of_the_models_given_and_returned(trained, digit
 def test_the_verdict_says_whether_it_was_worth_it(seconds, word):
     sizes = Change(100, 20)
     report = Report({}, {}, {}, 0.1, 0.123, sizes, sizes, Change(1.0, seconds))
-    assert str(report).splitlines()[0] == (
-        f"{word}; with 20% of the parameters it takes {seconds:.0%} of the time, and its outputs change by 12.3% "
-        "before tuning."
-    )
+    time = f"with 20% of the parameters it takes {seconds:.0%} of the time"
+    assert str(report).splitlines()[0] == f"{word}; {time}, and its outputs change by 12.3% before tuning."
 
 
-class _Dictionaries(nn.Module):
-    """Takes two inputs by name and gives two outputs in a dictionary."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.left, self.right, self.head = nn.Linear(40, 30), nn.Linear(20, 30), nn.Linear(30, 10)
-
-    def forward(self, left, right):
-        hidden = (self.left(left) + self.right(right)).relu()
-        return {"hidden": hidden, "logits": self.head(hidden)}
+def _two_of_both(net, left, right):
+    hidden = (net.left(left) + net.right(right)).relu()
+    return {"hidden": hidden, "logits": net.head(hidden)}
 
 
 def _logits(model, batch):
@@ -157,11 +142,13 @@ def _logits(model, batch):
 
 def _dictionaries(n_batches):
     for i in range(n_batches):
-        yield {"left": _draw(16, 40, seed=i), "right": _draw(16, 20, seed=i + 100)}
+        yield {"left": draw(16, 40, seed=i), "right": draw(16, 20, seed=i + 100)}
 
 
 def test_batches_of_any_kind_fit_a_model_of_any_kind():
-    model, read = _Dictionaries(), list(_dictionaries(12))
+    torch.manual_seed(0)
+    model = Network(_two_of_both, left=nn.Linear(40, 30), right=nn.Linear(20, 30), head=nn.Linear(30, 10))
+    read = list(_dictionaries(12))
     small, report = compress(model, _dictionaries(12), 0.5, forward=_logits)  # a generator: read once
     held_out = [read[0], read[6]]
     wanted, ours = (torch.cat([_logits(m, batch) for batch in held_out]) for m in (model, small))
@@ -263,15 +250,14 @@ def test_no_layer_is_lost_and_no_change_is_much_larger_than_that_of_the_plain_sv
     if logits:
         wanted, ours, theirs = map(without_mean, (wanted, ours, theirs))
     assert (ours - wanted).norm() <= 1.01 * max((theirs - wanted).norm(), 2 * max(report.error, 0.05) * wanted.norm())
-    assert report.measured_error == pytest.approx(
-        ((ours - wanted).norm() / wanted.norm()).nan_to_num().item(), rel=1e-4
-    )
+    change = ((ours - wanted).norm() / wanted.norm()).nan_to_num().item()
+    assert report.measured_error == pytest.approx(change, rel=1e-4)
 
 
 def test_a_layer_may_be_called_without_a_batch(data):
     layers = {"condition": nn.Linear(32, 784), "out": nn.Linear(784, 10)}
     conditioned = Network(lambda net, x: net.out((x + net.condition(net.query)).relu()), **layers)
-    conditioned.query = nn.Parameter(_draw(32))
+    conditioned.query = nn.Parameter(draw(32))
     _, report = compress(conditioned, data, 0.3)
     assert report.ranks["condition"] == 1 and report.measured_error < 0.5
 
@@ -285,7 +271,7 @@ def test_a_model_that_draws_from_pytorch_is_cut_and_one_that_draws_elsewhere_is_
 
 def test_where_outputs_change_far_more_than_predicted_layers_fall_back_by_name(monkeypatch):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(60, 40), _function(_steps)), _draw(600, 60) * torch.logspace(-1, 1, 60)
+    model, x = nn.Sequential(nn.Linear(60, 40), _function(_steps)), draw(600, 60) * torch.logspace(-1, 1, 60)
     _, report = compress(model, x, 0.5)
     monkeypatch.setattr(compression, "FAR", np.inf)
     _, before = compress(model, x, 0.5)
@@ -302,12 +288,12 @@ def test_a_layer_that_cannot_be_cut_as_predicted_stays_dense_where_the_budget_al
 
     torch.manual_seed(0)
     model = Network(two_ways, easy=nn.Linear(40, 80), hard=nn.Linear(40, 30))
-    _, report = compress(model, _draw(300, 40), 0.6)
+    _, report = compress(model, draw(300, 40), 0.6)
     assert "with it cut, the outputs changed by" in report.left_alone["hard"]
     assert report.ranks.keys() == {"easy"} and report.measured_error < 0.01
     monkeypatch.setattr(compression, "_seconds", lambda model, _: n_parameters(model))
     for metric in ("parameters", "latency"):  # with "hard" dense a third is left at least
-        _, report = compress(model, _draw(300, 40), 0.2, metric=metric)
+        _, report = compress(model, draw(300, 40), 0.2, metric=metric)
         assert "hard" in report.ranks and report.parameters.share <= 0.2
 
 
@@ -358,11 +344,7 @@ def _pruned():
         (lambda: _answers(lambda x: {"logits": x}), ValueError, "Network gave a dict; one finite tensor"),
         (lambda: _answers(lambda x: x.argmax(1)), ValueError, r"gave torch.int64 of shape \(50,\); one finite tensor"),
         (lambda: nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
-        (
-            lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)),
-            ValueError,
-            "1': 'only plain",
-        ),
+        (lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)), ValueError, "1': 'only plain"),
         (_pruned, ValueError, "0.weight_orig': 'only plain"),
     ],
 )
@@ -392,11 +374,6 @@ def _reads_size():
     return Network(lambda net, x: net.read(net.plain(x)) + net.read.in_features, **layers)
 
 
-class _Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def _convolutions():
     layers = nn.Conv2d(1, 16, 3, stride=2), nn.Conv2d(16, 16, 3, groups=4), nn.ConvTranspose2d(16, 8, 2)
     return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *layers, nn.Flatten(), nn.Linear(8 * 144, 10))
@@ -406,7 +383,7 @@ PLAIN = "only plain weights of linear layers and of 2-D convolutions of one grou
 LEFT_ALONE = [
     (_tied, {"1": "shares its weight with 2", "2": "shares its weight with 1"}),
     (_reads_size, {"read": "no attribute 'in_features'", "idle": "never calls it"}),
-    (lambda: nn.Sequential(nn.Linear(784, 30), _Doubled(30, 30)), {"1": "something else than its weight"}),
+    (lambda: nn.Sequential(nn.Linear(784, 30), Scaled(30, 30)), {"1": "something else than its weight"}),
     (
         lambda: nn.Sequential(nn.Linear(784, 30), nn.utils.parametrizations.spectral_norm(nn.Linear(30, 30))),
         {"1.parametrizations.weight.original": PLAIN},

@@ -1,63 +1,57 @@
 """Factors of a matrix against Eckart & Young's optimum, by SciPy and NumPy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import draw
 from torch import nn
 
 from lowrank_helpers import factorization
-from lowrank_helpers.factorization import (
-    SVD,
-    ActivationAwareSVD,
-    alternating_least_squares,
-    column_basis,
-    optimal_errors,
-    truncated_svd,
-)
+from lowrank_helpers.factorization import SVD, ActivationAwareSVD, alternating_least_squares, truncated_svd
 
 SIZE = st.integers(1, 10)
+_matrix = partial(draw, dtype=torch.float64)
 
 
-def _matrix(n, m, seed=0):
-    return torch.randn(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _optimum(A, r):
-    """Return the least error by SciPy."""
+def _least_error(A, r):
     return np.sqrt((scipy.linalg.svdvals(A.numpy())[r:] ** 2).sum())
 
 
 @st.composite
-def _matrix_and_rank(draw):
+def _matrix_inputs_and_rank(draw):
     n, m = draw(SIZE), draw(SIZE)
-    return _matrix(n, m, draw(st.integers(0, 99))), draw(st.integers(1, min(n, m)))
+    seed = draw(st.integers(0, 99))
+    samples = draw(st.integers(1, 15))  # fewer than m: a singular moment
+    return _matrix(n, m, seed=seed), _matrix(m, samples, seed=seed + 1000), draw(st.integers(1, min(n, m)))
 
 
-@given(_matrix_and_rank())
+@given(_matrix_inputs_and_rank())
 def test_truncation_reaches_the_optimum_with_balanced_factors(case):
-    A, r = case
+    A, _, r = case
     factors = truncated_svd(A, r)
     assert factors.B.shape == (len(A), r) and factors.C.shape == (r, A.shape[1])
     error = (A - factors.product).norm().item()
-    assert error == pytest.approx(_optimum(A, r), abs=1e-10)
-    errors = optimal_errors(SVD.of(A).s)
+    assert error == pytest.approx(_least_error(A, r), abs=1e-10)
+    errors = factorization.optimal_errors(SVD.of(A).s)
     assert errors[r].item() == pytest.approx(error, abs=1e-10)
     assert len(errors) == min(A.shape) + 1 and errors[0].item() == pytest.approx(A.norm().item()) and errors[-1] == 0
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-10, rtol=0)
 
 
-@given(_matrix_and_rank())
+@given(_matrix_inputs_and_rank())
 def test_alternating_never_raises_the_error_nor_beats_the_optimum(case):
-    A, r = case
+    A, _, r = case
     factors = alternating_least_squares(A, r, sweeps=8)
     errors = np.array(factors.errors)
     assert len(errors) == 9
     slack = 1e-12 * A.norm().item()
     assert (np.diff(errors) <= slack).all()
-    assert (errors >= _optimum(A, r) - slack).all()
+    assert (errors >= _least_error(A, r) - slack).all()
     assert errors[-1] == pytest.approx((A - factors.product).norm().item(), abs=1e-10)
 
 
@@ -69,7 +63,7 @@ def test_alternating_least_squares_solves_each_factor_exactly_and_reaches_the_op
     np.testing.assert_allclose(alternating_least_squares(A, 7, sweeps=1, seed=0).product, B @ C, atol=1e-10)
     for r in (1, 7, 20):
         error = alternating_least_squares(A, r, sweeps=200).errors[-1]
-        assert error == pytest.approx(_optimum(A, r), rel=1e-3, abs=1e-9)
+        assert error == pytest.approx(_least_error(A, r), rel=1e-3, abs=1e-9)
     assert alternating_least_squares(0 * A, 2, sweeps=2).errors == [0, 0, 0]
 
 
@@ -88,14 +82,6 @@ def test_impossible_ranks_are_refused_and_factors_keep_no_graph(make):
     assert not factors.B.requires_grad and not factors.C.requires_grad
 
 
-@st.composite
-def _matrix_inputs_and_rank(draw):
-    n, m = draw(SIZE), draw(SIZE)
-    seed = draw(st.integers(0, 99))
-    samples = draw(st.integers(1, 15))  # fewer than m: a singular moment
-    return _matrix(n, m, seed), _matrix(m, samples, seed + 1000), draw(st.integers(1, min(n, m)))
-
-
 def _moment(X):
     return X @ X.T / X.shape[1]
 
@@ -108,8 +94,8 @@ def test_activation_aware_factors_reach_eckart_and_youngs_error_of_the_outputs(c
     assert factors.B.shape == (len(A), r) and factors.C.shape == (r, A.shape[1])
     error = ((A - factors.product) @ X).norm().item()
     scale = (A @ X).norm().item()
-    assert error == pytest.approx(_optimum(A @ X, r), abs=1e-6 * scale)
-    assert optimal_errors(svd.s)[r].item() * X.shape[1] ** 0.5 == pytest.approx(error, abs=1e-6 * scale)
+    assert error == pytest.approx(_least_error(A @ X, r), abs=1e-6 * scale)
+    assert factorization.optimal_errors(svd.s)[r].item() * X.shape[1] ** 0.5 == pytest.approx(error, abs=1e-6 * scale)
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-10, rtol=0)
 
 
@@ -117,7 +103,7 @@ def test_activation_aware_factors_reach_eckart_and_youngs_error_of_the_outputs(c
 def test_fisher_weighted_factors_reach_eckart_and_youngs_error_of_the_damped_outputs(case, n_outputs, by_basis):
     A, X, r = case
     J = _matrix(n_outputs, len(A), seed=7)  # fewer outputs than the layer has: only damping sees some directions
-    basis = column_basis(A) if by_basis and len(A) > A.shape[1] else torch.eye(len(A), dtype=torch.float64)
+    basis = factorization.column_basis(A) if by_basis and len(A) > A.shape[1] else torch.eye(len(A)).double()
     Y, G = basis.T @ A @ X, basis.T @ J.T @ J @ basis
     damping = factorization.DAMPING * G.trace() / len(G) if n_outputs else 1
     svd = ActivationAwareSVD.of(A, _moment(Y), G)
@@ -127,7 +113,7 @@ def test_fisher_weighted_factors_reach_eckart_and_youngs_error_of_the_damped_out
     best, scale = np.linalg.norm(s[r:]), np.linalg.norm(s)
     error = np.linalg.norm(W @ ((A - factors.product) @ X).numpy()) / X.shape[1] ** 0.5
     assert error == pytest.approx(best, abs=1e-5 * scale)
-    assert optimal_errors(svd.s)[r].item() == pytest.approx(best, abs=1e-5 * scale)
+    assert factorization.optimal_errors(svd.s)[r].item() == pytest.approx(best, abs=1e-5 * scale)
     torch.testing.assert_close(factors.B.T @ factors.B, factors.C @ factors.C.T, atol=1e-6 * scale, rtol=1e-6)
     fitted = ActivationAwareSVD.of(A, _moment(Y)).factors(r).product
     assert ((svd.unweighted().factors(r).product - fitted) @ X).norm() <= 1e-5 * (A @ X).norm()

@@ -7,27 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Network
+from networks import Network, Scaled, draw
 from torch import nn
 from torch.nn import functional as F
 
 from lowrank_helpers import lora
 from lowrank_helpers.calibration import output_moments
 from lowrank_helpers.factorization import truncated_svd
-from lowrank_helpers.layers import (
-    decompose,
-    factorize,
-    factorize_standard,
-    load,
-    replaceable_layers,
-    save,
-)
+from lowrank_helpers.layers import decompose, factorize, factorize_standard, load, replaceable_layers, save
 from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import LowRankLayer, mlp
-
-
-def _draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _model():
@@ -38,7 +27,7 @@ def _model():
 
 @given(st.dictionaries(st.sampled_from(["0.fc1", "0.fc2", "2", "4"]), st.integers(1, 4)))
 def test_a_factorised_model_is_the_model_of_truncated_weights_and_leaves_that_alone(ranks):
-    model, x = _model(), _draw(7, 20).double()
+    model, x = _model(), draw(7, 20).double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     small, factorized = factorize(model, ranks), factorize(model, ranks, decompose(model))
     for parameter in small.parameters():
@@ -62,7 +51,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("options", CONVOLUTIONS)
 def test_a_convolution_of_full_rank_stays_the_same(options):
-    conv, x = nn.Conv2d(3, 6, (5, 3), **options), _draw(2, 3, 12, 12)
+    conv, x = nn.Conv2d(3, 6, (5, 3), **options), draw(2, 3, 12, 12)
     layer = factorize(nn.Sequential(conv), {"0": 6})[0]
     torch.testing.assert_close(layer(x), conv(x), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(layer.weight, conv.weight, atol=1e-5, rtol=1e-4)
@@ -73,9 +62,8 @@ def test_a_low_rank_layer_has_the_mode_and_dtype_of_the_layer_and_what_is_frozen
     layer = nn.Linear(6, 5, dtype=torch.float16).eval()
     layer.weight.requires_grad_(False)
     small = factorize(nn.Sequential(layer), {"0": 2})[0]
-    assert [(p.dtype, p.requires_grad) for p in small.parameters()] == [
-        (torch.float16, frozen) for frozen in (False, False, True)
-    ]
+    assert {p.dtype for p in small.parameters()} == {torch.float16}
+    assert [p.requires_grad for p in small.parameters()] == [False, False, True]
     assert not any(module.training for module in small.modules())
 
 
@@ -99,9 +87,8 @@ def test_factors_of_a_network_in_half_precision_are_those_of_float32_rounded(dty
 
 def test_standard_factors_start_as_stacked_layers_would_from_the_seed_alone():
     model, ranks = mlp([784, 500, 10], seed=0), {"fc1": 100, "fc2": 4}
-    one, again, other = (factorize_standard(model, some, seed=s) for some, s in (
-        (ranks, 1), (dict(reversed(ranks.items())), 1), (ranks, 2)
-    ))  # fmt: skip
+    one, other = (factorize_standard(model, ranks, seed=seed) for seed in (1, 2))
+    again = factorize_standard(model, dict(reversed(ranks.items())), seed=1)
     for ours, theirs in zip(one.fc1, (nn.Linear(784, 100), nn.Linear(100, 500)), strict=True):
         assert ours.weight.shape == theirs.weight.shape
         torch.testing.assert_close(ours.weight.std(), theirs.weight.std(), rtol=0.02, atol=0)
@@ -112,9 +99,8 @@ def test_standard_factors_start_as_stacked_layers_would_from_the_seed_alone():
 
 @pytest.mark.parametrize("make", [factorize, lambda model, ranks: factorize_standard(model, ranks, seed=0)])
 def test_wrong_layers_and_ranks_of_a_model_are_refused(make):
-    model = nn.Sequential(
-        nn.Conv2d(4, 4, 3, groups=2), nn.Linear(6, 5), LowRankLayer.of(nn.Linear(3, 3), *[_draw(3, 3)] * 2)
-    )
+    factorized = LowRankLayer.of(nn.Linear(3, 3), draw(3, 3), draw(3, 3))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(6, 5), factorized)
     for name in ("fc9", "0", "2", "2.B"):
         with pytest.raises(ValueError, match=f"{name}: no layer that can be replaced; allowed: 1$"):
             make(model, {name: 1})
@@ -130,7 +116,7 @@ def _residual():
 
 
 def test_a_layer_in_two_places_is_factorised_adapted_and_merged_in_both():
-    model, x = _residual(), _draw(5, 4)
+    model, x = _residual(), draw(5, 4)
     small = factorize(model, {"body.first": 2})
     assert small.again is small.body.first and small.again.rank == 2
     torch.testing.assert_close(factorize(model, {"body.first": 4})(x), model(x))
@@ -141,11 +127,6 @@ def test_a_layer_in_two_places_is_factorised_adapted_and_merged_in_both():
     merged = lora.merge(adapted)
     assert merged.again is merged.body.first
     torch.testing.assert_close(merged(x), adapted(x))
-
-
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 0.3 * super().forward(x)
 
 
 class Called(nn.Linear):
@@ -212,7 +193,7 @@ def _sharing():
 
 
 def test_a_saved_model_comes_back_with_its_ranks_and_what_it_shares(tmp_path):
-    small, x = factorize(_sharing(), {"1": 2, "4": 3}).eval(), _draw(5, 27)
+    small, x = factorize(_sharing(), {"1": 2, "4": 3}).eval(), draw(5, 27)
     save(small, tmp_path / "new" / "folder")
     fresh = _sharing().eval()
     for parameter in fresh.parameters():

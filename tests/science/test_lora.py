@@ -1,5 +1,7 @@
 """LoRA against loralib with the same A, B and α, and what an adapter must survive."""
 
+from functools import partial
+
 import loralib
 import numpy as np
 import pytest
@@ -97,10 +99,8 @@ def test_under_adam_a_faster_b_is_a_larger_alpha(ratio):
     plus, scaled = (lora.adapt(base, {"fc1": 3, "fc2": 2}, alpha=a, seed=0) for a in (6.0, 6.0 * ratio))
     groups = [{"params": [p for n, p in plus.named_parameters() if f"lora_{f}" in n]} for f in "AB"]
     groups[1]["lr"] = 1e-3 * ratio
-    optimisers = {
-        plus: torch.optim.Adam(groups, lr=1e-3, eps=1e-30),
-        scaled: torch.optim.Adam(scaled.parameters(), eps=1e-30),
-    }
+    adam = partial(torch.optim.Adam, lr=1e-3, eps=1e-30)
+    optimisers = {plus: adam(groups), scaled: adam(scaled.parameters())}
     for _ in range(10):
         for model, optimiser in optimisers.items():
             optimiser.zero_grad()
@@ -120,13 +120,10 @@ def test_a_starts_with_a_spread_of_one_over_the_root_of_its_inputs_and_b_at_zero
 
 def test_each_layer_has_its_rank_and_the_same_factors_in_whatever_order_they_are_named():
     base = mlp(WIDTHS, seed=0)
-    model, swapped = (
-        lora.adapt(base, ranks, alpha=1, seed=3) for ranks in ({"fc1": 2, "fc3": 5}, {"fc3": 5, "fc1": 2})
-    )
+    model = lora.adapt(base, {"fc1": 2, "fc3": 5}, alpha=1, seed=3)
+    swapped = lora.adapt(base, {"fc3": 5, "fc1": 2}, alpha=1, seed=3)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {
-        "fc1.lora_A": (2, 784), "fc1.lora_B": (12, 2), "fc3.lora_A": (5, 9), "fc3.lora_B": (10, 5)
-    }  # fmt: skip
+    assert trained == {"fc1.lora_A": (2, 784), "fc1.lora_B": (12, 2), "fc3.lora_A": (5, 9), "fc3.lora_B": (10, 5)}
     assert all(map(torch.equal, model.parameters(), swapped.parameters()))
     assert all(parameter.requires_grad for parameter in base.parameters()), "the model that is given stays as it was"
 
@@ -189,10 +186,7 @@ def test_extracted_adapters_are_as_close_to_an_update_as_their_rank_allows():
         ({"fc9": 2}, 1, ValueError, r"fc9.*allowed: fc1, fc2, fc3"),
         ({"fc2": 10}, 1, ValueError, r"rank 10 .*allowed: 1 to 9"),
         *(({"fc1": 2}, alpha, ValueError, f"alpha {alpha} must be") for alpha in (0, -4, np.nan, np.float32(0))),
-        *(
-            ({"fc1": rank}, alpha, TypeError, None)
-            for rank, alpha in ((2.0, 1), ("2", 1), (2, "1"), (2, None), (2, 1j))
-        ),
+        *(({"fc1": r}, alpha, TypeError, None) for r, alpha in ((2.0, 1), ("2", 1), (2, "1"), (2, None), (2, 1j))),
     ],
 )
 def test_impossible_adapters_are_refused_by_name(ranks, alpha, error, named):

@@ -23,53 +23,29 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture
 def folder(tmp_path):
-    lora.save_adapter(adapted(), tmp_path / "new" / "adapter")
-    return tmp_path / "new" / "adapter"
+    lora.save_adapter(adapted(), tmp_path)
+    return tmp_path
 
 
-def edit(folder, **values):
-    """Change the config of a saved adapter."""
+def edit_config(folder, **values):
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | values))
 
 
-def from_peft(base, folder, **config):
-    """Save an adapter of PEFT's that is not zero, and return the model that it made."""
-    model = get_peft_model(base, LoraConfig(target_modules=list(linear_layers(base)), **config))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "magnitude" in name:
-            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def test_a_saved_adapter_comes_back_here_and_in_peft(folder):
-    x = torch.randn(5, 784)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_saved_adapter_comes_back_here_and_in_peft(tmp_path, dora):
+    model, x, folder = adapted(dora=dora), torch.randn(5, 784), tmp_path / "new" / "adapter"
+    lora.save_adapter(model, folder)
     restored, theirs = (load(mlp(WIDTHS, seed=0), folder) for load in (lora.load_adapter, PeftModel.from_pretrained))
-    assert torch.equal(restored(x), adapted()(x))
-    assert str(restored) == str(adapted())
-    factors = [f"fc{i}.lora_{factor}" for i in (1, 2, 3) for factor in "AB"]
-    assert [name for name, parameter in restored.named_parameters() if parameter.requires_grad] == factors
-    torch.testing.assert_close(theirs(x), adapted()(x), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(theirs(x), mlp(WIDTHS, seed=0)(x), atol=0.1)
-    assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
-    assert load_file(folder / WEIGHTS).keys() == {f"base_model.model.{name}.weight" for name in factors}
-
-
-def test_a_saved_dora_comes_back_here_and_in_peft(tmp_path):
-    model, x = adapted(dora=True), torch.randn(5, 784)
-    lora.save_adapter(model, tmp_path)
-    restored, theirs = (load(mlp(WIDTHS, seed=0), tmp_path) for load in (lora.load_adapter, PeftModel.from_pretrained))
     assert torch.equal(restored(x), model(x)) and str(restored) == str(model)
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
-    tensors = load_file(tmp_path / WEIGHTS)
-    lengths = f"{lora.PREFIX}fc2.lora_magnitude_vector"
-    save_file(tensors | {lengths: torch.ones(1)}, tmp_path / WEIGHTS)
-    with pytest.raises(AdapterError, match=r"'fc2': shape '\[9\]' is invalid"):
-        lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)
-    save_file({name: tensor for name, tensor in tensors.items() if name != lengths}, tmp_path / WEIGHTS)
-    with pytest.raises(AdapterError, match=r"damaged.* it holds fc2\.lora_A\.weight \(4, 12\)"):
-        lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)
+    assert not torch.allclose(theirs(x), mlp(WIDTHS, seed=0)(x), atol=0.1)
+    ends = {"lora_A": ".weight", "lora_B": ".weight"} | ({"lora_magnitude_vector": ""} if dora else {})
+    trained = [name for name, parameter in restored.named_parameters() if parameter.requires_grad]
+    assert trained == [f"fc{i}.{part}" for i in (1, 2, 3) for part in ends]
+    saved = {f"base_model.model.fc{i}.{part}{end}" for i in (1, 2, 3) for part, end in ends.items()}
+    assert load_file(folder / WEIGHTS).keys() == saved
+    assert {file.name for file in folder.iterdir()} == {CONFIG, WEIGHTS}
 
 
 class Normed(nn.Sequential):
@@ -177,7 +153,12 @@ def test_peft_loads_each_layers_rank_though_names_end_alike(tmp_path_factory, ra
     ],
 )
 def test_we_load_pefts(tmp_path, config):
-    theirs, x = from_peft(mlp(WIDTHS, seed=0), tmp_path, **config), torch.randn(5, 784)
+    base, x = mlp(WIDTHS, seed=0), torch.randn(5, 784)
+    theirs = get_peft_model(base, LoraConfig(target_modules=list(linear_layers(base)), **config))
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name or "magnitude" in name:  # or the adapter would change nothing
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    theirs.eval().save_pretrained(tmp_path)
     torch.testing.assert_close(lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
@@ -201,13 +182,13 @@ def test_we_load_pefts(tmp_path, config):
     ],
 )
 def test_a_config_that_cannot_be_or_is_not_supported_is_refused(folder, config, message):
-    edit(folder, **{"rank_pattern": {}, "alpha_pattern": {}} | config)
+    edit_config(folder, **{"rank_pattern": {}, "alpha_pattern": {}} | config)
     with pytest.raises(AdapterError, match=message):
         lora.load_adapter(mlp(WIDTHS, seed=0), folder)
 
 
 def test_what_says_nothing_of_the_computation_is_taken_as_it_is(folder):
-    edit(
+    edit_config(
         folder,
         **dict.fromkeys(["auto_mapping", "base_model_name_or_path", "exclude_modules", "layers_pattern"], "some"),
         **dict.fromkeys(["megatron_core", "peft_version", "revision", "task_type"], "some"),
@@ -228,30 +209,35 @@ def test_another_network_is_refused(folder):
         lora.load_adapter(mlp([784, 12, 9], seed=0), folder)
 
 
-def _without_a_factor(factors):
-    return {name: factor for name, factor in factors.items() if "fc2.lora_B" not in name}
+LENGTHS = "fc2.lora_magnitude_vector"
+
+
+def _without(part):
+    return lambda _, weights: save_file({n: t for n, t in load_file(weights).items() if part not in n}, weights)
+
+
+def _of_one_length(_, weights):
+    save_file(load_file(weights) | {lora.PREFIX + LENGTHS: torch.ones(1)}, weights)
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("dora", "damage", "named"),
     [
-        (lambda folder: (folder / CONFIG).unlink(), f"can be read: .*No such file.*{CONFIG}"),
-        (lambda folder: (folder / CONFIG).write_text("[1, 2"), "can be read: Expecting"),
+        (False, lambda config, _: config.unlink(), f"can be read: .*No such file.*{CONFIG}"),
+        (False, lambda config, _: config.write_text("[1, 2"), "can be read: Expecting"),
+        (False, lambda _, weights: weights.write_bytes(weights.read_bytes()[:-10]), "can be read: .*[Ii]ncomplete"),
         (
-            lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10]),
-            "can be read: .*[Ii]ncomplete",
-        ),
-        (
-            lambda folder: save_file(mlp(WIDTHS, seed=0).state_dict(), folder / WEIGHTS),
+            False,
+            lambda _, weights: save_file(mlp(WIDTHS, seed=0).state_dict(), weights),
             r"it holds fc1\.weight \(12, 784\)",
         ),
-        (
-            lambda folder: save_file(_without_a_factor(load_file(folder / WEIGHTS)), folder / WEIGHTS),
-            r"damaged.* it holds fc2\.lora_A\.weight \(4, 12\)",
-        ),
+        (False, _without("fc2.lora_B"), r"damaged.* it holds fc2\.lora_A\.weight \(4, 12\)"),
+        (True, _without(LENGTHS), r"damaged.* it holds fc2\.lora_A\.weight \(4, 12\)"),
+        (True, _of_one_length, r"'fc2': shape '\[9\]' is invalid"),
     ],
 )
-def test_folders_that_hold_no_adapter_are_refused(folder, damage, named):
-    damage(folder)
+def test_folders_that_hold_no_adapter_are_refused(tmp_path, dora, damage, named):
+    lora.save_adapter(adapted(dora=dora), tmp_path)
+    damage(tmp_path / CONFIG, tmp_path / WEIGHTS)
     with pytest.raises(AdapterError, match=named):
-        lora.load_adapter(mlp(WIDTHS, seed=0), folder)
+        lora.load_adapter(mlp(WIDTHS, seed=0), tmp_path)

@@ -6,26 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from networks import draw
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_helpers.models import (
-    Attention,
-    LowRankLayer,
-    VisionTransformer,
-    convnet,
-    linear_layers,
-    mlp,
-    n_parameters,
-    n_trainable,
-)
+from lowrank_helpers import models
+from lowrank_helpers.models import LowRankLayer, VisionTransformer, convnet, linear_layers, mlp, n_parameters
 
 SIZE = st.integers(1, 12)
-
-
-def _factors(n, r, m, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, r), (r, m)))
 
 
 def test_an_mlp_is_matrices_with_activations_between():
@@ -53,7 +41,7 @@ def test_networks_map_rows_of_pixels_to_logits_and_are_drawn_from_their_seed_alo
 
 
 def test_attention_is_pytorchs_with_the_same_matrices():
-    ours, reference = Attention(8, 2), nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+    ours, reference = models.Attention(8, 2), nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
     packed = torch.cat([layer.weight for layer in (ours.query, ours.key, ours.value)])
     reference.load_state_dict({"in_proj_weight": packed, "out_proj.weight": ours.out.weight})
     x = torch.randn(3, 5, 8)
@@ -86,8 +74,9 @@ def test_impossible_networks_are_refused(build, named):
 
 @given(n=SIZE, r=SIZE, m=SIZE, bias=st.booleans())
 def test_a_low_rank_layer_is_the_layer_of_its_product_with_factors_of_its_own(n, r, m, bias):
-    (B, C), dense = _factors(n, r, m), nn.Linear(m, n, bias=bias, dtype=torch.float64)
-    layer, x = LowRankLayer.of(dense, B, C), torch.randn(2, 3, m, dtype=torch.float64)
+    B, C, x = draw(n, r).double(), draw(r, m, seed=1).double(), draw(2, 3, m).double()
+    dense = nn.Linear(m, n, bias=bias, dtype=torch.float64)
+    layer = LowRankLayer.of(dense, B, C)
     torch.testing.assert_close(layer(x), F.linear(x, B @ C, dense.bias))
     torch.testing.assert_close(layer.weight, B @ C)
     assert n_parameters(layer) == r * (n + m) + (n if bias else 0)
@@ -101,4 +90,4 @@ def test_linear_layers_are_found_in_order_and_frozen_parameters_count():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2))
     assert list(linear_layers(model)) == ["1.0", "2"]
     model[1].requires_grad_(False)
-    assert (n_parameters(model), n_trainable(model)) == (18 + 15 + 8, 18 + 8)
+    assert (n_parameters(model), models.n_trainable(model)) == (18 + 15 + 8, 18 + 8)

@@ -9,7 +9,6 @@ from lowrank_helpers.training import History
 
 
 def history(*accuracies):
-    """Return a history of so many scores, an epoch apart."""
     scores = {split: list(accuracies) for split in ("train", "test")}
     return History(loss=scores, accuracy=scores)
 
@@ -20,12 +19,8 @@ def curves():
     plt.close("all")
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "drawn"),
-    [((0.1, 0.9, 0.95), [90, 95]), ((0.8, 0.9), [80, 90])],
-    ids=["from the first epoch on", "one epoch from its start on"],
-)
-def test_accuracy_is_drawn_in_percent(curves, accuracies, drawn):
+@pytest.mark.parametrize(("accuracies", "drawn"), [((0.1, 0.9, 0.95), [90, 95]), ((0.8, 0.9), [80, 90])])
+def test_accuracy_is_drawn_in_percent_from_the_first_epoch_on_or_one_epoch_from_its_start(curves, accuracies, drawn):
     axes = curves({"network": history(*accuracies)}).axes
     assert list(axes[1].lines[0].get_ydata()) == pytest.approx(drawn)
 

@@ -1,5 +1,7 @@
 """Measures of rank against closed forms, NumPy, SciPy and the published constants."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -54,22 +56,18 @@ def test_tall_and_wide_matrices_are_decomposed_block_by_block(shape, phase):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "error"),
+    ("measure", "numbers", "error", "named"),
     [
-        *((shape, ValueError) for shape in (np.zeros(3), np.zeros((2, 2, 2)), np.zeros((0, 3)))),
-        *((numbers, ValueError) for numbers in ([[1.0, np.nan]], [[np.inf, 1.0]])),
-        *((wrong, TypeError) for wrong in ("a matrix", None, nn.Linear(2, 2), {"fc": np.eye(2)})),
+        *((rank.singular_values, np.zeros(shape), ValueError, None) for shape in (3, (2, 2, 2), (0, 3))),
+        *((rank.singular_values, numbers, ValueError, None) for numbers in ([[1.0, np.nan]], [[np.inf, 1.0]])),
+        *((rank.singular_values, x, TypeError, None) for x in ("a matrix", None, nn.Linear(2, 2), {"fc": np.eye(2)})),
+        *((rank.rank_table, x, TypeError, "matrices by name") for x in (np.eye(2), nn.Linear(2, 2), [np.eye(2)])),
+        (partial(rank.energy_rank, np.ones(3)), 90, ValueError, "share 90"),
     ],
 )
-def test_what_is_no_finite_matrix_is_refused(numbers, error):
-    with pytest.raises(error):
-        rank.singular_values(numbers)
-
-
-@pytest.mark.parametrize("wrong", [np.eye(2), nn.Linear(2, 2), [np.eye(2)]])
-def test_a_table_needs_matrices_by_name(wrong):
-    with pytest.raises(TypeError, match="matrices by name"):
-        rank.rank_table(wrong)
+def test_what_is_no_finite_matrix_no_matrices_by_name_or_no_share_is_refused(measure, numbers, error, named):
+    with pytest.raises(error, match=named):
+        measure(numbers)
 
 
 OF_SPECTRA = {
@@ -94,11 +92,6 @@ def test_measures_take_tensors_and_arrays_and_refuse_what_are_no_singular_values
             measure(impossible)
     with pytest.raises(TypeError):
         measure("much")
-
-
-def test_a_share_above_1_is_refused():
-    with pytest.raises(ValueError, match="share 90"):
-        rank.energy_rank(np.ones(3), 90)
 
 
 @pytest.mark.parametrize(
@@ -131,25 +124,12 @@ def test_rounding_moves_no_singular_value_past_its_tolerance(seed, k, dtype):
     assert rank.numerical_rank(rounded, rank.tolerance(rounded, (60, 30), dtype)) <= k
 
 
-def test_directions_beyond_the_edge_are_those_added_to_noise():
-    noise = 0.1 * _random((300, 200))
-    _, edge = rank.marchenko_pastur_edges((300, 200), noise.std())
-    assert (rank.singular_values(noise) > edge).sum() <= 1
-    signal = _random((300, 4)) @ _random((4, 200), seed=1)
-    assert (rank.singular_values(signal + noise) > edge).sum() in (4, 5)
-
-
 def test_measures_of_known_spectra():
     s = np.array([4.0, 2.0, 2.0, 0.0])
     assert rank.stable_rank(s) == 24 / 16
     assert rank.effective_rank(s) == pytest.approx(2 * 2**0.5)  # entropy of ½, ¼, ¼ is 1.5 bits
     assert [rank.energy_rank(s, share) for share in (0.5, 16 / 24, 0.67, 0.84, 1.0)] == [1, 1, 2, 3, 3]
     assert [rank.numerical_rank(s, tolerance) for tolerance in (0.0, 0.4, 0.5, 1.0)] == [3, 3, 1, 0]
-    for k in range(1, 10):
-        equal = 7e-3 * np.r_[np.ones(k), np.zeros(3)]
-        assert rank.stable_rank(equal) == pytest.approx(k) == rank.effective_rank(equal)
-        assert rank.numerical_rank(equal, 1e-6) == rank.energy_rank(equal, 1.0) == k
-        assert rank.energy_rank(equal, 0.5) == -(-k // 2)
 
 
 @given(SPECTRA, st.floats(0.01, 1.0))
@@ -169,7 +149,6 @@ def test_effective_rank_is_scipys_entropy_and_stable_rank_the_least_of_measures(
     assert rank.stable_rank(s) <= participation * (1 + 1e-9)
     assert participation <= rank.effective_rank(s) * (1 + 1e-9)
     assert rank.effective_rank(s) <= len(s) * (1 + 1e-9)
-    assert rank.energy_rank(s, 0.9) <= rank.energy_rank(s, 0.95) <= rank.energy_rank(s, 0.99) <= len(s)
 
 
 @given(seed=st.integers(0, 999), scale=st.sampled_from([1e-150, 1e-20, 1e-3, 1e3, 1e150]))

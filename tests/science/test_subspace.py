@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector as flat
 
 from lowrank_helpers.models import mlp, n_parameters
 from lowrank_helpers.subspace import SubspaceModel, intrinsic_dimension
-
-
-def _flat(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _projection(model):
@@ -17,7 +14,7 @@ def _projection(model):
     columns = []
     for unit in torch.eye(len(model.z)):
         model.z.data = unit
-        columns.append(_flat(model.weights().values()) - _flat(model.model.parameters()))
+        columns.append(flat(model.weights().values()) - flat(model.model.parameters()))
     model.z.data = torch.zeros(len(model.z))
     return torch.stack(columns, dim=1)
 
@@ -31,7 +28,7 @@ def test_the_projection_is_orthonormal_and_z_alone_is_trained_from_the_network()
     for of in (model, network):
         of(x).square().sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == ["z"]
-    full = _flat(weight.grad for weight in network.parameters())
+    full = flat(weight.grad for weight in network.parameters())
     torch.testing.assert_close(model.z.grad, P.T @ full, atol=1e-5, rtol=1e-4)
 
 

@@ -14,6 +14,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from networks import weights_of
 from sklearn.metrics import accuracy_score, log_loss
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -28,10 +29,6 @@ from lowrank_helpers.training import History, Recipe, evaluate, fit, pick_device
 
 def _model(seed=0):
     return mlp([784, 48, 32, 10], seed=seed)
-
-
-def _weights(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def _textbook(model, data, recipe, penalty=lambda model: 0.0):
@@ -62,14 +59,16 @@ def _squares(matrices):
         ({"frobenius_decay": 0.05}, lambda model: _squares(of.weight for of in model if hasattr(of, "weight"))),
     ],
 )
-def test_training_is_the_textbooks(digits, decay, penalty, monkeypatch):
+def test_training_is_the_textbooks_and_frozen_parameters_stay(digits, decay, penalty, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")  # a hidden bar changes nothing
     ours = factorize(_model(), {"fc1": 8, "fc2": 8})
-    theirs = copy.deepcopy(ours)
+    ours.fc2.C.requires_grad_(False)
+    theirs, frozen = copy.deepcopy(ours), ours.fc2.C.weight.clone()
     recipe = Recipe(2, 100, 1e-3, seed=4, **decay)
     fit(ours, digits, recipe)
     _textbook(theirs, digits, recipe, penalty)
-    torch.testing.assert_close(_weights(ours), _weights(theirs), rtol=0, atol=2e-5)
+    torch.testing.assert_close(weights_of(ours), weights_of(theirs), rtol=0, atol=2e-5)
+    assert torch.equal(ours.fc2.C.weight, frozen)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -80,7 +79,7 @@ def test_on_a_gpu_recorded_steps_are_those_that_the_processor_takes(digits, buil
     data = digits.to("cuda")
     fit(expected, digits, recipe)
     fit(recorded, data, recipe)
-    torch.testing.assert_close(_weights(recorded).cpu(), _weights(expected), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights_of(recorded).cpu(), weights_of(expected), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -105,34 +104,10 @@ def test_a_network_learns_in_either_precision_and_keeps_float32_weights(digits):
         assert history.loss["train"][-1] < 0.1 < history.loss["train"][0]
     assert min(scores.values()) > 0.95
     assert scores["float32"] == pytest.approx(scores["bfloat16"], abs=0.02)
-
-
-def test_bfloat16_is_really_used(digits):
-    model = _model()
     exact, rounded = (predict(model, digits.test_images, precision) for precision in ("float32", "bfloat16"))
     assert rounded.dtype == torch.float32
     difference = (exact - rounded).abs().max() / exact.abs().max()
     assert 1e-4 < difference < 0.05  # bfloat16 has 8 significant bits
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_does_not(digits):
-    weights = {}
-    for run, seed in (("one", 0), ("again", 0), ("other", 1)):
-        model = _model()
-        torch.rand(hash(run) % 7)  # the global generator must not matter
-        fit(model, digits, Recipe(1, 128, 1e-3, seed=seed))
-        weights[run] = _weights(model)
-    assert torch.equal(weights["one"], weights["again"])
-    assert not torch.equal(weights["one"], weights["other"])
-
-
-def test_frozen_parameters_stay(digits):
-    model = _model()
-    model.fc2.requires_grad_(False)
-    before = copy.deepcopy(model)
-    fit(model, digits, Recipe(1, 128, 1e-3, weight_decay=0.1))
-    assert torch.equal(model.fc2.weight, before.fc2.weight)
-    assert not torch.equal(model.fc1.weight, before.fc1.weight)
 
 
 def test_history_starts_at_the_untrained_network_and_ends_at_the_trained_one(digits):
@@ -172,28 +147,20 @@ def _normalised():
     return torch.nn.Sequential(_model(), torch.nn.BatchNorm1d(10))
 
 
-def test_steps_are_in_training_mode_and_scores_in_evaluation_mode(digits):
+def test_steps_are_in_training_mode_and_scores_in_evaluation_mode_whatever_the_mode_was(digits):
     ours, theirs = _normalised().eval(), _normalised()
     ours[0].train()  # a mode of its own, which it must come back in
     recipe = Recipe(2, 100, 1e-3)
     history = fit(ours, digits, recipe)
     _textbook(theirs.train(), digits, recipe)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=2e-5)
     assert [ours.training, ours[0].training, ours[1].training] == [False, True, False]
+    trained = copy.deepcopy(ours.state_dict())
+    torch.testing.assert_close(trained, theirs.state_dict(), rtol=0, atol=2e-5)
     expected = theirs.eval()(digits.test_images).argmax(dim=1)
     assert history.final("test").accuracy == pytest.approx((expected == digits.test_labels).float().mean().item())
-
-
-def test_scoring_moves_nothing_and_does_not_depend_on_the_mode(digits):
-    model = _normalised()
-    model[1].running_mean += 1
-    before = copy.deepcopy(model.state_dict())
-    scores = [evaluate(model.train(mode), digits.test_images, digits.test_labels) for mode in (True, False)]
-    assert scores[0] == scores[1]
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    model.train()
-    predict(model, digits.test_images)
-    assert all(layer.training for layer in model.modules())
+    scores = [evaluate(ours.train(mode), digits.test_images, digits.test_labels) for mode in (False, True)]
+    assert scores[0] == scores[1] and all(layer.training for layer in ours.modules())
+    torch.testing.assert_close(ours.state_dict(), trained, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(timing.fcntl is None, reason="without flock nobody waits")
@@ -241,20 +208,14 @@ def test_when_an_accuracy_was_reached_is_interpolated(accuracy, expected):
     assert history.reached("test", accuracy) == pytest.approx(expected, nan_ok=True)
 
 
-def test_scores_are_scikit_learns(digits):
+def test_scores_are_scikit_learns_in_however_many_batches(digits, monkeypatch):
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 500)
     model = _model()
     score = evaluate(model, digits.train_images, digits.train_labels)
     probabilities = model(digits.train_images).softmax(dim=1).detach().double().numpy()
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     assert score.accuracy == pytest.approx(accuracy_score(digits.train_labels, probabilities.argmax(axis=1)), abs=1e-7)
     assert score.loss == pytest.approx(log_loss(digits.train_labels, probabilities), rel=1e-5)
-
-
-def test_prediction_in_batches_is_prediction_at_once():
-    n = training.EVALUATION_BATCH + 5
-    images = torch.randn(n, 784, generator=torch.Generator().manual_seed(0))
-    model = _model()
-    torch.testing.assert_close(predict(model, images), model(images).detach())
 
 
 @pytest.mark.parametrize(
@@ -307,7 +268,7 @@ def test_numbers_depend_neither_on_workers_nor_on_what_is_trained_beside(digits,
     histories = side_by_side([partial(_fit, model, digits, recipe) for model in models], torch.device("cpu"))
     for model, history, other in zip(models, histories, alone, strict=True):
         expected = fit(other, digits, recipe)
-        assert torch.equal(_weights(model), _weights(other))
+        assert torch.equal(weights_of(model), weights_of(other))
         assert (history.loss, history.accuracy) == (expected.loss, expected.accuracy)
 
 

@@ -27,23 +27,20 @@ def folder(monkeypatch, tmp_path):
 
 def ran(folder, seed, *, whole=True, changes=None, rank=3.0, **environment):
     """File what a run of a seed claims, as a kernel does, and return its folder."""
+    losses = quantities({"loss": {f"{seed}": 1 / 3}})
     claims = [
         Claim("2.1", "So.", rank > 2, measured=quantities({"rank": {"fc1": rank}, "layers": 3})),
-        Claim(
-            "2.1/b", "So.", None, [Comparison(*"abc", "larger", 0.1)], series=quantities({"loss": {f"{seed}": 1 / 3}})
-        ),
+        Claim("2.1/b", "So.", None, [Comparison(*"abc", "larger", 0.1)], series=losses),
     ]
     declared = parameters.declared(evidence.source_of(NAME))
     made = {"dataset": "digits", "precision": "float32", "started": f"2026-01-{seed:02}", "revision": f"r{seed}"}
-    results.file_claims(
-        folder / str(seed),
-        {
-            "notebook": NAME,
-            "parameters": declared | {"seed": seed, "dataset": "digits"} | (changes or {}),
-            "environment": made | {"versions": {}} | evidence.code_of(NAME) | environment,
-            "claims": {claim.id: claim for claim in claims},
-        },
-    )
+    filed = {
+        "notebook": NAME,
+        "parameters": declared | {"seed": seed, "dataset": "digits"} | (changes or {}),
+        "environment": made | {"versions": {}} | evidence.code_of(NAME) | environment,
+        "claims": {claim.id: claim for claim in claims},
+    }
+    results.file_claims(folder / str(seed), filed)
     if whole:
         (folder / str(seed) / f"{NAME}.ipynb").touch()
     return folder / str(seed)
@@ -123,9 +120,8 @@ def test_limits_of_known_numbers(known, inside, outside):
 
 
 def claim(holds=True, rank=3.0, name="rank"):
-    return {
-        "2.1": Claim("2.1", "Ranks fall.", holds, measured=quantities({name: {"fc1": rank}}), timings={"s": {"": 99.0}})
-    }
+    measured = quantities({name: {"fc1": rank}})
+    return {"2.1": Claim("2.1", "Ranks fall.", holds, measured=measured, timings={"s": {"": 99.0}})}
 
 
 @pytest.mark.parametrize(
@@ -147,14 +143,10 @@ def test_what_is_unlike_the_recorded_runs_is_named(claims, said):
     assert len(found) == len(said) and all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("parameters", "found"), [({}, ["float32", "auto"]), ({"precision": "auto"}, ["auto", "auto"])]
-)
-def test_evidence_is_of_both_precisions_unless_one_is_given(parameters, found):
-    points = SCRIPT["points_of"]([NAME], [1, 2], parameters)
-    assert [planned[NAME] for planned in points.values()] == [
-        {"seed": seed, "precision": precision} for seed, precision in enumerate(found, start=1)
-    ]
+@pytest.mark.parametrize(("given", "used"), [({}, ["float32", "auto"]), ({"precision": "auto"}, ["auto", "auto"])])
+def test_evidence_is_of_both_precisions_unless_one_is_given(given, used):
+    planned = [point[NAME] for point in SCRIPT["points_of"]([NAME], [1, 2], given).values()]
+    assert planned == [{"seed": 1, "precision": used[0]}, {"seed": 2, "precision": used[1]}]
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,9 @@ def kernel(**options) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
 
 
 def printed(client: BlockingKernelClient, source: str) -> str:
-    texts = []
-    client.execute_interactive(
-        source, timeout=60, output_hook=lambda message: texts.append(message["content"].get("text", ""))
-    )
-    return "".join(texts).strip()
+    messages: list = []
+    client.execute_interactive(source, timeout=60, output_hook=messages.append)
+    return "".join(message["content"].get("text", "") for message in messages).strip()
 
 
 def test_kernel_has_imported_and_shares_nothing_else(tmp_path):

@@ -68,17 +68,12 @@ def test_what_is_allowed_trains(tiny, choice):
     assert len(fit(model, tiny, Recipe(1, values["batch_size"], values["alpha"], **options)).seconds) == 2
 
 
-@pytest.mark.parametrize("notebook", execution.notebook_names())
-def test_a_notebooks_own_defaults_are_allowed_and_the_common_ones_come_first(notebook):
-    defaults = declared(execution.notebook_path(notebook))
-    check(defaults)
-    assert list(defaults)[:5] == ["dataset", "data_dir", "seed", "device", "precision"]
-
-
-def test_a_name_has_one_default_in_all_notebooks():
+def test_notebooks_defaults_are_allowed_the_common_ones_first_and_one_for_a_name_in_all():
     defaults: dict = {}
     for notebook in execution.notebook_names():
-        for name, value in declared(execution.notebook_path(notebook)).items():
+        check(own := declared(execution.notebook_path(notebook)))
+        assert list(own)[:5] == ["dataset", "data_dir", "seed", "device", "precision"], notebook
+        for name, value in own.items():
             assert defaults.setdefault(name, value) == value, f"{name} in {notebook}"
 
 
