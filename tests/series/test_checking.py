@@ -77,10 +77,11 @@ def test_a_table_is_compared_as_html_alone_and_a_stream_whole():
 
 
 @pytest.mark.parametrize("name", notebook_names())
-def test_every_code_cell_is_recorded_and_most_are_checked(name):
+def test_every_code_cell_is_recorded_warns_of_nothing_and_most_are_checked(name):
     recorded = nbformat.read(notebook_path(name), as_version=4)
     cells = [cell for cell in recorded.cells if cell.cell_type == "code"]
     assert [cell.id for cell in cells if cell.execution_count is None] == []
+    assert [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"] == []
     assert len(marked(recorded, "unchecked")) <= 2, "the header, and the explorer or what others found"
 
 
