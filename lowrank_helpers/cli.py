@@ -133,7 +133,7 @@ def run(
 @click.option("-g", "--grid", "axes", multiple=True, metavar="NAME=VALUES", help=f"Sweep a parameter: {AXES}.")
 @GIVEN
 @FILE
-@OUTPUT(default=PROJECT / "reports" / "sweeps" / "latest", help="The sweep's folder; reports/sweeps/latest if not given.")
+@OUTPUT(default=PROJECT / "reports" / "sweeps" / "latest", help="A folder; reports/sweeps/latest if not given.")
 @RESUME
 @WORKERS
 @SCHEDULER
