@@ -23,7 +23,7 @@ MEANING = {
 
 
 def knee(frontier: Mapping[float, float]) -> float:
-    """Return the share whose cost is farthest from the line between the ends (Satopää et al. 2011, section 3)."""
+    """Return the share whose cost is farthest from the line between the ends (Satopää et al. 2011)."""
     share, cost = np.array(sorted(frontier.items())).T
     line = np.interp(share, share[[0, -1]], cost[[0, -1]])
     return float(share[np.abs(cost - line).argmax()])
