@@ -1,6 +1,5 @@
 """What the matrices of somebody's own network measure: a table for the terminal, and a page with ``results.json``."""
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lowrank_helpers.analysis import BEYOND, Analysis
-from lowrank_helpers.series.store import write_atomically
 
-FORMAT = 1
 HALF = ("float16", "bfloat16")
 WIDTH = 100  # columns of the terminal
 NAMED = 4  # tensors that are named where others share their reason; --output names all
@@ -126,40 +123,35 @@ def _percent(share: float) -> str:
 def write(folder: Path, analysis: Analysis) -> None:
     """Write ``index.html`` and ``results.json``."""
     from lowrank_helpers.report import pages  # here: it takes seconds to import, which the table need not wait for
-    from lowrank_helpers.series.results import software
 
-    table, environment = analysis.table, software()
+    table = analysis.table
     plain, evidence = answer(analysis)
     results = {
-        "format": FORMAT,
         "source": analysis.source,
         "answer": plain,
         "evidence": evidence,
         "parameters": analysis.n_parameters,
         "saved": analysis.n_saved,
-        "environment": environment,
         "matrices": table.to_dict(orient="index"),
         "skipped": analysis.skipped,
     }
-    write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
     conditions = {
         "Network": analysis.source,
         "Matrices": f"{len(table):,}",
         "Parameters in them": f"{analysis.n_parameters:,}",
         "Stored as": ", ".join(table["dtype"].unique()),
         "Not measured": f"{len(analysis.skipped):,} tensors",
-        "PyTorch": environment["versions"]["torch"],
-        "Git revision": environment["revision"],
     }
-    pages.write_index(
+    pages.write_network(
         folder,
-        "network",
-        **results,
+        results,
+        conditions,
         title=f"How low-rank is {Path(analysis.source).name}?",
         lead="Every matrix of a network by every measure of rank.",
-        rows="Matrices",
-        conditions=conditions,
+        answer=plain,
+        evidence=evidence,
         figure=pages.picture(*_figure(table), ALT),
+        rows="Matrices",
         table=_shown(table).to_html(**NUMBERS),
         meaning=MEANING,
         notes=notes(analysis),

@@ -1,6 +1,5 @@
 """What ``compress`` did to somebody's own network: a page with ``results.json``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,9 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lowrank_helpers.compression import Change, Report
-from lowrank_helpers.series.store import write_atomically
 
-FORMAT = 1
 N_BUDGETS = 12  # of the curve
 ALT = "What budgets of parameters cost, with the knee and this budget marked."
 MEANING = {
@@ -23,34 +20,34 @@ MEANING = {
 
 
 def knee(frontier: Mapping[float, float]) -> float:
-    """Return the share whose cost is farthest from the line between the ends (Satopää et al. 2011)."""
-    share, cost = np.array(sorted(frontier.items())).T
+    """Return the share whose cost is farthest from the line between the ends (Satopää et al. 2011).
+
+    The shares rise.
+    """
+    share, cost = np.array(list(frontier.items())).T
     line = np.interp(share, share[[0, -1]], cost[[0, -1]])
     return float(share[np.abs(cost - line).argmax()])
 
 
 def write(folder: Path, source: str, report: Report) -> None:
     """Write ``index.html`` and ``results.json``."""
-    from lowrank_helpers.report import pages  # here: it takes seconds to import
-    from lowrank_helpers.series.results import software
+    from lowrank_helpers.report import pages  # here: it takes seconds to import, which a refusal need not wait for
 
-    environment, at = software(), knee(report.frontier)
-    results = {"format": FORMAT, "source": source, "verdict": report.verdict, "knee": at, "environment": environment}
-    write_atomically(folder / "results.json", json.dumps(results | asdict(report), indent=1, default=float).encode())
+    frontier = {share: float(cost) for share, cost in report.frontier.items()}  # a score may be a tensor
+    at = knee(frontier)
     changes = {name: change for name, change in vars(report).items() if isinstance(change, Change)}
-    conditions = {"Network": source} | {name.capitalize(): str(change) for name, change in changes.items()}
     fitted = [report.fallbacks.get(name, "the model's outputs") for name in report.ranks]
     table = pd.DataFrame({"rank": report.ranks.values(), "factors fit": fitted}, index=list(report.ranks))
-    pages.write_index(
+    pages.write_network(
         folder,
-        "network",
+        {"source": source, "verdict": report.verdict, "knee": at, **asdict(report)},
+        {"Network": source} | {name.capitalize(): str(change) for name, change in changes.items()},
         title=f"{Path(source).name}, compressed",
         lead="Layers of a network became two thin ones each.",
-        conditions=conditions | {"PyTorch": environment["versions"]["torch"], "Git revision": environment["revision"]},
         answer=report.verdict,
         evidence=f"The outputs change by {report.measured_error:.3g}, measured; {report.error:.3g} was predicted. "
         f"The curve has its knee at {at:.0%} of the parameters.",
-        figure=pages.picture(*_figure(report, at), ALT),
+        figure=pages.picture(*_figure(frontier, at, report), ALT),
         rows="Layers",
         table=table.to_html(),
         meaning=MEANING,
@@ -58,13 +55,12 @@ def write(folder: Path, source: str, report: Report) -> None:
     )
 
 
-def _figure(report: Report, at: float) -> tuple[bytes, int, int]:
+def _figure(frontier: Mapping[float, float], at: float, report: Report) -> tuple[bytes, int, int]:
     from lowrank_helpers import plots
 
     plots.use_style()
     figure, ax = plots.panels(panel=(6, 3.4))
-    shares = sorted(report.frontier)
-    ax.plot([100 * share for share in shares], [report.frontier[share] for share in shares], "o-", markersize=4)
+    ax.plot([100 * share for share in frontier], frontier.values(), "o-", markersize=4)
     ax.axvline(100 * at, color=plots.PALETTE[1], linestyle="--", label="knee")
     ax.axvline(100 * report.parameters.share, color="black", linestyle=":", label="this budget")
     ax.set(xlabel="share of the parameters (%)", ylabel="score" if report.score else "relative change of the outputs")

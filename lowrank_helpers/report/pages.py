@@ -4,7 +4,9 @@ Imported only where pages are written: nbconvert takes seconds to import.
 """
 
 import base64
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.filters.strings import html2text
 
 from lowrank_helpers import PROJECT
+from lowrank_helpers.series.results import software
 from lowrank_helpers.series.store import write_atomically
 
+FORMAT = 1  # of results.json on somebody's own network
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -86,6 +90,16 @@ def write_index(folder: Path, template: str, **shown: Any) -> None:
     """Write ``index.html``, a page that is no notebook, from the template of this name."""
     html = EXPORTER.environment.get_template(f"{template}.html.j2").render(shown)
     write_atomically(folder / "index.html", html.encode())
+
+
+def write_network(folder: Path, results: Mapping[str, Any], conditions: Mapping[str, str], **shown: Any) -> None:
+    """Write what was measured of somebody's own network: ``results.json`` and ``index.html``."""
+    environment = software()
+    filed = {"format": FORMAT, **results, "environment": environment}
+    content = json.dumps(filed, indent=1, ensure_ascii=False, default=float)  # a score may be a tensor
+    write_atomically(folder / "results.json", content.encode())
+    made_by = {"PyTorch": environment["versions"]["torch"], "Git revision": environment["revision"]}
+    write_index(folder, "network", conditions={**conditions, **made_by}, **shown)
 
 
 def picture(png: bytes, width: int, height: int, alt: str) -> dict[str, Any]:
