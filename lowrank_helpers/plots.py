@@ -153,3 +153,13 @@ def band(ax: Axes, recorded: pd.DataFrame, colour: str) -> None:
     """
     if len(recorded):
         ax.fill_between(recorded.columns, recorded.min(), recorded.max(), color=colour, alpha=BAND, linewidth=0)
+
+
+def dots(ax: Axes, values: Mapping[str, float], recorded: pd.DataFrame, colour: str, label: str = "") -> None:
+    """Mark one run's values, a row a label, over small points for those that recorded runs measured.
+
+    ``recorded`` has a row a run and a column a label.
+    """
+    for row in recorded.columns.intersection([*values]):
+        ax.plot(recorded[row], [row] * len(recorded), ".", color=colour, alpha=3 * BAND, markersize=3)
+    ax.plot([*values.values()], [*values], "o", color=colour, label=label)

@@ -46,3 +46,10 @@ def test_band_reaches_from_the_least_to_the_most_that_recorded_runs_measured(cur
     plots.band(ax, pd.DataFrame({1.0: [3, 5], 2.0: [4, 9]}), "red")
     points = ax.collections[0].get_paths()[0].vertices
     assert {tuple(map(float, point)) for point in points} == {(1, 3), (1, 5), (2, 4), (2, 9)}
+
+
+def test_dots_of_recorded_runs_stand_in_the_rows_of_this_runs_labels(curves):
+    _, ax = plt.subplots()
+    plots.dots(ax, {"new": 1.0, "known": 2.0}, pd.DataFrame({"known": [3, 4], "other": [5, 6]}), "red")
+    drawn = {(x, row) for line in ax.lines for x, row in zip(*line.get_data(orig=True), strict=True)}
+    assert drawn == {(1, "new"), (2, "known"), (3, "known"), (4, "known")}
