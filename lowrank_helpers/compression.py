@@ -1,6 +1,6 @@
 """Compress any network: its linear layers and convolutions become low-rank layers, within a budget.
 
-A convolution is a matrix (out, in·kh·kw) that is applied at every position. Factors that fit what a layer puts out on
+A convolution is a matrix (out, in·window) that is applied at every position. Factors that fit what a layer puts out on
 images, instead of its weight, are those of Zhang et al. 2016, arXiv 1505.06798, section 2.1.
 """
 
@@ -22,8 +22,8 @@ from torch.nn.parameter import is_lazy
 from lowrank_helpers.calibration import LARGE_BATCH, Batches, Forward, call, output_fisher, output_moments
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
-from lowrank_helpers.layers import Replaceable, factorize_standard, replaceable_layers, substitute_, with_factors
-from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
+from lowrank_helpers.layers import factorize_standard, replaceable_layers, substitute_, with_factors
+from lowrank_helpers.models import LowRankLayer, Replaceable, n_parameters, named_layers
 from lowrank_helpers.selection import Layer, allocate, layers_of, total_cost
 from lowrank_helpers.timing import median_seconds
 from lowrank_helpers.training import progress
@@ -131,9 +131,9 @@ def compress(
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model and what was done.
 
-    Every ``nn.Linear`` and ``nn.Conv2d`` may become a :class:`~lowrank_helpers.models.LowRankLayer`, with factors that
-    change the model's outputs least on about ``CALIBRATION`` inputs. Nothing is trained: tuning the result for a few
-    epochs regains much of what is lost.
+    Every linear layer, and every convolution of one group, may become a
+    :class:`~lowrank_helpers.models.LowRankLayer`, with factors that change the model's outputs least on about
+    ``CALIBRATION`` inputs. Nothing is trained: tuning the result for a few epochs regains much of what is lost.
 
     The change is predicted, then measured on at most ``MEASURED`` batches that fitted nothing. Where it is more than
     ``FAR`` times the prediction, each layer takes those factors with which it is least: as chosen, fitted to the
@@ -419,7 +419,7 @@ def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], d
     for name, weight in matrices.items():
         shared = [other for other, w in matrices.items() if w.data_ptr() == weight.data_ptr() and other != name]
         if name not in layers:
-            reason = "only plain weights of linear layers and of 2-D convolutions of one group are replaced"
+            reason = "only plain weights of linear layers and of convolutions of one group are replaced"
             left_alone[name.removeprefix(".")] = reason
         elif shared:
             left_alone[name] = f"shares its weight with {', '.join(shared)}"
