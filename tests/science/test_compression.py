@@ -379,7 +379,7 @@ def _convolutions():
     return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *layers, nn.Flatten(), nn.Linear(8 * 144, 10))
 
 
-PLAIN = "only plain weights of linear layers and of convolutions of one group are replaced"
+PLAIN = "only plain weights of nn.Linear, and of nn.Conv1d to 3d of one group, are replaced"
 LEFT_ALONE = [
     (_tied, {"1": "shares its weight with 2", "2": "shares its weight with 1"}),
     (_reads_size, {"read": "no attribute 'in_features'", "idle": "never calls it"}),
