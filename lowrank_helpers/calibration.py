@@ -66,8 +66,8 @@ class _SecondMoments:
         return hooks
 
     def add(self, name: str, values: Tensor, bias: Tensor | None = None) -> None:
-        """Add a layer's values, (…, n) or of a convolution (…, n, height, width), less its bias."""
-        channels_last = values.movedim(-3, -1) if isinstance(self.layers[name], nn.Conv2d) else values
+        """Add a layer's values, (…, n) or of a convolution (…, n, positions along each axis), less its bias."""
+        channels_last = values.movedim(1 - self.layers[name].weight.dim(), -1)
         rows, basis = channels_last.reshape(-1, channels_last.shape[-1]), self.bases[name]
         rows = rows if bias is None else rows - bias
         rows = rows.to(precise(rows)) if basis is None else rows.to(basis) @ basis
@@ -94,7 +94,7 @@ def output_moments(
     inputs : Tensor, shape (N, …), or sequence of batches
         Batches are whatever ``forward`` takes.
     names : collection of str
-        Linear layers and 2-D convolutions, by dotted name. Each position of an output counts as a sample.
+        Linear layers and convolutions of one group, by dotted name. Each position of an output counts as a sample.
     forward : callable
         ``forward(model, batch)`` runs the model on a batch.
 

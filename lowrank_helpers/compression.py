@@ -1,6 +1,6 @@
 """Compress any network: its linear layers and convolutions become low-rank layers, within a budget.
 
-A convolution is a matrix (out, in·kh·kw) that is applied at every position. Factors that fit what a layer puts out on
+A convolution is a matrix (out, in·window) that is applied at every position. Factors that fit what a layer puts out on
 images, instead of its weight, are those of Zhang et al. 2016, arXiv 1505.06798, section 2.1.
 """
 
@@ -22,8 +22,8 @@ from torch.nn.parameter import is_lazy
 from lowrank_helpers.calibration import LARGE_BATCH, Batches, Forward, call, output_fisher, output_moments
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, precise
-from lowrank_helpers.layers import Replaceable, factorize_standard, replaceable_layers, substitute_, with_factors
-from lowrank_helpers.models import LowRankLayer, n_parameters, named_layers
+from lowrank_helpers.layers import factorize_standard, replaceable_layers, substitute_, with_factors
+from lowrank_helpers.models import LowRankLayer, Replaceable, n_parameters, named_layers
 from lowrank_helpers.selection import Layer, allocate, layers_of, total_cost
 from lowrank_helpers.timing import median_seconds
 from lowrank_helpers.training import progress
@@ -131,9 +131,10 @@ def compress(
 ) -> tuple[nn.Module, Report]:
     """Return a smaller copy of a model and what was done.
 
-    Every ``nn.Linear`` and ``nn.Conv2d`` may become a :class:`~lowrank_helpers.models.LowRankLayer`, with factors that
-    change the model's outputs least on about ``CALIBRATION`` inputs. Nothing is trained: tuning the result for a few
-    epochs regains much of what is lost.
+    Every ``nn.Linear``, and every ``nn.Conv1d`` to ``nn.Conv3d`` of one group, may become a
+    :class:`~lowrank_helpers.models.LowRankLayer`, with factors that change the model's outputs least on about
+    ``CALIBRATION`` inputs. Other matrices stay: make of a transposed one, as in GPT-2's ``Conv1D``, an ``nn.Linear``
+    first. Nothing is trained: tuning the result for a few epochs regains much of what is lost.
 
     The change is predicted, then measured on at most ``MEASURED`` batches that fitted nothing. Where it is more than
     ``FAR`` times the prediction, each layer takes those factors with which it is least: as chosen, fitted to the
@@ -180,7 +181,8 @@ def compress(
     model_in_use = deepcopy(model).eval()
     batches = Batches.of(model_in_use, data, forward, logits)
     layers, left_alone = _layers_to_replace(model_in_use, batches, ignore)
-    score = _check_budget(model_in_use, batches, layers, budget, metric)
+    score = metric(model_in_use) if callable(metric) else math.nan
+    _check_budget(model_in_use, batches, layers, budget, metric, score)
     svds, fallbacks = _decomposed(model_in_use, batches, layers)
     search = _Search(model_in_use, batches, budget, metric, score, svds, fallbacks, left_alone)
     factors, report = search.compressed()
@@ -218,9 +220,7 @@ class _Search:
             factors, refitted = self.refitted(ranks)
             error, fallbacks = self.change(factors), fallbacks | refitted
         small = with_factors(self.model, factors)
-        parameters, flops = (
-            Change(size(self.model, self.batches), size(small, self.batches)) for size in SIZES.values()
-        )
+        parameters, flops = (Change(of(self.model, self.batches), of(small, self.batches)) for of in SIZES.values())
         score, seconds = Change(self.score, self.metric(small)) if callable(self.metric) else None, self.seconds(small)
         report = Report(ranks, self.left_alone, fallbacks, predicted, error, parameters, flops, seconds, score)
         return (factors, report) if error <= far else self.with_one_left_alone(factors, report)
@@ -250,7 +250,7 @@ class _Search:
         The two budgets are 1 % apart. What is measured should rise with the budget, but for noise.
         """
         layers = self.layers(metric)
-        low, high = (float(total_cost(layers, ranks)) for ranks in (dict.fromkeys(layers, 1), {}))
+        low, high = map(float, _least_and_most(layers))
         below, above = allocate(layers, low), dict[str, int]()
         halvings = math.ceil(math.log2(max(1.0, math.log(high / low, PRECISION))))
         for _ in progress(range(halvings), "trying budgets"):
@@ -265,13 +265,13 @@ class _Search:
     def frontier(self, n_budgets: int) -> dict[float, float]:
         """Return by share of the parameters what so many budgets cost, from rank 1 in every layer to dense ones."""
         layers, total = self.layers("parameters"), n_parameters(self.model)
-        least, most = (total_cost(layers, ranks) for ranks in (dict.fromkeys(layers, 1), {}))
+        least, most = _least_and_most(layers)
         found = {}
         for budget in progress(np.geomspace(least, most, n_budgets).tolist(), "measuring budgets"):
             ranks = allocate(layers, budget)
             factors = _cut(ranks, self.svds)
             cost = self.metric(with_factors(self.model, factors)) if callable(self.metric) else self.change(factors)
-            found[1 - (most - total_cost(layers, ranks)) / total] = cost
+            found[1 - (most - total_cost(layers, ranks)) / total] = float(cost)
         return found
 
     def refitted(self, ranks: Mapping[str, int]) -> tuple[dict[str, Factors], dict[str, str]]:
@@ -301,9 +301,8 @@ class _Search:
         worst = min(factors, key=lambda name: self.change({n: pair for n, pair in factors.items() if n != name}))
         reason = f"with it cut, the outputs changed by {report.measured_error:.3g}, predicted {report.error:.3g}"
         svds = {name: svd for name, svd in self.svds.items() if name != worst}
-        modules = replaceable_layers(self.model)
         try:
-            _check_budget(self.model, self.batches, {name: modules[name] for name in svds}, self.budget, self.metric)
+            _check_budget(self.model, self.batches, svds, self.budget, self.metric, self.score)
             other = replace(self, svds=svds, left_alone=self.left_alone | {worst: reason}).compressed()
         except ValueError:  # the budget is too small without it
             return factors, report
@@ -326,6 +325,11 @@ class _Search:
     def seconds(self, small: nn.Module) -> Change:
         """Time a smaller model right after the model itself, as a machine's speed drifts."""
         return Change(_seconds(self.model, self.batches), _seconds(small, self.batches))
+
+
+def _least_and_most(layers: Mapping[str, Layer]) -> tuple[int, int]:
+    """Return what rank 1 in every layer costs, and what dense layers do."""
+    return total_cost(layers, dict.fromkeys(layers, 1)), total_cost(layers, {})
 
 
 def _cut(ranks: Mapping[str, int], svds: Mapping[str, Decomposition]) -> dict[str, Factors]:
@@ -391,27 +395,26 @@ def _layers_to_replace(
 
 
 def _check_budget(
-    model: nn.Module, batches: Batches, layers: Mapping[str, Replaceable], budget: float, metric: Metric
-) -> float:
-    """Refuse an impossible budget before minutes are spent on the layers; return the model's score, or NaN."""
+    model: nn.Module, batches: Batches, names: Collection[str], budget: float, metric: Metric, score: float
+) -> None:
+    """Refuse an impossible budget of the named layers before minutes are spent on them."""
     if callable(metric):
-        if not (score := metric(model)) >= budget:
+        if not score >= budget:
             raise ValueError(f"a score of {budget:.4g} is impossible: the model itself has {score:.4g}")
-        return score
-    shapes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
+        return
+    shapes = {name: model.get_parameter(f"{name}.weight").flatten(1).shape for name in names}
     smallest = factorize_standard(model, {name: 1 for name, (n, m) in shapes.items() if n + m < n * m}, seed=0)
     size = (SIZES | {"latency": _seconds})[metric]
     least = Change(size(model, batches), size(smallest, batches))
     if budget < (least.after if isinstance(budget, Integral) else least.share):
         raise ValueError(f"a budget of {budget:,} is too small: rank 1 wherever it can be leaves {metric} {least}")
-    return math.nan
 
 
 def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], dict[str, str]]:
     """Return the layers that may be replaced, and of every other matrix of the model why it may not."""
     layers, left_alone = replaceable_layers(model), {}
     matrices = {
-        f"{name}.{kind}".removesuffix(".weight"): parameter
+        f"{name}.{kind}".removesuffix(".weight").removeprefix("."): parameter
         for name, module in named_layers(model).items()
         for kind, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
@@ -419,11 +422,10 @@ def _layers_with_own_weight(model: nn.Module) -> tuple[dict[str, Replaceable], d
     for name, weight in matrices.items():
         shared = [other for other, w in matrices.items() if w.data_ptr() == weight.data_ptr() and other != name]
         if name not in layers:
-            reason = "only plain weights of linear layers and of 2-D convolutions of one group are replaced"
-            left_alone[name.removeprefix(".")] = reason
+            left_alone[name] = "only plain weights of nn.Linear, and of nn.Conv1d to 3d of one group, are replaced"
         elif shared:
             left_alone[name] = f"shares its weight with {', '.join(shared)}"
-    return {name: layer for name, layer in layers.items() if name in matrices.keys() - left_alone.keys()}, left_alone
+    return {name: layers[name] for name in matrices if name not in left_alone}, left_alone
 
 
 def _objection(model: nn.Module, name: str, layer: Replaceable, batches: Batches, wanted: Tensor) -> str:

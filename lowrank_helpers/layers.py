@@ -13,19 +13,18 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from lowrank_helpers.factorization import SVD, ActivationAwareSVD, Decomposition, Factors, check_rank
-from lowrank_helpers.models import LowRankLayer, draw_, named_layers
+from lowrank_helpers.models import LowRankLayer, Replaceable, draw_, kind_of, named_layers
 
-Replaceable = nn.Linear | nn.Conv2d
 Kind = TypeVar("Kind", bound=Replaceable)
 WEIGHTS, RANKS = "model.safetensors", "ranks.json"  # the files of a saved model
 
 
 def replaceable_layers(model: nn.Module) -> dict[str, Replaceable]:
-    """Return a model's linear layers, and its 2-D convolutions of one group, by dotted name."""
+    """Return a model's linear layers, and its convolutions of one group, by dotted name."""
     return {
         name: layer
         for name, layer in named_layers(model).items()
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        if isinstance(layer, Replaceable) and getattr(layer, "groups", 1) == 1
     }
 
 
@@ -42,8 +41,7 @@ def plain_layers(layers: Mapping[str, Kind], names: Collection[str]) -> dict[str
         raise ValueError(f"{', '.join(sorted(unknown))}: no layer that can be replaced; allowed: {', '.join(layers)}")
     found = {name: layer for name, layer in layers.items() if name in names}
     for name, layer in found.items():
-        kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-        forward = getattr(layer.forward, "__func__", None)
+        kind, forward = kind_of(layer), getattr(layer.forward, "__func__", None)
         if (forward, type(layer).__call__) != (kind.forward, kind.__call__):
             raise ValueError(
                 f"layer {name!r} is a {type(layer).__name__} with a forward of its own, which its weight does not "
@@ -95,7 +93,7 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], svds: Mapping[str, Dec
     Parameters
     ----------
     ranks : mapping of str to int
-        Rank by name of a linear layer or 2-D convolution; layers not named stay dense.
+        Rank by name of a linear layer or convolution; layers not named stay dense.
     svds : mapping of str to Decomposition, optional
         ``decompose(model)``, where many ranks of one model are wanted, or ``decompose(model, moments)`` for factors
         that fit the layers' outputs.
@@ -123,7 +121,7 @@ def factorize_standard(model: nn.Module, ranks: Mapping[str, int], *, seed: int)
     """Return a copy of a model with the named layers replaced by freshly drawn factors.
 
     Each factor gets PyTorch's standard initialisation for a layer of its shape: uniform on ±1/√r for B and on
-    ±1/√in_features, of a convolution ±1/√(in_channels·height·width), for C.
+    ±1/√in_features, of a convolution ±1/√(in_channels·window), for C.
 
     Examples
     --------

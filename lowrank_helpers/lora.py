@@ -320,18 +320,17 @@ def load_adapter(model: nn.Module, folder: Path | str) -> nn.Module:
     config, header, tensors = _read(folder)
     copy = deepcopy(model).requires_grad_(False)
     layers, buffers = linear_layers(copy), _buffers(copy)
-    stems = [name.removesuffix(FACTORS[0]) for name in tensors if name.endswith(FACTORS[0])]
     kind, ends = (DoRALinear, (*FACTORS, LENGTHS)) if config.get("use_dora") else (LoRALinear, FACTORS)
-    for name in [stem for stem in stems if all(stem + end in tensors for end in ends)]:
+    for name in [name for name in layers if all(name + end in tensors for end in ends)]:
         A, B, *lengths = (tensors.pop(name + end) for end in ends)
         try:
-            adapter = kind(plain_layers(layers, [name])[name], A, B, _alpha(config, name, len(A)), *lengths)
+            adapter = kind(layers[name], A, B, _alpha(config, name, len(A)), *lengths)
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, re.error) as error:
             raise AdapterError(f"{folder} has an impossible adapter for layer {name!r}: {error}") from error
         substitute_(copy, name, adapter)
     for name, tensor in tensors.items():
         if name not in buffers or buffers[name].shape != tensor.shape:
-            raise AdapterError(f"{folder} is damaged or not of linear layers: it holds {name} {tuple(tensor.shape)}")
+            raise AdapterError(f"{folder} is damaged or of other layers: it holds {name} {tuple(tensor.shape)}")
         buffers[name].copy_(tensor)
     if header.get(BASE, own := _checksum(model)) != own:
         raise AdapterError(

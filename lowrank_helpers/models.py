@@ -8,6 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -172,18 +173,27 @@ def draw_(weights: Iterable[Tensor], generator: torch.Generator) -> None:
             nn.init.uniform_(weight, -bound, bound, generator=generator)
 
 
-class LowRankLayer(nn.Sequential):
-    """A linear layer or 2-D convolution of low rank, made of two of PyTorch's own: ``C`` to r outputs, then ``B``.
+Replaceable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d  # convolutions of one group
 
-    y = x·Cᵀ·Bᵀ + bias. Of a convolution, C has its window, stride, padding and dilation, and B is 1×1 (Zhang et al.
-    2016, arXiv 1505.06798, section 2.1).
+
+def kind_of(layer: Replaceable) -> type[Replaceable]:
+    """Return PyTorch's own class of a layer, which may be of a subclass."""
+    kinds: tuple[type[Replaceable], ...] = get_args(Replaceable)
+    return next(kind for kind in kinds if isinstance(layer, kind))
+
+
+class LowRankLayer(nn.Sequential):
+    """A linear layer or convolution of low rank, made of two of PyTorch's own: ``C`` to r outputs, then ``B``.
+
+    y = x·Cᵀ·Bᵀ + bias. Of a convolution, C has its window, stride, padding and dilation, and B has a window of size 1
+    (Zhang et al. 2016, arXiv 1505.06798, section 2.1).
 
     Attributes
     ----------
-    C : nn.Linear or nn.Conv2d
-        Its weight is (r, in_features) or (r, in_channels, height, width); without a bias.
-    B : nn.Linear or nn.Conv2d
-        Its weight is (out_features, r) or (out_channels, r, 1, 1); with the bias, if there is one.
+    C : nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d
+        Its weight is (r, in_features) or (r, in_channels, …); without a bias.
+    B : of the same class
+        Its weight is (out_features, r) or (out_channels, r, 1, …); with the bias, if there is one.
 
     Examples
     --------
@@ -192,11 +202,11 @@ class LowRankLayer(nn.Sequential):
     [6.0, 6.0, 6.0, 6.0, 6.0]
     """
 
-    B: nn.Linear | nn.Conv2d
-    C: nn.Linear | nn.Conv2d
+    B: Replaceable
+    C: Replaceable
 
     @classmethod
-    def of(cls, layer: nn.Linear | nn.Conv2d, B: Tensor, C: Tensor) -> "LowRankLayer":
+    def of(cls, layer: Replaceable, B: Tensor, C: Tensor) -> "LowRankLayer":
         """Return the low-rank layer that takes a layer's place: copies of B (n, r) and C (r, m) for its weight (n, m).
 
         The weight is unfolded. Dtype, device, mode, bias, and what is frozen, are the layer's.
@@ -204,13 +214,10 @@ class LowRankLayer(nn.Sequential):
         (n, m), rank = layer.weight.flatten(1).shape, len(C)
         if (B.shape, C.shape) != ((n, rank), (rank, m)):
             raise ValueError(f"B {tuple(B.shape)} and C {tuple(C.shape)} must be ({n}, r) and (r, {m})")
-        first: nn.Linear | nn.Conv2d = nn.Linear(m, rank, bias=False, device="meta")
-        second: nn.Linear | nn.Conv2d = nn.Linear(rank, n, bias=False, device="meta")
-        if isinstance(layer, nn.Conv2d):
-            window = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-            options = {name: getattr(layer, name) for name in window}
-            first = nn.Conv2d(layer.in_channels, rank, bias=False, device="meta", **options)
-            second = nn.Conv2d(rank, n, 1, bias=False, device="meta")
+        kind, options = kind_of(layer), ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        window: dict[str, Any] = {} if kind is nn.Linear else {name: getattr(layer, name) for name in options}
+        first = kind(layer.weight.shape[1], rank, bias=False, device="meta", **window)
+        second = kind(rank, n, bias=False, device="meta", **(window and {"kernel_size": 1}))
         for new, factor in ((first, C), (second, B)):
             weight = factor.detach().reshape(new.weight.shape).to(layer.weight)
             weight = weight.clone(memory_format=torch.contiguous_format)

@@ -33,8 +33,7 @@ def write(folder: Path, source: str, report: Report) -> None:
     """Write ``index.html`` and ``results.json``."""
     from lowrank_helpers.report import pages  # here: it takes seconds to import, which a refusal need not wait for
 
-    frontier = {share: float(cost) for share, cost in report.frontier.items()}  # a score may be a tensor
-    at = knee(frontier)
+    at = knee(report.frontier)
     changes = {name: change for name, change in vars(report).items() if isinstance(change, Change)}
     fitted = [report.fallbacks.get(name, "the model's outputs") for name in report.ranks]
     table = pd.DataFrame({"rank": report.ranks.values(), "factors fit": fitted}, index=list(report.ranks))
@@ -47,7 +46,7 @@ def write(folder: Path, source: str, report: Report) -> None:
         answer=report.verdict,
         evidence=f"The outputs change by {report.measured_error:.3g}, measured; {report.error:.3g} was predicted. "
         f"The curve has its knee at {at:.0%} of the parameters.",
-        figure=pages.picture(*_figure(frontier, at, report), ALT),
+        figure=pages.picture(*_figure(at, report), ALT),
         rows="Layers",
         table=table.to_html(),
         meaning=MEANING,
@@ -55,12 +54,12 @@ def write(folder: Path, source: str, report: Report) -> None:
     )
 
 
-def _figure(frontier: Mapping[float, float], at: float, report: Report) -> tuple[bytes, int, int]:
+def _figure(at: float, report: Report) -> tuple[bytes, int, int]:
     from lowrank_helpers import plots
 
     plots.use_style()
     figure, ax = plots.panels(panel=(6, 3.4))
-    ax.plot([100 * share for share in frontier], frontier.values(), "o-", markersize=4)
+    ax.plot([100 * share for share in report.frontier], report.frontier.values(), "o-", markersize=4)
     ax.axvline(100 * at, color=plots.PALETTE[1], linestyle="--", label="knee")
     ax.axvline(100 * report.parameters.share, color="black", linestyle=":", label="this budget")
     ax.set(xlabel="share of the parameters (%)", ylabel="score" if report.score else "relative change of the outputs")

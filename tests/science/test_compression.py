@@ -221,15 +221,15 @@ def _networks(draw):
     """A small network, of linear layers or convolutions, whose last layers may hold or hide next to nothing."""
     torch.manual_seed(draw(st.integers(0, 99)))
     widths = draw(st.lists(st.integers(4, 24), min_size=2, max_size=4))
-    kernel = draw(st.sampled_from([0, 1, 3]))
+    axes = draw(st.integers(0, 3))
+    kind = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes]
+    window = {"kernel_size": draw(st.sampled_from([1, 3])), "padding": "same"} if axes else {}
     layers = []
     for n, m in pairwise(widths):
-        layers += [nn.Conv2d(n, m, kernel, padding="same") if kernel else nn.Linear(n, m)]
-        layers += [ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]]
-    end = [nn.Flatten(), nn.Linear(widths[-1] * (9 if kernel else 1), draw(st.integers(1, 12)))]
+        layers += [kind(n, m, **window), ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]]
+    end = [nn.Flatten(), nn.Linear(widths[-1] * 3**axes, draw(st.integers(1, 12)))]
     nn.init.normal_(end[1].weight, std=draw(st.sampled_from([0.0, 1e-6, 1.0])))
-    shape = (120, widths[0], 3, 3) if kernel else (120, widths[0])
-    return nn.Sequential(*layers, *end), torch.randn(shape)
+    return nn.Sequential(*layers, *end), torch.randn(120, widths[0], *[3] * axes)
 
 
 @pytest.mark.filterwarnings("ignore:the outputs change")
@@ -344,7 +344,7 @@ def _pruned():
         (lambda: _answers(lambda x: {"logits": x}), ValueError, "Network gave a dict; one finite tensor"),
         (lambda: _answers(lambda x: x.argmax(1)), ValueError, r"gave torch.int64 of shape \(50,\); one finite tensor"),
         (lambda: nn.Flatten(), ValueError, "Flatten has no layer that can be replaced"),
-        (lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.Conv1d(1, 2, 3)), ValueError, "1': 'only plain"),
+        (lambda: nn.Sequential(nn.Unflatten(1, (1, 784)), nn.ConvTranspose1d(1, 2, 3)), ValueError, "1': 'only plain"),
         (_pruned, ValueError, "0.weight_orig': 'only plain"),
     ],
 )
@@ -379,7 +379,7 @@ def _convolutions():
     return nn.Sequential(nn.Unflatten(1, (1, 28, 28)), *layers, nn.Flatten(), nn.Linear(8 * 144, 10))
 
 
-PLAIN = "only plain weights of linear layers and of 2-D convolutions of one group are replaced"
+PLAIN = "only plain weights of nn.Linear, and of nn.Conv1d to 3d of one group, are replaced"
 LEFT_ALONE = [
     (_tied, {"1": "shares its weight with 2", "2": "shares its weight with 1"}),
     (_reads_size, {"read": "no attribute 'in_features'", "idle": "never calls it"}),

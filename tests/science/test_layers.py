@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lowrank_helpers import lora
 from lowrank_helpers.calibration import output_moments
-from lowrank_helpers.factorization import truncated_svd
+from lowrank_helpers.factorization import optimal_errors, truncated_svd
 from lowrank_helpers.layers import decompose, factorize, factorize_standard, load, replaceable_layers, save
 from lowrank_helpers.lora import LoRALinear
 from lowrank_helpers.models import LowRankLayer, mlp
@@ -42,20 +42,28 @@ def test_a_factorised_model_is_the_model_of_truncated_weights_and_leaves_that_al
     torch.testing.assert_close(factorized(x), model(x))
 
 
-CONVOLUTIONS = [
-    {"stride": 2, "padding": 2},
-    {"padding": "same", "dilation": 2, "bias": False},
-    {"stride": (2, 1), "padding": (1, 2), "padding_mode": "circular"},
-]
+@st.composite
+def _convolutions(draw):
+    """A convolution along one to three axes."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    axes = draw(st.integers(1, 3))
+    kind, m, n = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1], draw(st.integers(1, 3)), draw(st.integers(3, 6))
+    stride, dilation = (tuple(draw(st.integers(1, 2)) for _ in range(axes)) for _ in range(2))
+    padding = draw(st.integers(0, 2)) if max(stride) > 1 else "same"
+    options = {"padding_mode": draw(st.sampled_from(["zeros", "circular"])), "bias": draw(st.booleans())}
+    return kind(m, n, (3, 1, 3)[:axes], stride, padding, dilation, dtype=torch.float64, **options)
 
 
-@pytest.mark.parametrize("options", CONVOLUTIONS)
-def test_a_convolution_of_full_rank_stays_the_same(options):
-    conv, x = nn.Conv2d(3, 6, (5, 3), **options), draw(2, 3, 12, 12)
-    layer = factorize(nn.Sequential(conv), {"0": 6})[0]
-    torch.testing.assert_close(layer(x), conv(x), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(layer.weight, conv.weight, atol=1e-5, rtol=1e-4)
-    assert (layer.B.kernel_size, layer.C.bias, layer.bias is None) == ((1, 1), None, conv.bias is None)
+@given(_convolutions(), st.data())
+def test_a_convolution_of_low_rank_changes_its_outputs_least_and_of_full_rank_by_nothing(conv, data):
+    model, x = nn.Sequential(conv), draw(8, conv.in_channels, *[7] * (conv.weight.dim() - 2)).double()
+    rank, svds = data.draw(st.integers(1, 3)), decompose(model, output_moments(model, x, ["0"]))
+    wanted, bias = conv(x).movedim(1, -1).detach(), 0 if conv.bias is None else conv.bias.detach()
+    least = optimal_errors(torch.linalg.svdvals((wanted - bias).flatten(0, -2)))[rank]
+    changed = factorize(model, {"0": rank}, svds)(x).movedim(1, -1)
+    torch.testing.assert_close((changed - wanted).norm(), least)
+    full = factorize(model, {"0": min(conv.weight.flatten(1).shape)})
+    torch.testing.assert_close(full(x), conv(x))
 
 
 def test_a_low_rank_layer_has_the_mode_and_dtype_of_the_layer_and_what_is_frozen():
