@@ -47,7 +47,7 @@ class DatasetMissingError(DatasetError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Standardised images and their labels: for training, for choosing (validation) and for reporting (test).
+    """Standardised images, or a text, and the labels: for training, for choosing (validation) and for reporting (test).
 
     Attributes
     ----------
@@ -55,10 +55,11 @@ class Dataset:
         As :func:`load` gives it, one of ``DATASETS`` but ``auto``.
     train_images, validation_images, test_images : Tensor of float32, shape (n, n_inputs)
         Pixels less the mean of all training pixels, over their standard deviation; :func:`load` gives 784 an image.
-        Validation images are those that :meth:`hold_out` sets aside, none before.
+        Validation images are those that :meth:`hold_out` sets aside, none before. Of a text, characters (int64).
     train_labels, validation_labels, test_labels : Tensor of int64, shape (n,)
-        Classes from 0 on. Training labels may also be float32 probabilities of the classes, (n, n_classes), such as
-        another network's outputs (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+        Classes from 0 on; of a text the next characters, (n, n_inputs). Training labels may also be float32
+        probabilities of the classes, (n, n_classes), such as another network's outputs (Hinton, Vinyals & Dean 2015,
+        arXiv 1503.02531).
     mean, std : float
         Those of all training pixels, on a scale from 0 to 1: pixel = image·std + mean.
     """
@@ -166,9 +167,8 @@ def _torchvision_class(name: str) -> Any:
 
 def _provide(name: str, data_dir: str | Path) -> Path:
     """Return the folder that holds a torchvision set, its files checked; download it into the last if none does."""
-    named = [data_dir] if data_dir else [os.environ.get("LOWRANK_DATA_DIR"), PROJECT / "data"]
-    folders = [Path(folder) for folder in named if folder]
-    for folder in folders:
+    places = folders(data_dir)
+    for folder in places:
         raw = folder / TORCHVISION_SETS[name] / "raw"
         there = [raw / file for file in MNIST_MD5 if (raw / file).is_file()]
         for file in there if name == "mnist" else ():
@@ -179,15 +179,21 @@ def _provide(name: str, data_dir: str | Path) -> Path:
         with ExitStack() as at_end:  # torchvision opens a socket without a timeout
             at_end.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-            _torchvision_class(name)(folders[-1], download=True)
+            _torchvision_class(name)(places[-1], download=True)
     except (RuntimeError, OSError, HTTPException) as error:
         raise DatasetMissingError(
             f"dataset {name!r} is not on this machine and could not be downloaded ({' '.join(str(error).split())}). "
-            f"Looked in {' and '.join(map(str, folders))} for {TORCHVISION_SETS[name]}/raw/ with "
+            f"Looked in {' and '.join(map(str, places))} for {TORCHVISION_SETS[name]}/raw/ with "
             f"{', '.join(MNIST_MD5)}. Ways to provide it: set LOWRANK_DATA_DIR or the parameter data_dir to a folder "
             "that holds these files; connect to a network; or choose dataset 'digits', which needs none"
         ) from error
-    return folders[-1]
+    return places[-1]
+
+
+def folders(data_dir: str | Path = "") -> list[Path]:
+    """Return where data are looked for; into the last one they are downloaded."""
+    named = [data_dir] if data_dir else [os.environ.get("LOWRANK_DATA_DIR"), PROJECT / "data"]
+    return [Path(folder) for folder in named if folder]
 
 
 def _check(file: Path) -> None:

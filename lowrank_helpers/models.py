@@ -1,7 +1,7 @@
-"""The series' networks: multilayer perceptrons, a convolutional network, and a transformer with patches as tokens.
+"""The series' networks: multilayer perceptrons, a convolutional network, and a language model.
 
-All are without biases, Dropout or BatchNorm, take images as rows, and draw PyTorch's standard initialisation from a
-seed: uniform on ±1/√(inputs of one output) (He et al. 2015 with a = √5).
+All are without biases, Dropout or BatchNorm, take images or sequences as rows, and draw PyTorch's standard
+initialisation from a seed: uniform on ±1/√(inputs of one output) (He et al. 2015 with a = √5).
 """
 
 import math
@@ -89,7 +89,7 @@ def convnet(channels: Sequence[int], width: int, *, seed: int) -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762) of four layers, each with its own rank."""
+    """Causal multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762) of four layers."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -101,8 +101,9 @@ class Attention(nn.Module):
         query, key, value = (
             layer(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
-        # Not F.scaled_dot_product_attention, which takes 2.5 times as long on a CPU in bfloat16 for a few tokens.
-        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        # Not F.scaled_dot_product_attention, which takes five times as long on a CPU in bfloat16 for a few tokens.
+        future = x.new_full((x.shape[1], x.shape[1]), -torch.inf).triu(1)  # no token sees those after it
+        weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5 + future).softmax(dim=-1)
         outputs: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
         return outputs
 
@@ -123,45 +124,39 @@ class Block(nn.Module):
         return x
 
 
-class VisionTransformer(nn.Module):
-    """A small transformer whose tokens are patches of the image (Dosovitskiy et al. 2021, arXiv 2010.11929).
-
-    The logits come from the mean of all tokens. LayerNorm scales each token by itself.
+class LanguageModel(nn.Module):
+    """A small causal transformer that predicts the next character from those before, as GPT-2 (Radford et al. 2019).
 
     Parameters
     ----------
-    patch : int
-        Side of the square patches; divides 28.
+    context : int
+        The most characters of a sequence.
     width : int
-        Length of a token; a multiple of ``n_heads``.
+        Length of the vector that stands for a character; a multiple of ``n_heads``.
 
     Raises
     ------
     ValueError
-        The patches do not tile the image, the heads do not share the width evenly, or a number is below 1.
+        The heads do not share the width evenly, or a number is below 1.
     """
 
-    def __init__(self, *, patch: int = 7, width: int = 64, n_blocks: int = 2, n_heads: int = 4, seed: int) -> None:
+    def __init__(
+        self, n_characters: int, *, context: int = 64, width: int = 64, n_blocks: int = 4, n_heads: int = 4, seed: int
+    ) -> None:
         super().__init__()
-        if min(patch, width, n_blocks, n_heads) < 1 or IMAGE_SIDE % patch or width % n_heads:
-            raise ValueError(
-                f"patch {patch} must divide {IMAGE_SIDE}, and width {width} be a multiple of n_heads {n_heads}; "
-                f"all, with n_blocks {n_blocks}, at least 1"
-            )
-        self.patch = patch
-        self.embed = nn.Linear(patch**2, width, bias=False)
-        self.positions = nn.Parameter(torch.empty((IMAGE_SIDE // patch) ** 2, width))
+        if min(n_characters, context, width, n_blocks, n_heads) < 1 or width % n_heads:
+            raise ValueError(f"width {width} must be a multiple of n_heads {n_heads}, and all numbers at least 1")
+        self.embed = nn.Embedding(n_characters, width)
+        self.positions = nn.Parameter(torch.empty(context, width))
         self.blocks = nn.Sequential(*(Block(width, n_heads) for _ in range(n_blocks)))
         self.norm = nn.LayerNorm(width, bias=False)
-        self.head = nn.Linear(width, N_CLASSES, bias=False)
+        self.head = nn.Linear(width, n_characters, bias=False)
         draw_(self.parameters(), torch.Generator().manual_seed(seed))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (n, 784) to logits (n, 10)."""
-        # Not F.unfold, which a GPU does image by image.
-        patches = images.unflatten(1, (IMAGE_SIDE // self.patch, self.patch, IMAGE_SIDE // self.patch, self.patch))
-        tokens = self.blocks(self.embed(patches.transpose(2, 3).flatten(3).flatten(1, 2)) + self.positions)
-        logits: Tensor = self.head(self.norm(tokens).mean(dim=1))
+    def forward(self, characters: Tensor) -> Tensor:
+        """Map int64 characters (n, n_tokens) to logits (n, n_tokens, n_characters)."""
+        tokens = self.blocks(self.embed(characters) + self.positions[: characters.shape[1]])
+        logits: Tensor = self.head(self.norm(tokens))
         return logits
 
 

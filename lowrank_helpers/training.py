@@ -181,7 +181,8 @@ def fit(
     Parameters
     ----------
     model : nn.Module
-        On the device of the data; maps (n, n_inputs) to logits (n, n_classes). Frozen parameters stay as they are.
+        On the device of the data; maps (n, n_inputs) to logits (n, n_classes), or characters (n, n_tokens) to
+        logits (n, n_tokens, n_characters). Frozen parameters stay as they are.
     others : mapping of str to Dataset, optional
         Further data to score the network on, as splits ``"<name> train"``, ``"<name> test"`` and so on.
     label : str
@@ -195,15 +196,15 @@ def fit(
         ``stop`` was set.
     """
     device = data.train_images.device
-    dtype = getattr(torch, recipe.precision)  # images are rounded once, not in every epoch
     scored = {
-        " ".join(filter(None, (name, split))): sample(images.to(dtype), labels, SCORED_AT_END)
+        " ".join(filter(None, (name, split))): sample(rounded(images, recipe.precision), labels, SCORED_AT_END)
         for name, each in ({"": data} | dict(others or {})).items()
         for split, (images, labels) in each.splits().items()
         if split != "validation"
     }
     shown = "test" if "test" in scored else "train"
-    take_step = _step_of(model, data.train_images.to(dtype), data.train_labels, recipe)
+    train_images = rounded(data.train_images, recipe.precision)  # once, not in every epoch
+    take_step = _step_of(model, train_images, data.train_labels, recipe)
     n_samples = len(data.train_labels)
     n_steps = recipe.epochs * math.ceil(n_samples / recipe.batch_size)
     history = History(seconds=[0.0])
@@ -238,21 +239,36 @@ def _bars_hidden() -> bool:
     return "TQDM_DISABLE" in os.environ  # tqdm reads it by itself in a terminal, but not in a notebook
 
 
+def rounded(images: Tensor, precision: str) -> Tensor:
+    """Return images in a precision; characters, which are whole numbers, stay as they are."""
+    return images.to(getattr(torch, precision)) if images.is_floating_point() else images
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits (…, n_classes) and classes (…), or probabilities (n, n_classes)."""
+    if labels.is_floating_point():
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
 def sample(images: Tensor, labels: Tensor, n: int = SCORED_MEANWHILE) -> Split:
-    """Return at most n images (n, …) of a set with their labels, always the same and shuffled."""
-    index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:n].to(labels.device)
+    """Return at most n images (n, …) of a set, or sequences of n characters in all, always the same and shuffled."""
+    n_each = 1 if labels.is_floating_point() else labels.shape[1:].numel()
+    index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: n // n_each].to(labels.device)
     return images.index_select(0, index), labels.index_select(0, index)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, precision: str = "float32") -> Tensor:
-    """Return float32 logits (n, n_classes) for images (n, …), in batches.
+    """Return float32 logits (n, n_classes) for images (n, …), or (n, n_tokens, n_characters), in batches.
 
     The network answers in evaluation mode, and is left in the mode that it was given in.
     """
     answers = []
+    rows = EVALUATION_BATCH if images.device.type == "cpu" else EVALUATION_BATCH_GPU
+    n_tokens = 1 if images.is_floating_point() else images.shape[1:].numel()
     with products_in(precision, images.device), in_mode(model, training=False):
-        for batch in images.split(EVALUATION_BATCH if images.device.type == "cpu" else EVALUATION_BATCH_GPU):
+        for batch in images.split(math.ceil(rows / n_tokens)):
             wait_for_timing()
             answers.append(model(batch).float())
     return torch.cat(answers)
@@ -273,15 +289,16 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, precision: str = "float32") -> Score:
     """Score a network, in evaluation mode, on images (n, …) and labels: classes (n,) or probabilities (n, n_classes).
 
-    Of probabilities, such as another network's answers, the likeliest class is the correct one.
+    Of probabilities, such as another network's answers, the likeliest class is the correct one. Of a text, images and
+    labels are characters (n, n_tokens).
     """
     return _score(predict(model, images, precision), labels)
 
 
 def _score(logits: Tensor, labels: Tensor) -> Score:
-    classes = labels if labels.dim() == 1 else labels.argmax(dim=1)
-    accuracy = (logits.argmax(dim=1) == classes).float().mean()
-    return Score(F.cross_entropy(logits, labels).item(), accuracy.item())
+    classes = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    accuracy = (logits.argmax(dim=-1) == classes).float().mean()
+    return Score(cross_entropy(logits, labels).item(), accuracy.item())
 
 
 def _step_of(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -> Callable[[Tensor, float], None]:
@@ -295,7 +312,7 @@ def _step_of(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe) -
         # Not images[index], which copies number by number where this copies rows: a quarter of the time.
         with products_in(recipe.precision, images.device):
             logits = model(images.index_select(0, index))
-        loss = F.cross_entropy(logits.float(), labels.index_select(0, index))
+        loss = cross_entropy(logits.float(), labels.index_select(0, index))
         if recipe.frobenius_decay:
             loss = loss + recipe.frobenius_decay / 2 * squared_norm(model)
         optimiser.zero_grad()

@@ -31,7 +31,7 @@ ROOMS = {
 SCIENCE = [
     {"hashing", "timing", "statistics", "parallel", "cuda_graphs", "factorization"},
     {"data"},
-    {"models", "subspace"},
+    {"models", "subspace", "text"},
     {"layers", "training", "unfold"},
     {"calibration", "rank"},
     {"analysis", "lora", "costs", "plots", "selection"},

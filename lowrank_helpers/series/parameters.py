@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lowrank_helpers.data import DATASETS, IMAGE_SIDE, N_CLASSES, N_PIXELS
+from lowrank_helpers.data import DATASETS, N_CLASSES, N_PIXELS
 from lowrank_helpers.models import ACTIVATIONS
 from lowrank_helpers.series import digest
 from lowrank_helpers.training import DEVICES, PRECISIONS, pick_device
@@ -102,7 +102,6 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("widths", "big_widths"), WIDTHS),
     **dict.fromkeys(("rank_grid", "subspace_widths", "subspace_dimensions", "cut_budgets", "adapter_ranks"), COUNTS),
-    "patch": Rule(lambda value: COUNT.accepts(value) and IMAGE_SIDE % value == 0, f"a divisor of {IMAGE_SIDE}"),
     "token_width": Rule(lambda value: COUNT.accepts(value) and value % 4 == 0, "a multiple of the four heads"),
     **dict.fromkeys(("ranks", "small_ranks", "channels"), _list_of(COUNT)),
     "alpha": POSITIVE,
@@ -115,7 +114,7 @@ RULES: dict[str, Rule] = {
     "rehearsal_share": POSITIVE,
     "held_out_digit": _whole(0, N_CLASSES - 1),
     **dict.fromkeys(("rank", "low_rank", "kept_rank", "als_sweeps", "gradient_steps", "moment_images"), COUNT),
-    **dict.fromkeys(("convnet_width", "n_blocks", "rehearsal"), COUNT),
+    **dict.fromkeys(("convnet_width", "n_blocks", "context", "rehearsal"), COUNT),
 }
 
 

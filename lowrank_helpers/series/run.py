@@ -24,7 +24,7 @@ from lowrank_helpers.training import History, Recipe, pick_device, pick_precisio
 
 CLAIM_ID = re.compile(r"[1-9B]\.\d(/[a-z0-9_]+)?")
 UNCHECKED = {"lowrank": {"unchecked": True}}  # of an output that names this machine, or what other notebooks filed
-FULL_SIZE = 10_000  # training images from which on recipes are taken as they are
+FULL_SIZE = 10_000  # training labels from which on recipes are taken as they are
 STAND_IN = """⚠ **MNIST could not be had: everything below is measured on `digits`,** \
 scikit-learn's bundled 8×8 digits resampled to 28×28.
 
@@ -95,15 +95,15 @@ class Run:
         stands_in = self.parameters["dataset"] == "auto" and self.data.name != "mnist"
         display(Markdown(STAND_IN + header if stands_in else header), metadata=UNCHECKED)
 
-    def recipe(self, kind: str) -> Recipe:
+    def recipe(self, kind: str, data: Dataset | None = None) -> Recipe:
         """Return how a kind of network, a name in ``recipes.yaml``, is trained with this run's seed and precision.
 
-        A training set of fewer than ``FULL_SIZE`` images gets batches of a quarter and four times the epochs, as the
-        network would take too few steps; the rate follows the batch by its square root, as Adam's noise does
-        (Malladi et al. 2022, arXiv 2205.10287).
+        A training set, by default the run's, of fewer than ``FULL_SIZE`` labels gets batches of a quarter and four
+        times the epochs, as the network would take too few steps; the rate follows the batch by its square root, as
+        Adam's noise does (Malladi et al. 2022, arXiv 2205.10287).
         """
         fields = recipes()[kind] | self.parameters.get("recipes", {}).get(kind, {})
-        if len(self.data.train_labels) < FULL_SIZE:
+        if (data or self.data).train_labels.numel() < FULL_SIZE:
             fields |= {
                 "epochs": 4 * fields["epochs"],
                 "batch_size": max(1, fields["batch_size"] // 4),

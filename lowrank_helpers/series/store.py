@@ -21,12 +21,11 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowrank_helpers.data import Dataset
 from lowrank_helpers.hashing import checksum
 from lowrank_helpers.series import digest
-from lowrank_helpers.training import History, Recipe, fit, products_in
+from lowrank_helpers.training import History, Recipe, cross_entropy, fit, products_in, rounded
 
 FORMAT = 2  # of the files
 PROBED = 8  # images to which a network answers for its key
@@ -127,8 +126,8 @@ def _first_answers(model: nn.Module, data: Dataset, recipe: Recipe) -> str:
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), products_in(recipe.precision, device):
             probed = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).train()
-            answers = probed(data.train_images[:PROBED].to(getattr(torch, recipe.precision), copy=True))
-            loss = F.cross_entropy(answers.float(), data.train_labels[:PROBED])
+            answers = probed(rounded(data.train_images[:PROBED], recipe.precision).clone())
+            loss = cross_entropy(answers.float(), data.train_labels[:PROBED])
             trained = [weight for weight in probed.parameters() if weight.requires_grad]
             gradients = torch.autograd.grad(loss, trained, allow_unused=True)  # none is left on a weight
         return checksum({str(i): value for i, value in enumerate([answers, *gradients]) if value is not None})

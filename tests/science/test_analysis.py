@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
 from lowrank_helpers.layers import factorize
 from lowrank_helpers.lora import adapt
-from lowrank_helpers.models import VisionTransformer, mlp
+from lowrank_helpers.models import LanguageModel, mlp
 
 
 def _of_rank(k, shape=(40, 30), seed=0):
@@ -334,7 +334,7 @@ class _Settings(dict):
 
 
 def test_a_whole_model_and_what_checkpoints_hold_beside_tensors_is_read_without_its_code(tmp_path, monkeypatch):
-    model = VisionTransformer(patch=14, width=8, n_blocks=1, n_heads=2, seed=0)
+    model = LanguageModel(10, width=8, n_blocks=1, n_heads=2, seed=0)
     model.extra = [Namespace(a=1), tmp_path, np.float64(3), np.int64(3), np.eye(3), _Settings(a=2)]
     model.extra[0].owner = model.extra  # objects that hold each other
     model.extra += [defaultdict(list, a=[3]), _Command(exec, f"open({str(tmp_path / 'executed')!r}, 'w')")]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_helpers import models
-from lowrank_helpers.models import LowRankLayer, VisionTransformer, convnet, linear_layers, mlp, n_parameters
+from lowrank_helpers.models import LanguageModel, LowRankLayer, convnet, linear_layers, mlp, n_parameters
 
 SIZE = st.integers(1, 12)
 
@@ -27,34 +27,34 @@ def test_an_mlp_is_matrices_with_activations_between():
 NETWORKS = {
     "mlp": lambda seed: mlp([784, 256, 10], seed=seed),
     "convnet": lambda seed: convnet([3, 5], 7, seed=seed),
-    "transformer": lambda seed: VisionTransformer(patch=14, width=8, n_blocks=1, n_heads=2, seed=seed),
+    "language model": lambda seed: LanguageModel(10, width=8, n_blocks=1, n_heads=2, seed=seed),
 }
 
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_networks_map_rows_of_pixels_to_logits_and_are_drawn_from_their_seed_alone(network):
+def test_networks_map_rows_to_logits_and_are_drawn_from_their_seed_alone(network):
     model, again, other = (network(seed=seed) for seed in (3, 3, 4))
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     assert not all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
-    assert model(torch.randn(4, 784)).shape == (4, 10)
+    x, shape = (torch.ones(4, 9).long(), (4, 9, 10)) if isinstance(model, LanguageModel) else (draw(4, 784), (4, 10))
+    assert model(x).shape == shape
     assert not [name for name in model.state_dict() if "bias" in name]
 
 
-def test_attention_is_pytorchs_with_the_same_matrices():
+def test_attention_is_pytorchs_causal_one_with_the_same_matrices():
     ours, reference = models.Attention(8, 2), nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
     packed = torch.cat([layer.weight for layer in (ours.query, ours.key, ours.value)])
     reference.load_state_dict({"in_proj_weight": packed, "out_proj.weight": ours.out.weight})
     x = torch.randn(3, 5, 8)
-    torch.testing.assert_close(ours(x), reference(x, x, x)[0])
+    torch.testing.assert_close(ours(x), reference(x, x, x, attn_mask=torch.ones(5, 5).triu(1).bool())[0])
 
 
-def test_each_patch_becomes_the_token_of_its_place():
-    model = VisionTransformer(patch=14, width=8, n_blocks=1, n_heads=2, seed=0)
-    seen = []
-    model.embed.register_forward_pre_hook(lambda layer, arguments: seen.append(arguments[0]))
-    image = torch.arange(784.0)
-    model(image[None])
-    torch.testing.assert_close(seen[0][0, 1], image.view(28, 28)[:14, 14:].flatten())
+def test_a_later_character_changes_no_earlier_logits_and_its_place_counts():
+    model = LanguageModel(10, context=6, width=8, n_blocks=2, seed=0)
+    before, after = model(torch.tensor([[3, 3, 3, 3, 3, 3], [3, 3, 3, 3, 7, 3]]))
+    changed = [not torch.equal(*logits) for logits in zip(before, after, strict=True)]
+    assert changed == [False] * 4 + [True] * 2
+    assert not torch.equal(before[0], before[1])
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,8 @@ def test_each_patch_becomes_the_token_of_its_place():
     [
         *((partial(mlp, widths), "widths") for widths in ([784], [784, 0, 10], [784, -5, 10], [])),
         (partial(mlp, [784, 10], "swish"), "'swish' is unknown; allowed: relu, tanh, sigmoid, gelu, identity"),
-        (partial(VisionTransformer, patch=5), "patch 5"),
-        (partial(VisionTransformer, width=10, n_heads=4), "width 10"),
-        (partial(VisionTransformer, n_blocks=0), "n_blocks 0"),
+        (partial(LanguageModel, 10, width=10, n_heads=4), "width 10"),
+        (partial(LanguageModel, 10, n_blocks=0), "at least 1"),
     ],
 )
 def test_impossible_networks_are_refused(build, named):
