@@ -31,7 +31,7 @@ NOTEBOOKS = {
     "06_factorized": ["factors", "narrow", "tuned", "low*"],
     "07_conclusions": ["all_weights", "subspace"],
     "08_frontier": ["pruned"],
-    "09_your_network": ["*convnet", "*transformer"],
+    "09_your_network": ["*convnet", "*language_model"],
     "bonus_lora": ["lora", "full", "last_layer", "lora_plus", "rslora", "pissa", "dora"],
 }  # where networks are trained by these recipes
 SEEDS = (100, 101)
