@@ -93,7 +93,8 @@ def analyze(source: str) -> Analysis:
     source : str
         - A file of safetensors or of PyTorch's (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pth.tar``): a
           ``state_dict``, a checkpoint or a whole model.
-        - The ``index.json`` of a network in several such files, or their folder.
+        - The ``index.json`` of a network in several such files, or their folder; or one with ``model.safetensors`` or
+          an adapter, of which ΔW is measured.
         - ``package.module:name``, as of :func:`imported`, of a ``nn.Module`` or what returns one.
 
     Raises
@@ -188,10 +189,11 @@ def _row(part: Unfolded, n_parameters: int) -> dict[str, Any]:
 
 def _weights(source: str) -> dict[str, Weight]:
     """Return the tensors of a file or of a model by name."""
-    file = next(Path(source).glob("*.index.json"), Path(source))
+    in_folder = (file for name in ("*.index.json", "*model.safetensors") for file in Path(source).glob(name))
+    file = next(in_folder, Path(source))
     is_code = ":" in source and not file.exists()
     if not is_code and (not file.is_file() or file.suffix not in READERS):
-        kind = "a folder without index" if file.is_dir() else "of no known format" if file.is_file() else "no file"
+        kind = "a folder without weights" if file.is_dir() else "of no known format" if file.is_file() else "no file"
         raise AnalysisError(f"{source} is {kind}; give a file ({', '.join(READERS)}) or package.module:name")
     try:
         return of_model(imported(source)) if is_code else _joined(_listed(READERS[file.suffix](file)))

@@ -19,8 +19,9 @@ from torch.nn.utils import parametrizations, prune
 
 from lowrank_helpers.analysis import BEYOND, AnalysisError, analyze
 from lowrank_helpers.layers import factorize
-from lowrank_helpers.lora import adapt
+from lowrank_helpers.lora import adapt, save_adapter
 from lowrank_helpers.models import LanguageModel, mlp
+from lowrank_helpers.rank import effective_rank, singular_values
 
 
 def _of_rank(k, shape=(40, 30), seed=0):
@@ -344,6 +345,16 @@ def test_a_whole_model_and_what_checkpoints_hold_beside_tensors_is_read_without_
     assert list(whole.table.index) == [f"net.{name}" for name in of_model.table.index]
     pd.testing.assert_frame_equal(whole.table.reset_index(drop=True), of_model.table.reset_index(drop=True))
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_folder_of_an_adapter_is_read_as_its_update(tmp_path):
+    model = adapt(mlp([30, 20, 10], seed=0), {"fc1": 4}, alpha=2, seed=0)
+    nn.init.normal_(model.fc1.lora_B)
+    save_adapter(model, tmp_path)
+    row = analyze(str(tmp_path)).table.loc["base_model.model.fc1.lora"]
+    update = model.fc1.weight - model.fc1.base.weight
+    assert row["effective rank"] == pytest.approx(effective_rank(singular_values(update)), rel=1e-4)
+    assert (row["numerical rank"], row["parameters"]) == (4, 4 * (30 + 20))
 
 
 def test_the_files_of_one_network_are_read_by_their_index(tmp_path):
