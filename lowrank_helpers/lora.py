@@ -180,10 +180,27 @@ def extract(base: nn.Module, tuned: nn.Module, ranks: Mapping[str, int]) -> nn.M
     For each layer in ``ranks``, which are as in :func:`adapt`, B·A is the best approximation of the update W_tuned − W
     at that rank (Eckart & Young 1936), at α = r. What changed in other layers and in biases is left out.
 
+    ``extract(remove(model), merge(model), ranks)`` resizes adapters. With W + ΔW₁ ± ΔW₂ in place of the merged weights
+    it adds or subtracts them. Both need float32, as ``merge`` rounds to the base's precision. The example chooses ranks
+    for a budget of trained parameters; layers that ``allocate`` leaves dense take the largest rank that saves any.
+
     Raises
     ------
     ValueError
         As :func:`adapt` does; or the networks differ in the shape of a layer.
+
+    Examples
+    --------
+    >>> from lowrank_helpers.factorization import SVD
+    >>> from lowrank_helpers.models import n_trainable
+    >>> from lowrank_helpers.selection import allocate, layers_of
+    >>> base, tuned = (nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 20)) for _ in range(2))
+    >>> before, after = linear_layers(base), linear_layers(tuned)
+    >>> svds = {name: SVD.of(after[name].weight - before[name].weight) for name in before}
+    >>> layers = layers_of(svds, svds)
+    >>> ranks = {name: layer.largest_rank for name, layer in layers.items()} | allocate(layers, budget=800)
+    >>> n_trainable(extract(base, tuned, ranks)) <= 800
+    True
     """
     copy, after = adapt(base, ranks, alpha=1.0, seed=0), linear_layers(tuned)
     for name, layer in adapters(copy).items():

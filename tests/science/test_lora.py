@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import weights_of
 from torch import nn
 from torch.nn import functional as F
 
 from lowrank_helpers import lora
+from lowrank_helpers.factorization import SVD, optimal_errors
 from lowrank_helpers.lora import DoRALinear, LoRALinear
-from lowrank_helpers.models import linear_layers, mlp
+from lowrank_helpers.models import linear_layers, mlp, n_trainable
+from lowrank_helpers.selection import allocate, layers_of
 
 WIDTHS = [784, 12, 9, 10]
 LAYERS = ["fc1", "fc2", "fc3"]
@@ -178,6 +181,29 @@ def test_extracted_adapters_are_as_close_to_an_update_as_their_rank_allows():
     assert torch.equal(merged.fc3.weight, base.fc3.weight)
     with pytest.raises(ValueError, match="no layer 'fc1' of 12×784"):
         lora.extract(base, mlp([784, 11, 10], seed=0), {"fc1": 2})
+
+
+@given(layers_and_factors(), st.data())
+def test_resized_adapters_are_as_close_as_their_new_rank_allows(drawn, data):
+    base, A, B, alpha = drawn
+    model, rank = nn.Sequential(LoRALinear(base, A, B, alpha)), data.draw(st.integers(1, min(base.weight.shape)))
+    resized = lora.extract(lora.remove(model), lora.merge(model), {"0": rank})[0]
+    update, found = (layer.weight - base.weight for layer in (model[0], resized))
+    least = optimal_errors(torch.linalg.svdvals(alpha / len(A) * B @ A))[rank]
+    torch.testing.assert_close((update - found).norm(), least)
+
+
+def test_ranks_for_a_budget_bring_adapters_closer_to_an_uneven_update_than_one_rank_does():
+    base, tuned = (mlp([60, 40, 20, 10], seed=seed) for seed in (0, 1))
+    tuned.fc1.weight.data = base.fc1.weight + 0.1 * tuned.fc1.weight
+    svds = {n: SVD.of(layer.weight - base.get_submodule(n).weight) for n, layer in linear_layers(tuned).items()}
+    layers = layers_of(svds, svds)
+    equal = lora.extract(base, tuned, dict.fromkeys(layers, 3))
+    ranks = {n: layer.largest_rank for n, layer in layers.items()} | allocate(layers, n_trainable(equal))
+    chosen = lora.extract(base, tuned, ranks)
+    assert n_trainable(chosen) <= n_trainable(equal)
+    near, far = (torch.dist(weights_of(lora.merge(model)), weights_of(tuned)) for model in (chosen, equal))
+    assert near < 0.9 * far
 
 
 @pytest.mark.parametrize(
