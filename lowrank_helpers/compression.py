@@ -109,8 +109,7 @@ class Report:
 
     def __str__(self) -> str:
         """Write the verdict, and a line for each size and each layer."""
-        numbers = {name: getattr(self, name) for name in ("parameters", "flops", "seconds", "score")}
-        lines = [self.verdict, *(f"{name}: {change}" for name, change in numbers.items() if change)]
+        lines = [self.verdict, *(f"{name}: {size}" for name, size in vars(self).items() if isinstance(size, Change))]
         change = f"predicted {self.error:.3g}, measured {self.measured_error:.3g} on inputs that fitted nothing"
         lines += [f"relative change of the outputs: {change}"]
         fitted = {name: f", fitted to {what}" for name, what in self.fallbacks.items()}
