@@ -1,7 +1,7 @@
-"""Choose the learning rates of recipes.yaml by the accuracy on MNIST's 10,000 validation images.
+"""Choose the learning rates of recipes.yaml by the accuracy on MNIST's 10,000 validation images, or validation text.
 
 For half of a recipe's rate, the rate and twice the rate, from seeds that neither notebooks nor evidence use, the
-notebook that trains by this recipe is executed. There the validation images stand for the test set, and no network is
+notebook that trains by this recipe is executed. There the validation data stand for the test set, and no network is
 trained on them. sweeps/rates.csv has a row for each network. Where another rate is better, change the recipe and run
 again.
 """
@@ -21,9 +21,11 @@ from matplotlib import pyplot as plt
 from torch import nn
 from tqdm import tqdm
 
-from lowrank_helpers import PROJECT
+from lowrank_helpers import PROJECT, text
+from lowrank_helpers.data import Dataset
 from lowrank_helpers.series import execution, run
 from lowrank_helpers.series.store import write_atomically
+from lowrank_helpers.text import load_text
 from lowrank_helpers.training import History, Recipe
 
 NOTEBOOKS = {
@@ -41,19 +43,30 @@ KEY = ["recipe", "network", "learning_rate", "epochs", "seed"]
 GIVEN = {"dataset": "mnist"}
 
 
+def held(data: Dataset) -> Dataset:
+    """Let validation data stand for the test set."""
+    images, labels = data.splits()["validation"]
+    return replace(data, test_images=images, test_labels=labels)
+
+
+def held_text(*given: Any) -> tuple[Dataset, str]:
+    """Load the language model's text likewise."""
+    data, characters = load_text(*given)
+    return held(data), characters
+
+
 class Held(run.Run):
     """A run whose test set is the validation images, and which keeps how each network did on them."""
 
     def __init__(self, notebook: str, variables: Mapping[str, Any]) -> None:
         super().__init__(notebook, variables)
-        images, labels = self.data.splits()["validation"]
-        self.data = replace(self.data, test_images=images, test_labels=labels)
+        self.data = held(self.data)
         self.made: list[tuple[str, Recipe]] = []
         self.rows: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def recipe(self, kind: str) -> Recipe:
+    def recipe(self, kind: str, data: Dataset | None = None) -> Recipe:
         """Remember whose recipe it is."""
-        self.made.append((kind, super().recipe(kind)))
+        self.made.append((kind, super().recipe(kind, data)))
         return self.made[-1][1]
 
     def train_all(
@@ -103,6 +116,7 @@ def main(names: tuple[str, ...]) -> None:
     ]
     mpl.use("Agg")
     run.Run = Held  # type: ignore[misc]
+    text.load_text = held_text
     with execution.run_folder(PROJECT / "reports" / "rates"):
         for job in tqdm(jobs, unit="notebook", disable=False):
             table = pd.concat([table, pd.DataFrame(rows(*job))]).drop_duplicates(KEY, keep="last").sort_values(KEY)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from lowrank_helpers import PROJECT
+from lowrank_helpers import PROJECT, text
 from lowrank_helpers.series import run
 
 SPEC = importlib.util.spec_from_file_location("choose_rates", PROJECT / "scripts" / "choose_rates.py")
@@ -42,7 +42,8 @@ def test_what_is_missing_is_measured_on_validation_images_and_added(tmp_path, mo
     monkeypatch.setattr(choose_rates, "GIVEN", {"dataset": "digits", "widths": [784, 16, 10]})
     monkeypatch.setattr(choose_rates, "STEPS", (1, 2))
     monkeypatch.setattr(choose_rates, "SEEDS", (100,))
-    monkeypatch.setattr(run, "Run", run.Run)  # so that the script's own is taken away at the end
+    for owner, name in ((run, "Run"), (text, "load_text")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # so that the script's own is taken away at the end
     monkeypatch.setattr(run, "recipes", lambda: {"small": {"epochs": 1, "batch_size": 64, "learning_rate": 4e-3}})
     done = dict(zip(choose_rates.KEY, ("small", "MLP", 4e-3, 1, 100), strict=True)) | {"accuracy": 0.9, "loss": 0.3}
     pd.DataFrame([done]).to_csv(choose_rates.TABLE, index=False)

@@ -1,6 +1,7 @@
 """What a notebook works with: claims are filed as data and shown as sentences; networks are trained once."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_a_recipe_takes_the_runs_seed_and_precision_and_what_the_parameter_says(
     recipe = run.recipe("small")
     assert (recipe.seed, recipe.precision) == (3, "float32")
     assert recipe.epochs == 8 and recipe.batch_size == recipes()["small"]["batch_size"] // 4, "a small set: more steps"
+    labels = torch.zeros(200, 64, dtype=torch.int64)
+    assert run.recipe("small", replace(run.data, train_labels=labels)).epochs == 2, "a text with many characters"
 
 
 def test_trainings_come_back_under_their_keys_and_are_done_once(run):
