@@ -113,7 +113,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("error_threshold", "accuracy_kept", "target_accuracy", "small_share"), SHARE),
     "rehearsal_share": POSITIVE,
     "held_out_digit": _whole(0, N_CLASSES - 1),
-    **dict.fromkeys(("rank", "low_rank", "kept_rank", "als_sweeps", "gradient_steps", "moment_images"), COUNT),
+    **dict.fromkeys(("rank", "low_rank", "kept_rank", "descent_steps", "moment_images"), COUNT),
     **dict.fromkeys(("convnet_width", "n_blocks", "context", "rehearsal"), COUNT),
 }
 

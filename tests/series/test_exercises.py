@@ -17,7 +17,7 @@ SMALL = {
     "dataset": "digits", "device": "cpu", "precision": "float32", "widths": [784, 24, 24, 10],
     "big_widths": [784, 64, 48, 32, 16, 10], "deep_widths": [784, 16, 16, 16, 10], "activations": ["relu", "identity"],
     "ranks": [8, 8, 8, 8], "small_ranks": [4, 4, 4, 4], "low_rank": 4, "rank_grid": [1, 8, 64], "accuracy_kept": 0.5,
-    "als_sweeps": 2, "gradient_steps": 2, "subspace_widths": [20, 40], "subspace_dimensions": [50, 100],
+    "descent_steps": 2, "subspace_widths": [20, 40], "subspace_dimensions": [50, 100],
     "n_blocks": 3, "context": 16, "budget_shares": [0.1, 0.2, 0.5], "rehearsal": 20, "adapter_ranks": [1, 4],
 }  # fmt: skip
 # Of notebook 08, which trains networks of up to 284,000 parameters.
