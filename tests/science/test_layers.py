@@ -62,8 +62,10 @@ def test_a_convolution_of_low_rank_changes_its_outputs_least_and_of_full_rank_by
     least = optimal_errors(torch.linalg.svdvals((wanted - bias).flatten(0, -2)))[rank]
     changed = factorize(model, {"0": rank}, svds)(x).movedim(1, -1)
     torch.testing.assert_close((changed - wanted).norm(), least)
-    full = factorize(model, {"0": min(conv.weight.flatten(1).shape)})
+    (full,) = factorize(model, {"0": min(conv.weight.flatten(1).shape)})
     torch.testing.assert_close(full(x), conv(x))
+    torch.testing.assert_close(full.weight, conv.weight)
+    assert (set(full.B.kernel_size), full.C.bias, full.bias is None) == ({1}, None, conv.bias is None)
 
 
 def test_a_low_rank_layer_has_the_mode_and_dtype_of_the_layer_and_what_is_frozen():
